@@ -1,0 +1,64 @@
+"""Maskmill: images in object storage in, a Parquet table of masks and metrics out.
+
+import pipeline
+outcome = pipeline.segment(source="photos/", dest="masks/", model="nuclei-unet")
+pipeline.connect("masks/").sql("SELECT image_uri, foreground_fraction FROM images").show()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.engine.run import Outcome
+
+__version__ = "0.1.0"
+__all__ = ["abandon_run", "connect", "list_runs", "models", "segment", "show_run"]
+
+
+def segment(config: Any = None, /, **settings: Any) -> Outcome:
+    """Brings the table at `dest` up to date with `source`: `segment(source=..., dest=..., model=..., ...)`.
+
+    The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen` and `should_stop`
+    are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
+    """
+    from pipeline.config import SegmentConfig
+    from pipeline.engine import run
+
+    hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    return run.segment(config or SegmentConfig(**settings), **hooks)
+
+
+def connect(dest: str, *, profile: str | None = None) -> Any:
+    """A DuckDB connection with the views of the table at `dest`."""
+    from pipeline.table import catalog
+
+    return catalog.connect(dest, profile=profile)
+
+
+def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:
+    """Every run of `dest`, newest first."""
+    from pipeline.engine import status
+
+    return status.list_runs(dest, profile=profile)
+
+
+def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
+    """One run whole: its plan, who holds it, how far it is or what became of it."""
+    from pipeline.engine import status
+
+    return status.show_run(dest, run_id, profile=profile)
+
+
+def abandon_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
+    """Gives an open run up; what it committed stays."""
+    from pipeline.engine import status
+
+    return status.abandon_run(dest, run_id, profile=profile)
+
+
+def models() -> list[Any]:
+    """The models that a name can reach."""
+    from pipeline import registry
+
+    return registry.listings()

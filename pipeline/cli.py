@@ -1,0 +1,463 @@
+"""The command `maskmill`. Owns: the screen, signals, exit statuses. Must not know: how anything is done.
+
+Exit status: 0 done; 1 infrastructure failed; 2 wrong usage; 3 done with too many errors; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import pipeline
+from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
+from pipeline.errors import InfrastructureError, MaskmillError, UsageError
+
+OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
+_LINE_EVERY_S = 30.0
+
+app = typer.Typer(
+    help="Images in object storage in, one Parquet row per image out.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+runs_app = typer.Typer(help="Runs of a table: list, show, abandon.", no_args_is_help=True)
+models_app = typer.Typer(help="Models that a name can reach: list, show.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+app.add_typer(models_app, name="models")
+
+DestProfile = Annotated[str | None, typer.Option("--dest-profile", help="AWS profile for DEST.")]
+
+
+class _Screen:
+    """Everything that `segment` shows, on stderr: stdout belongs to results."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._quiet = quiet
+        self._live = self.console.is_terminal and not quiet
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._told_s = time.monotonic()
+        self._seen: tuple[float, int] | None = None
+
+    def listen(self, event: Any) -> None:
+        if event.kind == "progress":
+            self._progress(event.progress, event.total)
+        elif event.kind == "warning":
+            self.console.print(f"[yellow]warning:[/] {escape(event.text)}")
+        elif not self._quiet:
+            self.console.print(escape(event.text), style="dim")
+
+    def _progress(self, progress: Any, total: int) -> None:
+        now_s = time.monotonic()
+        self._seen = self._seen or (now_s, progress.rows)
+        elapsed_s = now_s - self._seen[0]
+        rate = (progress.rows - self._seen[1]) / elapsed_s if elapsed_s > 0 else 0.0
+        if self._live:
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.completed}/{task.total} images"),
+                    BarColumn(),
+                    TextColumn("{task.fields[rate]:.1f}/s"),
+                    TimeElapsedColumn(),
+                    TextColumn("left"),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[errors]} errors, {task.fields[actors]} actors"),
+                    console=self.console,
+                )
+                self._bar.start()
+                self._task = self._bar.add_task("", total=total, rate=0.0, errors=0, actors=0)
+            self._bar.update(
+                self._task,
+                completed=progress.rows,
+                total=total,
+                rate=rate,
+                errors=progress.errors,
+                actors=progress.actors,
+            )
+        elif now_s - self._told_s >= _LINE_EVERY_S:
+            self._told_s = now_s
+            left_s = (total - progress.rows) / rate if rate else 0.0
+            self.console.print(
+                f"{progress.rows}/{total} images, {rate:.1f}/s, {left_s:.0f} s left, {progress.errors} errors, "
+                f"{progress.actors} actors"
+            )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+@contextmanager
+def _interruptible(console: Console) -> Iterator[Any]:
+    """Yields `should_stop`. The first SIGINT or SIGTERM drains, the second stops at once."""
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        console.print("stopping: shards in flight are finishing; once more to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def segment(
+    source: Annotated[str, typer.Argument(help="A folder, a glob, one file, a URL, or a manifest of URIs.")],
+    dest: Annotated[str, typer.Argument(help="Where the table lives: a folder or a URL.")],
+    model: Annotated[
+        str, typer.Option(help="A name, name@alias, name@version, or a .safetensors path or URL.")
+    ],
+    engine: Annotated[str, typer.Option(help="auto, local or ray.")] = "auto",
+    actors: Annotated[
+        int | None, typer.Option(help="Workers at most. Default: one per GPU, or one per CPU node.")
+    ] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="GPUs of each actor; fractions share one.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per forward pass at most. Frozen in the run.")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images per shard, and so per Parquet file.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each worker's network. Frozen in the run.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="Process at most this many of the images left.")] = None,
+    canary: Annotated[
+        int | None, typer.Option(help="Process this many first; go on only if they are fine.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Take up again all images that failed.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Process every image again.")] = False,
+    max_error_rate: Annotated[float, typer.Option(help="Above this share of errors: exit status 3.")] = 0.05,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a run that another driver holds.")] = False,
+    ray_address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    shared_filesystem: Annotated[
+        bool, typer.Option("--shared-filesystem", help="Local paths mean the same on every node.")
+    ] = False,
+    source_profile: Annotated[str | None, typer.Option(help="AWS profile for SOURCE.")] = None,
+    dest_profile: DestProfile = None,
+    suffix: Annotated[
+        list[str] | None, typer.Option(help="File ending that counts as an image; may be repeated.")
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Larger images become `too_large` rows.")] = 200_000_000,
+    memory_mb: Annotated[int, typer.Option(help="Decoded pixels in flight in one worker, in MB.")] = 1024,
+    run_date: Annotated[
+        dt.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Date that the run files under.")
+    ] = None,
+    lease_ttl: Annotated[
+        float, typer.Option(help="Seconds after which a lease that stands still is dead.")
+    ] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Bring the table at DEST up to date with SOURCE: one row per image. The same command again continues or does only what is new."""
+    config = SegmentConfig(
+        source=source, dest=dest, model=model, engine=engine, actors=actors, gpus_per_actor=gpus_per_actor,
+        batch_size=batch_size, shard_size=shard_size, threads=threads, precision=precision, limit=limit, canary=canary,
+        dry_run=dry_run, retry_errors=retry_errors, force=force, max_error_rate=max_error_rate, wait=wait,
+        ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
+        dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
+        memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
+    )  # type: ignore[arg-type] # fmt: skip
+    screen = _Screen(quiet=as_json)
+    try:
+        with _interruptible(screen.console) as should_stop:
+            outcome = pipeline.segment(config, listen=screen.listen, should_stop=should_stop)
+    finally:
+        screen.close()
+    if as_json:
+        print(json.dumps(_as_json(outcome)))
+    elif outcome.state == "planned":
+        _print_plan(outcome, dest)
+    else:
+        _print_outcome(outcome, dest)
+    if outcome.state == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if outcome.state == "canary_failed" or outcome.error_rate > max_error_rate:
+        raise typer.Exit(TOO_MANY_ERRORS)
+
+
+def _as_json(outcome: Any) -> dict[str, Any]:
+    body = outcome.model_dump(mode="json", exclude={"work", "estimate", "shards"})
+    if outcome.state == "planned":
+        body |= {"shards": outcome.shards, "work": outcome.work.model_dump(mode="json")}
+        body["estimate"] = outcome.estimate.model_dump(mode="json") if outcome.estimate else None
+    return dict(body)
+
+
+def _print_outcome(outcome: Any, dest: str) -> None:
+    out = _stdout()
+    if not outcome.runs:
+        out.print(
+            f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"
+        )
+        return
+    word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[
+        outcome.state
+    ]
+    out.print(
+        f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}"
+    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row(
+        "images",
+        f"{outcome.images} ({outcome.skipped} done before, {outcome.held} held, {outcome.duplicates} duplicates)",
+    )
+    table.add_row("rows", f"{outcome.ok} ok, {outcome.errors} errors{_kinds(outcome.errors_by_kind)}")
+    if outcome.instances:
+        table.add_row("instances", str(outcome.instances))
+    table.add_row("parts", f"{outcome.parts} files, {_size(outcome.parts_bytes)}")
+    if outcome.seconds:
+        table.add_row(
+            "speed",
+            f"{outcome.images_per_s:.1f} images/s, {outcome.megapixels_per_s:.1f} Mpixel/s, {outcome.seconds:.1f} s, "
+            f"model busy {outcome.model_busy_fraction:.0%}",
+        )
+    out.print(table)
+    if outcome.state == "interrupted":
+        out.print("the same command continues where this one stopped")
+
+
+def _print_plan(outcome: Any, dest: str) -> None:
+    work = outcome.work
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("images", f"{work.images} ({work.duplicates} duplicate URIs)")
+    table.add_row("done", str(work.done))
+    table.add_row("given up", f"{work.exhausted} (failed too often; --retry-errors takes them up)")
+    table.add_row("held", f"{work.held} by open runs")
+    for run_id, number in work.held_by.items():
+        table.add_row(
+            "", f"{number} by {run_id}: its own command continues it; maskmill runs abandon {dest} {run_id}"
+        )
+    table.add_row(
+        "left", f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
+    )
+    table.add_row(
+        "planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards"
+    )
+    if outcome.estimate:
+        estimate = outcome.estimate
+        table.add_row(
+            "estimate",
+            f"{estimate.seconds:.0f} s, {_size(estimate.output_bytes)} of Parquet, from {estimate.basis}",
+        )
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    """Wide where nobody looks, so that scripts and logs get one line a row."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    return " (" + ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ")" if kinds else ""
+
+
+def _size(size_bytes: int | None) -> str:
+    value = float(size_bytes or 0)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+@runs_app.command("list")
+def runs_list(
+    dest: str, dest_profile: DestProfile = None, as_json: Annotated[bool, typer.Option("--json")] = False
+) -> None:
+    """Every run of DEST, newest first; running ones too."""
+    rows = pipeline.list_runs(dest, profile=dest_profile)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("run", "state", "model", "version", "rows", "errors", "images/s", "held by", "source"):
+        table.add_column(column, no_wrap=column != "source", overflow="fold")
+    for row in rows:
+        speed = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
+        table.add_row(
+            row["run_id"], row["state"], row["model"], row["model_version"], f"{row['rows']}/{row['planned']}",
+            str(row["errors"]), speed, row["holder"] or "", escape(row["source"]),
+        )  # fmt: skip
+    _stdout().print(table)
+
+
+@runs_app.command("show")
+def runs_show(dest: str, run_id: str, dest_profile: DestProfile = None) -> None:
+    """One run whole, as JSON: settings, counts, devices, times, outcome."""
+    print(json.dumps(pipeline.show_run(dest, run_id, profile=dest_profile), indent=2))
+
+
+@runs_app.command("abandon")
+def runs_abandon(dest: str, run_id: str, dest_profile: DestProfile = None) -> None:
+    """Give an open run up. What it committed stays; its other images are free for the next run."""
+    row = pipeline.abandon_run(dest, run_id, profile=dest_profile)
+    print(f"run {row['run_id']} is {row['state']}: {row['rows']} of {row['planned']} rows are committed")
+
+
+@models_app.command("list")
+def models_list(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Models that a name can reach."""
+    lines = pipeline.models()
+    if as_json:
+        print(json.dumps([line._asdict() for line in lines]))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "version", "aliases", "file"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(line.name, line.version, ", ".join(line.aliases), escape(line.origin))
+    _stdout().print(table)
+
+
+@models_app.command("show")
+def models_show(reference: str) -> None:
+    """A model's card, as JSON."""
+    from pipeline.registry import resolve
+
+    model = resolve(reference)
+    body = {"version": model.version, "file": model.origin, "size_bytes": len(model.data)}
+    print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def query(
+    dest: str,
+    sql: str,
+    output: Annotated[
+        str, typer.Option("--format", help="table, csv, json or parquet (to stdout).")
+    ] = "table",
+    dest_profile: DestProfile = None,
+) -> None:
+    """Run SQL over the views segments, images, classes, instances, errors and runs of DEST."""
+    import duckdb
+
+    if output not in ("table", "csv", "json", "parquet"):
+        raise UsageError(f"--format is {output!r}: give table, csv, json or parquet")
+    connection = pipeline.connect(dest, profile=dest_profile)
+    try:
+        relation = connection.sql(sql)
+        if relation is None:
+            return
+        if output == "table":
+            _print_rows(relation)
+        else:
+            _write_rows(relation.to_arrow_table(), output)
+    except duckdb.Error as error:
+        raise UsageError(f"the query failed: {error}") from error
+
+
+def _print_rows(relation: Any) -> None:
+    limit = 1000
+    rows = relation.limit(limit + 1).fetchall()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in relation.columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows[:limit]:
+        table.add_row(*(escape(_cell(value)) for value in row))
+    console = _stdout()
+    console.print(table)
+    console.print(
+        f"({limit} rows of more shown)" if len(rows) > limit else f"({len(rows)} rows)", style="dim"
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else str(value)
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _write_rows(table: Any, output: str) -> None:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    if output == "csv":
+        pyarrow.csv.write_csv(table, sys.stdout.buffer)
+    elif output == "parquet":
+        pyarrow.parquet.write_table(table, sys.stdout.buffer)
+    else:
+        print(json.dumps(table.to_pylist(), default=_json_value))
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, bytes):
+        import base64
+
+        return base64.b64encode(value).decode()
+    return str(value)
+
+
+def main() -> None:
+    """The entry point: errors become one sentence and an exit status, never a traceback (MASKMILL_DEBUG=1 shows it)."""
+    level = logging.DEBUG if os.environ.get("MASKMILL_DEBUG") else logging.ERROR
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    console = Console(stderr=True, highlight=False)
+    try:
+        app(standalone_mode=False)
+        status = OK
+    except typer.Exit as done:
+        status = done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except ValidationError as error:
+        first = error.errors()[0]
+        console.print(f"[red]error:[/] {escape('.'.join(map(str, first['loc'])))}: {escape(first['msg'])}")
+        status = USAGE
+    except UsageError as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        status = USAGE
+    except MaskmillError as error:
+        console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
+        status = INFRASTRUCTURE
+    except Exception as error:  # the last boundary: a person sees a sentence
+        status = _last_words(error, console)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _last_words(error: Exception, console: Console) -> int:
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return USAGE
+    if os.environ.get("MASKMILL_DEBUG"):
+        raise error
+    kind = InfrastructureError.__name__ if isinstance(error, OSError) else type(error).__name__
+    console.print(
+        f"[red]failed:[/] {escape(kind)}: {escape(str(error))} (MASKMILL_DEBUG=1 shows where)", soft_wrap=True
+    )
+    return INFRASTRUCTURE
+
+
+if __name__ == "__main__":
+    main()

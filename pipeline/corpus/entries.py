@@ -1,0 +1,186 @@
+"""Files that name images one by one: Parquet, CSV, JSON Lines and plain text, read in batches.
+Must not know: listing, HEAD requests, or what becomes of the rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from pipeline.errors import UsageError
+from pipeline.storage import LISTING_SCHEMA, Storage, join_uri, local_path, uri_scheme
+
+ENTRY_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
+URI_COLUMNS = ("uri", "image_uri", "path", "url")
+_ROWS_PER_BATCH = 50_000
+_ABSOLUTE = r"\A[A-Za-z][A-Za-z0-9+.\-]*://"
+_UNTIDY = r"(?:\A|/)\.{0,2}(?:/|\z)"
+_TEXT_COLUMNS = {**dict.fromkeys(URI_COLUMNS, pa.string()), "etag": pa.string(), "modified": pa.string()}
+
+
+def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
+    """The rows of the manifest file `uri`, as batches of LISTING_SCHEMA in the file's order.
+
+    Entries without a scheme are paths: relative ones lie beside the manifest. Everything else is taken raw,
+    never percent-decoded. An etag, size or time that the file does not give is null; etags lose their quotes
+    and `W/`.
+    Raises UsageError for a file that cannot be read as what its suffix says, that has no column for the URI,
+    or in which a row has none. Local files are read piece by piece; remote ones are fetched whole first.
+    """
+    folder = uri.rpartition("/")[0]
+    row = 0
+    try:
+        with open_bytes(uri, storage) as stream:
+            for batch in _READERS[_suffix(uri)](stream):
+                columns = {name: batch.column(name) for name in batch.schema.names}
+                rows = _rows(columns, folder)
+                missing = pc.index(rows.column("uri"), "").as_py()
+                if missing >= 0:
+                    raise UsageError(
+                        f"the manifest {uri!r} has no URI in row {row + missing + 1}; remove that row"
+                    )
+                row += batch.num_rows
+                yield rows
+    except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, _EntryError) as error:
+        text = str(error).partition("\n")[0]
+        raise UsageError(f"the manifest {uri!r} cannot be read near row {row + 1}: {text}") from error
+
+
+def open_bytes(uri: str, storage: Storage) -> pa.NativeFile:
+    """The bytes of `uri` as a random access file; a local file is not held in memory."""
+    if uri_scheme(uri) == "file":
+        return pa.OSFile(local_path(uri), "rb")
+    return pa.BufferReader(storage.get(uri).data)
+
+
+def as_listing(
+    uris: pa.Array, etags: pa.Array | None, sizes: pa.Array | None, modified: pa.Array | None
+) -> pa.RecordBatch:
+    """One batch of LISTING_SCHEMA from columns of whatever types a file had; None becomes nulls.
+
+    Raises ArrowInvalid where a value cannot be cast. Times without a zone are taken as UTC.
+    """
+    nulls = pa.nulls(len(uris))
+    etag = (etags if etags is not None else nulls).cast(pa.string())
+    etag = pc.utf8_trim(pc.replace_substring_regex(etag, r"\AW/", ""), characters='"')
+    moment = modified if modified is not None else nulls
+    if pa.types.is_string(moment.type) or pa.types.is_large_string(moment.type):
+        zoned = pc.match_substring_regex(moment, r"(?:Z|[+-]\d\d:?\d\d)\z")
+        moment = pc.if_else(zoned, moment, pc.binary_join_element_wise(moment, "Z", ""))
+    elif pa.types.is_timestamp(moment.type) and moment.type.tz is None:
+        moment = moment.cast(pa.timestamp("us"), safe=False)
+    size = sizes if sizes is not None else nulls
+    columns = [
+        pc.fill_null(uris.cast(pa.string()), ""),
+        etag,
+        size.cast(pa.int64()),
+        moment.cast(pa.timestamp("us", "UTC"), safe=False),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
+
+
+class _EntryError(ValueError):
+    """A file that is well formed and not a manifest."""
+
+
+def _rows(columns: dict[str, pa.Array], folder: str) -> pa.RecordBatch:
+    found = [columns[name].cast(pa.string()) for name in URI_COLUMNS if name in columns]
+    if not found:
+        raise _EntryError(f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(columns)}")
+    uris = _absolute(pc.fill_null(pc.coalesce(*found), ""), folder)
+    return as_listing(uris, columns.get("etag"), columns.get("size_bytes"), columns.get("modified"))
+
+
+def _absolute(entries: pa.Array, folder: str) -> pa.Array:
+    """Entries as absolute URIs; empty ones stay empty."""
+    entries = pc.replace_substring_regex(entries, r"\Afile:/([^/])", r"file:///\1")
+    has_scheme = pc.or_(pc.match_substring_regex(entries, _ABSOLUTE), pc.equal(entries, ""))
+    if pc.all(has_scheme).as_py():
+        return entries
+    is_untidy = pc.and_(pc.invert(has_scheme), pc.match_substring_regex(entries, _UNTIDY))
+    rooted = pc.starts_with(entries, "/")
+    joined = pc.if_else(
+        rooted,
+        pc.binary_join_element_wise("file://", entries, ""),
+        pc.binary_join_element_wise(join_uri(folder, ""), entries, ""),
+    )
+    uris = pc.if_else(has_scheme, entries, joined)
+    untidy = pc.and_(is_untidy, pc.match_substring_regex(uris, _ABSOLUTE))
+    if not pc.any(untidy).as_py():
+        return uris
+    tidied = pa.array([_tidy(text) for text in pc.filter(uris, untidy).to_pylist()], pa.string())
+    return pc.replace_with_mask(uris, untidy, tidied)
+
+
+def _tidy(uri: str) -> str:
+    """Without `.`, `..` and empty segments, as a path on a disk would be resolved."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{posixpath.normpath(rest)}"
+
+
+def _suffix(uri: str) -> str:
+    return posixpath.splitext(uri)[1].lower()
+
+
+def _read_parquet(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(stream)
+    wanted = [n for n in file.schema_arrow.names if n in _TEXT_COLUMNS or n == "size_bytes"]
+    if not wanted:
+        raise _EntryError(
+            f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(file.schema_arrow.names)}"
+        )
+    yield from file.iter_batches(_ROWS_PER_BATCH, columns=wanted)
+
+
+def _read_csv(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    names = pacsv.open_csv(stream, parse_options=parse).schema.names
+    wanted = [name for name in names if name in _TEXT_COLUMNS or name == "size_bytes"]
+    if not set(wanted) & set(URI_COLUMNS):
+        raise _EntryError(f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(names)}")
+    stream.seek(0)
+    convert = pacsv.ConvertOptions(
+        column_types=_TEXT_COLUMNS | {"size_bytes": pa.int64()},
+        include_columns=wanted,
+        null_values=[""],
+        strings_can_be_null=True,
+    )
+    yield from pacsv.open_csv(stream, parse_options=parse, convert_options=convert)
+
+
+def _read_jsonl(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    first = re.search(rb"\S", stream.read(4096))
+    stream.seek(0)
+    if first is None:
+        return
+    if first[0] == b"{":
+        schema = pa.schema([*_TEXT_COLUMNS.items(), ("size_bytes", pa.int64())])
+        parse = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        yield from pajson.open_json(stream, parse_options=parse)
+        return
+    lines = (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if not line.isspace())
+    yield from _batches_of(lines)
+
+
+def _read_text(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    lines = (line.rstrip("\r\n") for line in io.TextIOWrapper(stream, "utf-8-sig", newline="\n"))
+    yield from _batches_of(line for line in lines if line.strip() and not line.startswith("# "))
+
+
+def _batches_of(uris: Iterable[object]) -> Iterator[pa.RecordBatch]:
+    source = iter(uris)
+    while chunk := list(islice(source, _ROWS_PER_BATCH)):
+        yield pa.record_batch({"uri": pa.array(chunk, pa.string())})
+
+
+_READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_text}

@@ -1,0 +1,287 @@
+"""What a run is asked to process: SOURCE to one Parquet file of image references.
+Must not know: pixels, models, runs, or which images are done already.
+
+Rows flow from the listing or the manifest file to the Parquet file in Arrow batches; memory does not grow
+with the corpus.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import DEFAULT_SUFFIXES
+from pipeline.corpus.entries import ENTRY_SUFFIXES, read_entries
+from pipeline.corpus.inventory import read_inventory
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import (
+    LISTING_SCHEMA,
+    ObjectInfo,
+    Storage,
+    local_path,
+    normalize_uri,
+    open_storage,
+    uri_scheme,
+)
+
+MANIFEST_SCHEMA = LISTING_SCHEMA
+
+_ROWS_PER_GROUP = 100_000
+_HEAD_THREADS = 32
+_GLOB = re.compile(r"[*?\[]")
+
+
+class Corpus(NamedTuple):
+    """The corpus at one moment.
+
+    `path`: a local Parquet file of MANIFEST_SCHEMA with `rows` rows, which may repeat a URI. `full_listing`:
+    whether it holds all that SOURCE held just then (a folder, a prefix, a glob), rather than what somebody
+    wrote down (a manifest, an inventory, one file). `source`: SOURCE as an absolute URI.
+    """
+
+    path: Path
+    rows: int
+    full_listing: bool
+    source: str
+
+
+def read_source(
+    source: str,
+    *,
+    scratch: Path,
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    profile: str | None = None,
+    head_threads: int = _HEAD_THREADS,
+) -> Corpus:
+    """List or read SOURCE into a new Parquet file in the folder `scratch`, which is made where it is missing.
+
+    SOURCE is a folder or URL prefix (recursive), a glob (`*`, `?`, `[a-z]`, and `**` for any number of
+    folders), one file, a manifest of URIs (.parquet, .csv, .jsonl, .txt), or the manifest.json of an S3
+    Inventory. What exists under the literal name wins over a glob. Listings, globs and inventories give names
+    that end in one of `suffixes` (whatever the case; a glob that ends in a suffix of its own gives those) and
+    in which no part below the folder begins with a dot. A URI that a manifest names always has its row.
+
+    Rows for which no etag is known are filled by a HEAD each, `head_threads` at a time; where the image is
+    missing or denied the etag is "" and the size null.
+
+    Raises UsageError where SOURCE does not exist, cannot be understood, or gives no rows; StorageError where
+    the store fails. Changes nothing but `scratch`; safe to retry.
+    """
+    if not source.strip():
+        raise UsageError("SOURCE is empty: give a folder, a URL, a glob, or a manifest of URIs")
+    uri = normalize_uri(source)
+    if uri_scheme(uri) == "file":
+        uri = normalize_uri(local_path(uri))
+    storage = open_storage(uri, profile=profile)
+    batches, full_listing, hint = _batches(uri, storage, tuple(s.lower() for s in suffixes), profile)
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / f"corpus-{uuid.uuid4().hex}.parquet"
+    try:
+        with _EtagFiller(profile, head_threads) as filler:
+            rows = _write(path, (filler.fill(batch) for batch in batches))
+        if rows == 0:
+            raise UsageError(hint)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return Corpus(path, rows, full_listing, uri)
+
+
+def _batches(
+    uri: str, storage: Storage, suffixes: tuple[str, ...], profile: str | None
+) -> tuple[Iterable[pa.RecordBatch], bool, str]:
+    """(rows, whether they are a full listing, what to say where there are none)."""
+    empty = f"the manifest {uri!r} names no images"
+    no_images = f"no images in {uri!r}: no name in it ends in {' '.join(suffixes)}"
+    found = _find(uri, storage)
+    if found == "folder":
+        return _listing(uri, storage, None, suffixes), True, no_images
+    if found is not None:
+        if uri.lower().endswith(ENTRY_SUFFIXES):
+            return read_entries(uri, storage), False, empty
+        if uri.lower().endswith(".json"):
+            rows = read_inventory(uri, storage, profile=profile)
+            return (_images(batch, "", suffixes) for batch in rows), False, empty
+        return [_one_row(uri, found)], False, empty
+    if _GLOB.search(uri):
+        base, pattern = _split_glob(uri)
+        if re.search(r"\.\w+\Z", pattern):
+            suffixes = ()
+        return _listing(base, storage, pattern, suffixes), True, f"no images match {uri!r}"
+    raise UsageError(f"{uri!r} does not exist, or holds nothing")
+
+
+def _find(uri: str, storage: Storage) -> ObjectInfo | str | None:
+    """What has this literal name: an object's info, "folder", or None."""
+    if uri_scheme(uri) == "file":
+        if os.path.isdir(local_path(uri)):
+            return "folder"
+        return _head(uri, storage)
+    has_key = "/" in uri.partition("://")[2].rstrip("/")
+    if has_key and not uri.endswith("/") and (info := _head(uri, storage)) is not None:
+        return info
+    if uri_scheme(uri) in ("http", "https"):
+        return None
+    try:
+        return "folder" if next(iter(storage.list(uri, parallel=1)), None) is not None else None
+    except StorageError as error:
+        if error.kind != "missing":
+            raise
+        return None
+
+
+def _head(uri: str, storage: Storage) -> ObjectInfo | None:
+    """None for what is missing, and for what S3 calls denied because the name may not be listed."""
+    try:
+        return storage.head(uri)
+    except StorageError as error:
+        if error.kind == "missing" or (error.kind == "denied" and uri_scheme(uri) == "s3"):
+            return None
+        raise
+
+
+def _listing(
+    folder: str, storage: Storage, pattern: str | None, suffixes: tuple[str, ...]
+) -> Iterator[pa.RecordBatch]:
+    prefix = folder if folder.endswith("/") else folder + "/"
+    try:
+        for batch in storage.list(folder):
+            yield _images(batch, prefix, suffixes, pattern)
+    except StorageError as error:
+        if error.kind != "missing":
+            raise
+        raise UsageError(f"the folder {folder!r} does not exist") from error
+
+
+def _images(
+    batch: pa.RecordBatch, prefix: str, suffixes: tuple[str, ...], pattern: str | None = None
+) -> pa.RecordBatch:
+    """The rows whose name counts as an image's, is not hidden below `prefix`, and matches the glob
+    `pattern`."""
+    uris = batch.column("uri")
+    names = pc.utf8_slice_codeunits(uris, len(prefix))
+    keep = pc.starts_with(uris, prefix)
+    if suffixes:
+        ending = "(?:" + "|".join(re.escape(suffix) for suffix in suffixes) + r")\z"
+        keep = pc.and_(keep, pc.match_substring_regex(uris, ending, ignore_case=True))
+    if pattern is not None:
+        keep = pc.and_(keep, pc.match_substring_regex(names, _regex(pattern)))
+    if pattern is None or not re.search(r"(?:\A|/)\.", pattern):
+        keep = pc.and_(keep, pc.invert(pc.match_substring_regex(names, r"(?:\A|/)\.")))
+    return batch.filter(keep)
+
+
+def _split_glob(uri: str) -> tuple[str, str]:
+    """The folder above the first wild card, and the pattern below it."""
+    match = _GLOB.search(uri)
+    at = uri.rfind("/", 0, match.start() if match else None)
+    base = uri[:at]
+    if base.endswith("/") or base.endswith(":"):
+        if uri_scheme(uri) != "file":
+            raise UsageError(f"{uri!r} has a wild card in the name of the bucket: name one bucket")
+        base = "file:///"
+    return base, uri[at + 1 :]
+
+
+def _regex(pattern: str) -> str:
+    """A glob as an RE2 expression for the whole name. `*` and `?` stop at a slash; `**/` is any folders, or
+    none."""
+    out, at = r"(?s)\A", 0
+    while at < len(pattern):
+        if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
+            out, at = out + "(?:.*/)?", at + 3
+            continue
+        if pattern.startswith("**", at):
+            out, at = out + ".*", at + 2
+            continue
+        character = pattern[at]
+        close = pattern.find("]", at + 2) if character == "[" else -1
+        if close > 0:
+            inside = pattern[at + 1 : close].replace("\\", r"\\").replace("[", r"\[").replace("]", r"\]")
+            inside = "^/" + inside[1:] if inside[0] in "!^" else inside
+            out, at = out + f"[{inside}]", close + 1
+            continue
+        out += {"*": "[^/]*", "?": "[^/]"}.get(character) or re.escape(character)
+        at += 1
+    return out + r"\z"
+
+
+def _one_row(uri: str, info: ObjectInfo | str) -> pa.RecordBatch:
+    assert isinstance(info, ObjectInfo)
+    size = info.size_bytes if info.size_bytes >= 0 else None
+    columns = {"uri": [uri], "etag": [info.etag], "size_bytes": [size], "modified": [info.modified]}
+    return pa.RecordBatch.from_pydict(columns, schema=MANIFEST_SCHEMA)
+
+
+def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
+    rows, waiting, waiting_rows = 0, [], 0
+    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+        for batch in batches:
+            waiting.append(batch)
+            waiting_rows += batch.num_rows
+            if waiting_rows >= _ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_batches(waiting, MANIFEST_SCHEMA))
+                rows, waiting, waiting_rows = rows + waiting_rows, [], 0
+        if waiting_rows:
+            writer.write_table(pa.Table.from_batches(waiting, MANIFEST_SCHEMA))
+    return rows + waiting_rows
+
+
+class _EtagFiller:
+    """Asks the stores for the etags that a batch does not hold. A context manager: it owns threads."""
+
+    def __init__(self, profile: str | None, threads: int) -> None:
+        self._profile = profile
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="head")
+        self._storages: dict[str, Storage] = {}
+
+    def __enter__(self) -> _EtagFiller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch with no null etag; sizes and times of the rows that were asked for come from the store
+        too."""
+        unknown = pc.equal(pc.fill_null(batch.column("etag"), ""), "")
+        if batch.num_rows == 0 or not pc.any(unknown).as_py():
+            return batch
+        uris = pc.filter(batch.column("uri"), unknown).to_pylist()
+        for uri in uris:
+            self._open(uri)
+        answers = list(self._pool.map(self._info, uris))
+        replaced = {
+            "etag": [info.etag if info else "" for info in answers],
+            "size_bytes": [info.size_bytes if info and info.size_bytes >= 0 else None for info in answers],
+            "modified": [info.modified if info else None for info in answers],
+        }
+        columns = [batch.column("uri")]
+        for field in list(MANIFEST_SCHEMA)[1:]:
+            values = pa.array(replaced[field.name], field.type)
+            columns.append(pc.replace_with_mask(batch.column(field.name), unknown, values))
+        return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
+
+    def _open(self, uri: str) -> Storage:
+        scheme, _, rest = uri.partition("://")
+        root = "file:///" if scheme == "file" else f"{scheme}://{rest.partition('/')[0]}"
+        if root not in self._storages:
+            self._storages[root] = open_storage(root, profile=self._profile)
+        return self._storages[root]
+
+    def _info(self, uri: str) -> ObjectInfo | None:
+        try:
+            return self._open(uri).head(uri)
+        except StorageError as error:
+            if error.kind == "fetch_failed":
+                raise
+            return None

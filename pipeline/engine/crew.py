@@ -1,0 +1,273 @@
+"""Where workers live: in this process, in processes of this machine. Owns: starting them, calling them, noticing their death.
+Must not know: shards' order, retries, Ray (`ray_crew` is the same thing on a cluster).
+
+A call is answered by a future. A worker that dies fails all its calls with WorkerDiedError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Protocol
+
+from pipeline.engine.stream import StreamCounts
+from pipeline.engine.worker import Device, Receipt, ShardTask, Worker, WorkerSpec, describe_device
+from pipeline.errors import InfrastructureError
+
+log = logging.getLogger(__name__)
+
+_METHODS = frozenset({"describe", "load", "run", "counts"})
+_CALLS_AT_ONCE = 8
+
+
+class WorkerDiedError(InfrastructureError):
+    """A worker's process is gone. What it had not committed is to be done again."""
+
+
+class Member(Protocol):
+    """One worker, wherever it is. `call` never blocks and never raises: the future carries the outcome."""
+
+    def call(self, method: str, *args: Any) -> Future[Any]: ...
+    def stop(self) -> None: ...
+
+
+class Crew(Protocol):
+    """A place where workers can be started."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def default_actors(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def has_gpus(self) -> bool: ...
+    def start(self) -> Member: ...
+    def share(self, model: bytes) -> Any: ...
+    def close(self) -> None: ...
+
+
+class Host:
+    """What runs in a worker's process, whatever started it. Methods may be called from several threads."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def describe(self) -> Device:
+        """The device of this process."""
+        return describe_device()
+
+    def load(self, spec: WorkerSpec, model: bytes) -> None:
+        """Makes the Segmenter and its stream, in place of those of an earlier run."""
+        self.close()
+        self._worker = Worker(spec, model)
+
+    def run(self, task: ShardTask) -> Receipt:
+        """See Worker.run."""
+        if self._worker is None:
+            raise InfrastructureError("a worker was given a shard before its model")
+        return self._worker.run(task)
+
+    def counts(self) -> StreamCounts:
+        """Zeroes until a model is there."""
+        return self._worker.counts() if self._worker else StreamCounts(0, 0, 0.0, 0.0)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        if self._worker:
+            self._worker.close()
+
+
+class InlineMember:
+    """A worker in this very process: for stores that no other process can see, and for tests."""
+
+    def __init__(self, host: Host | None = None) -> None:
+        self._host = host or Host()
+        self._pool = ThreadPoolExecutor(_CALLS_AT_ONCE, "worker")
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return self._pool.submit(getattr(self._host, method), *args)
+
+    def stop(self) -> None:
+        self._host.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class InlineCrew:
+    """Workers in this process: no isolation from an image that kills it."""
+
+    label = "in this process"
+    default_actors = 1
+
+    def __init__(self, *, actors: int = 1, threads: int | None = None) -> None:
+        self.has_gpus = gpu_count() > 0
+        self.threads = threads or max(1, cores() // actors)
+        self._members: list[InlineMember] = []
+
+    def start(self) -> InlineMember:
+        member = InlineMember()
+        self._members.append(member)
+        return member
+
+    def share(self, model: bytes) -> bytes:
+        return model
+
+    def close(self) -> None:
+        for member in self._members:
+            member.stop()
+
+
+class ProcessMember:
+    """A worker in a process of its own, at the other end of a socket pair. When the parent dies, the child sees the end and exits."""
+
+    def __init__(self) -> None:
+        mine, theirs = Pipe(duplex=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.engine.crew", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+        theirs.close()
+        self._connection = mine
+        self._calls: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._dead = False
+        threading.Thread(target=self._listen, name="worker-replies", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._dead:
+                future.set_exception(WorkerDiedError("the worker process is gone"))
+                return future
+            number = next(self._numbers)
+            self._calls[number] = future
+            try:
+                self._connection.send((number, method, args))
+            except OSError:
+                del self._calls[number]
+                future.set_exception(WorkerDiedError("the worker process is gone"))
+        return future
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                number, answer, error = self._connection.recv()
+            except (EOFError, OSError):
+                break
+            with self._lock:
+                future = self._calls.pop(number)
+            if error is None:
+                future.set_result(answer)
+            else:
+                future.set_exception(error)
+        self._process.wait()
+        code = self._process.returncode
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        with self._lock:
+            self._dead = True
+            lost, self._calls = list(self._calls.values()), {}
+        for future in lost:
+            future.set_exception(WorkerDiedError(f"the worker process {self.pid} ended by {reason}"))
+
+
+class LocalCrew:
+    """Workers in processes of this machine. An image that kills its process kills only that."""
+
+    label = "local processes"
+    default_actors = 1
+
+    def __init__(self, *, actors: int = 1, threads: int | None = None) -> None:
+        self.has_gpus = gpu_count() > 0
+        self.threads = threads or max(1, cores() // actors)
+        self._members: list[ProcessMember] = []
+
+    def start(self) -> ProcessMember:
+        member = ProcessMember()
+        self._members.append(member)
+        return member
+
+    def share(self, model: bytes) -> bytes:
+        return model
+
+    def close(self) -> None:
+        for member in self._members:
+            member.stop()
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs of this machine, asked of the driver without loading CUDA into this process."""
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return 0
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def serve(connection: Connection, host: Host) -> None:
+    """Answers calls until the other end is gone, then ends the process at once: nobody is left to commit for."""
+    sending = threading.Lock()
+
+    def answer(number: int, method: str, args: tuple[Any, ...]) -> None:
+        reply: tuple[int, Any, BaseException | None]
+        try:
+            bound: Callable[..., Any] = getattr(host, method)
+            reply = (number, bound(*args), None)
+        except Exception as error:  # noqa: BLE001 - the per-actor boundary: the caller gets it
+            reply = (number, None, _portable(error))
+        with sending, contextlib.suppress(OSError):
+            connection.send(reply)
+
+    with ThreadPoolExecutor(_CALLS_AT_ONCE, "call") as pool:
+        while True:
+            try:
+                number, method, args = connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            if method in _METHODS:
+                pool.submit(answer, number, method, args)
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` itself where it survives the trip between processes, else its text."""
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - re-raised by the caller as text
+        return InfrastructureError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def main() -> None:
+    """Entry of a worker process: `python -m pipeline.engine.crew FD`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    serve(Connection(int(sys.argv[1])), Host())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The fleet: shards over workers until every shard is committed. Owns: who does what, retries, replacement, bisection.
+Must not know: where workers live (a Crew does), what a shard holds, leases, planning.
+
+A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died twice is
+set aside; at the end it is bisected by probes that write nothing, and then committed once, under its own name, with the images
+that kill as `crashed_worker` rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, NamedTuple
+
+from pipeline.engine.crew import Crew, Member, WorkerDiedError
+from pipeline.engine.stream import StreamCounts
+from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
+from pipeline.errors import InfrastructureError
+
+log = logging.getLogger(__name__)
+
+_IN_FLIGHT = 2
+_KILLS_TO_SET_ASIDE = 2
+_FAILED_STARTS = 5
+_BISECTIONS = 3
+_POLL_S = 0.25
+_NOTHING = StreamCounts(0, 0, 0.0, 0.0)
+
+
+class FleetProgress(NamedTuple):
+    """Where a fleet is. `rows` counts images of committed shards and those already done in shards under way."""
+
+    rows: int
+    errors: int
+    actors: int
+    busy_s: float
+    active_s: float
+
+
+class InterruptedFleetError(InfrastructureError):
+    """The fleet was asked to stop and has drained."""
+
+
+class _Seat:
+    """A place for one worker: starting, loading, or at work."""
+
+    def __init__(self, member: Member, device: Future[Device]) -> None:
+        self.member = member
+        self.starting: Future[Any] | None = device
+        self.device: Device | None = None
+        self.loaded = False
+        self.tasks: dict[Future[Receipt], ShardTask] = {}
+        self.counts = _NOTHING
+        self.counting: Future[StreamCounts] | None = None
+        self.committed_rows = 0
+
+
+class Fleet:
+    """Runs shards on up to `actors` workers of `crew`, using those that come (a cluster may grow while it works).
+
+    Not thread safe. `close` ends the workers; the crew's own end is the caller's.
+    """
+
+    def __init__(
+        self, crew: Crew, *, actors: int, should_stop: Callable[[], bool], drain_timeout_s: float = 30.0
+    ) -> None:
+        self._crew = crew
+        self._actors = actors
+        self._should_stop = should_stop
+        self._drain_timeout_s = drain_timeout_s
+        self._seats: list[_Seat] = []
+        self._spec: WorkerSpec | None = None
+        self._model: Any = None
+        self._failed_starts = 0
+        self._gone_busy_s = 0.0
+        self._gone_active_s = 0.0
+        self._committed_rows = 0
+        self._kills: dict[int, int] = {}
+        self._aside: list[ShardTask] = []
+        self.devices: list[Device] = []
+
+    def first_device(self) -> Device:
+        """Starts one worker and says what it runs on: what a run must know before it is frozen."""
+        self._seat_up_to(1)
+        seat = self._seats[0]
+        while True:
+            assert seat.starting is not None
+            wait([seat.starting], timeout=_POLL_S)
+            if seat.starting.done():
+                if seat.starting.exception() is None:
+                    return seat.starting.result()
+                self._died(seat, seat.starting.exception())
+                self._seat_up_to(1)
+                seat = self._seats[0]
+            if self._should_stop():
+                raise InterruptedFleetError("stopped before the first worker was up")
+
+    def load(self, spec: WorkerSpec, model: bytes) -> None:
+        """Tells which model to run and for which run; workers that are up load it again, others as they come."""
+        self._spec = spec
+        self._model = self._crew.share(model)
+        self._committed_rows = 0
+        self._kills.clear()
+        for seat in self._seats:
+            if seat.loaded:
+                self._gone_busy_s += seat.counts.busy_s
+                self._gone_active_s += seat.counts.active_s
+                seat.loaded, seat.counts, seat.counting, seat.committed_rows = False, _NOTHING, None, 0
+                seat.starting = seat.member.call("load", self._spec, self._model)
+
+    def run(
+        self,
+        tasks: Iterator[ShardTask],
+        *,
+        on_receipt: Callable[[Receipt], None],
+        on_progress: Callable[[FleetProgress], None],
+    ) -> None:
+        """Does all tasks. Raises InterruptedFleetError after draining, InfrastructureError where the world fails for good.
+
+        Safe to call again with the tasks that are left.
+        """
+        again: deque[ShardTask] = deque()
+        exhausted = False
+        stopping_since_s: float | None = None
+        told_s = 0.0
+        while True:
+            stopping = self._should_stop()
+            if stopping and stopping_since_s is None:
+                stopping_since_s = time.monotonic()
+                log.warning("stopping: shards in flight have %.0f s to finish", self._drain_timeout_s)
+            if not stopping:
+                exhausted = self._hand_out(tasks, again, exhausted)
+            working = any(seat.tasks for seat in self._seats)
+            if stopping and stopping_since_s is not None:
+                late = time.monotonic() - stopping_since_s > self._drain_timeout_s
+                if not working or late:
+                    raise InterruptedFleetError("stopped on request; what was committed is kept")
+            elif exhausted and not again and not working:
+                break
+            self._wait()
+            for seat in list(self._seats):
+                self._settle(seat, again, on_receipt)
+            if time.monotonic() - told_s > _POLL_S:
+                told_s = time.monotonic()
+                self._count()
+                on_progress(self.progress())
+        while self._aside:
+            on_receipt(self._commit_without_killers(self._aside.pop()))
+            on_progress(self.progress())
+
+    def progress(self) -> FleetProgress:
+        """A snapshot."""
+        under_way = sum(max(0, seat.counts.rows - seat.committed_rows) for seat in self._seats if seat.tasks)
+        return FleetProgress(
+            rows=self._committed_rows + under_way,
+            errors=sum(seat.counts.errors for seat in self._seats),
+            actors=sum(seat.loaded for seat in self._seats),
+            busy_s=self._gone_busy_s + sum(seat.counts.busy_s for seat in self._seats),
+            active_s=self._gone_active_s + sum(seat.counts.active_s for seat in self._seats),
+        )
+
+    def close(self) -> None:
+        """Ends all workers at once. Whatever they were about to commit is either there or not: both are fine."""
+        for seat in self._seats:
+            self._gone_busy_s += seat.counts.busy_s
+            self._gone_active_s += seat.counts.active_s
+            seat.member.stop()
+        self._seats = []
+
+    # ── one turn ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hand_out(self, tasks: Iterator[ShardTask], again: deque[ShardTask], exhausted: bool) -> bool:
+        """Gives tasks to workers with room, starting workers while there is work for them."""
+        self._seat_up_to(self._actors if not exhausted or again else 0)
+        for turn in range(_IN_FLIGHT):
+            for seat in self._seats:
+                if not seat.loaded or len(seat.tasks) > turn:
+                    continue
+                task = again.popleft() if again else next(tasks, None)
+                if task is None:
+                    return True
+                seat.tasks[seat.member.call("run", task)] = task
+        return exhausted
+
+    def _seat_up_to(self, count: int) -> None:
+        while len(self._seats) < count:
+            member = self._crew.start()
+            self._seats.append(_Seat(member, member.call("describe")))
+
+    def _wait(self) -> None:
+        futures: list[Future[Any]] = [seat.starting for seat in self._seats if seat.starting is not None]
+        for seat in self._seats:
+            futures.extend(seat.tasks)
+        if futures:
+            wait(futures, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+        else:
+            time.sleep(_POLL_S)
+
+    def _settle(self, seat: _Seat, again: deque[ShardTask], on_receipt: Callable[[Receipt], None]) -> None:
+        if seat.starting is not None and seat.starting.done():
+            self._started(seat)
+        for future in [future for future in seat.tasks if future.done()]:
+            error = future.exception()
+            if error is None:
+                del seat.tasks[future]
+                self._receive(seat, future.result())
+                on_receipt(future.result())
+            elif isinstance(error, WorkerDiedError):
+                lost = list(seat.tasks.values())
+                self._died(seat, error)
+                for task in lost:
+                    self._kills[task.ordinal] = self._kills.get(task.ordinal, 0) + 1
+                    if self._kills[task.ordinal] >= _KILLS_TO_SET_ASIDE:
+                        log.warning(
+                            "shard %d has seen two workers die: set aside to be bisected", task.ordinal
+                        )
+                        self._aside.append(task)
+                    else:
+                        again.append(task)
+                return
+            else:
+                raise error
+
+    def _started(self, seat: _Seat) -> None:
+        starting = seat.starting
+        assert starting is not None
+        error = starting.exception()
+        if error is not None:
+            self._died(seat, error)
+        elif seat.device is None:
+            seat.device = starting.result()
+            self.devices.append(seat.device)
+            seat.starting = seat.member.call("load", self._spec, self._model)
+        else:
+            seat.starting = None
+            seat.loaded = True
+            self._failed_starts = 0
+
+    def _receive(self, seat: _Seat, receipt: Receipt) -> None:
+        seat.counts = receipt.counts
+        seat.committed_rows += receipt.rows
+        self._committed_rows += receipt.rows
+
+    def _died(self, seat: _Seat, error: BaseException | None) -> None:
+        """Takes a dead worker's seat away. A worker that cannot even start is the world failing, after a few tries."""
+        log.warning("a worker is gone: %s", error)
+        self._seats.remove(seat)
+        self._gone_busy_s += seat.counts.busy_s
+        self._gone_active_s += seat.counts.active_s
+        seat.member.stop()
+        if not seat.loaded:
+            if not isinstance(error, WorkerDiedError):
+                assert error is not None
+                raise error
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                raise InfrastructureError(
+                    f"{_FAILED_STARTS} workers in a row died before they were ready; the last: {error}"
+                ) from error
+
+    def _count(self) -> None:
+        for seat in self._seats:
+            if seat.counting is not None and seat.counting.done():
+                if seat.counting.exception() is None and seat.counting.result().rows >= seat.counts.rows:
+                    seat.counts = seat.counting.result()
+                seat.counting = None
+            if seat.loaded and seat.counting is None and seat.tasks:
+                seat.counting = seat.member.call("counts")
+
+    # ── bisection ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _commit_without_killers(self, task: ShardTask) -> Receipt:
+        killers: set[int] = set(task.killers)
+        for _ in range(_BISECTIONS):
+            killers |= self._killers(task, killers)
+            receipt = self._alone(task._replace(killers=frozenset(killers)))
+            if receipt is not None:
+                return receipt
+        log.error(
+            "shard %d kills its workers in no single image: all its images are crashed_worker", task.ordinal
+        )
+        receipt = self._alone(task._replace(killers=frozenset(range(len(task.refs)))))
+        if receipt is None:
+            raise InfrastructureError(
+                f"shard {task.ordinal} kills its worker without any image: see the workers' log"
+            )
+        return receipt
+
+    def _killers(self, task: ShardTask, known: set[int]) -> set[int]:
+        """Positions of images in whose sole company a worker dies twice, found by halving."""
+        found: set[int] = set()
+        spans = [(0, len(task.refs))]
+        while spans:
+            start, stop = spans.pop()
+            if all(index in known for index in range(start, stop)):
+                continue
+            probe = task._replace(
+                refs=task.refs.slice(start, stop - start),
+                probe=True,
+                killers=frozenset(index - start for index in known if start <= index < stop),
+            )
+            if self._alone(probe) is not None:
+                continue
+            if stop - start > 1:
+                middle = (start + stop) // 2
+                spans += [(start, middle), (middle, stop)]
+            elif self._alone(probe) is None:
+                log.warning("image %r kills its worker", task.refs["uri"][start].as_py())
+                found.add(start)
+        return found
+
+    def _alone(self, task: ShardTask) -> Receipt | None:
+        """Runs one task with nothing beside it; None where the worker died."""
+        while True:
+            if self._should_stop():
+                raise InterruptedFleetError("stopped on request; what was committed is kept")
+            self._seat_up_to(1)
+            seat = next((seat for seat in self._seats if seat.loaded), None)
+            if seat is not None:
+                break
+            self._wait()
+            for waiting in list(self._seats):
+                if waiting.starting is not None and waiting.starting.done():
+                    self._started(waiting)
+        future = seat.member.call("run", task)
+        while not future.done():
+            wait([future], timeout=_POLL_S)
+            if self._should_stop():
+                raise InterruptedFleetError("stopped on request; what was committed is kept")
+        error = future.exception()
+        if isinstance(error, WorkerDiedError):
+            self._died(seat, error)
+            return None
+        receipt = future.result()
+        if not task.probe:
+            self._receive(seat, receipt)
+        return receipt

@@ -1,0 +1,142 @@
+"""Who works on a run now. Owns: `lease.json`, the heartbeat, the decision that a holder is dead.
+Must not know: what a run does. A lease saves double work, no more: what makes rows safe is that Parts are created once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import HeldError, StorageError
+from pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+def this_host() -> str:
+    """Names this process table: equal exactly where a process id means the same process."""
+    boot = _read("/proc/sys/kernel/random/boot_id") or "unknown"
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = "unknown"
+    return f"{socket.gethostname()}/{boot}/{namespace}"
+
+
+def process_start(pid: int) -> str | None:
+    """When `pid` began, in clock ticks since boot; None where no such process lives. Tells a process from its reused id."""
+    stat = _read(f"/proc/{pid}/stat")
+    if stat is None:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in {"Z", "X"} else fields[19]
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+class Lease:
+    """A lease on one run. A context manager: taken on entry, kept alive by a thread, given back on exit.
+
+    `superseded` is set when another driver has taken it: stop working then.
+    """
+
+    def __init__(self, storage: Storage, uri: str, *, ttl_s: float, wait: bool = False) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._ttl_s = ttl_s
+        self._wait = wait
+        self._holder = uuid.uuid4().hex
+        self._beat = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.superseded = threading.Event()
+
+    def __enter__(self) -> Lease:
+        """Raises HeldError where a live driver holds the run (unless `wait`), StorageError where the store fails."""
+        while True:
+            self._outlive_holder()
+            self._write()
+            time.sleep(min(0.2, self._ttl_s / 10))
+            if self._read().get("holder") == self._holder:
+                break
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        with contextlib.suppress(StorageError):
+            if self._read().get("holder") == self._holder:
+                self._storage.delete(self._uri)
+
+    def _outlive_holder(self) -> None:
+        """Returns once nobody holds the run. A holder is dead when its process is gone, or its lease stands still for a TTL."""
+        seen = self._read()
+        since_s = time.monotonic()
+        while seen:
+            if seen.get("host") == this_host() and process_start(int(seen.get("pid", -1))) != seen.get(
+                "started"
+            ):
+                return
+            if time.monotonic() - since_s > self._ttl_s:
+                return
+            time.sleep(min(0.5, self._ttl_s / 10))
+            now = self._read()
+            if now != seen:
+                if now and not self._wait:
+                    raise HeldError(
+                        f"the run is being worked on by process {now.get('pid')} on {str(now.get('host')).split('/')[0]}: "
+                        "wait for it, or give --wait"
+                    )
+                seen, since_s = now, time.monotonic()
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._ttl_s / 4):
+            try:
+                now = self._read()
+                if now and now.get("holder") != self._holder:
+                    log.warning("another driver has taken over this run (process %s)", now.get("pid"))
+                    self.superseded.set()
+                    return
+                self._write()
+            except StorageError as error:
+                log.warning("the lease could not be renewed: %s", error)
+
+    def _write(self) -> None:
+        self._beat += 1
+        pid = os.getpid()
+        body = {
+            "holder": self._holder, "beat": self._beat, "host": this_host(), "pid": pid,
+            "started": process_start(pid), "at": time.time(), "ttl_s": self._ttl_s,
+        }  # fmt: skip
+        self._storage.put(self._uri, json.dumps(body).encode())
+
+    def _read(self) -> dict[str, Any]:
+        return read_lease(self._storage, self._uri)
+
+
+def read_lease(storage: Storage, uri: str) -> dict[str, Any]:
+    """The lease at `uri`, {} where nobody holds one."""
+    try:
+        return dict(json.loads(storage.get(uri).data))
+    except StorageError as error:
+        if error.kind == "missing":
+            return {}
+        raise
+    except ValueError:
+        return {}

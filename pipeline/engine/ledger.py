@@ -1,0 +1,290 @@
+"""Runs as DEST remembers them. Owns: `DEST/runs/`: the frozen plan, the log that orders plans, the record that closes a run.
+Must not know: how a run's work is done.
+
+    runs/_log/<n>.json            create-only; its existence makes plan n real (and orders all plans)
+    runs/<run_id>/manifest.parquet    the frozen list, create-only
+    runs/<run_id>/plan.json           the frozen settings, create-only
+    runs/<run_id>/lease.json          who works on it now (overwritten)
+    runs/<run_id>/progress.json       how far it is (overwritten, for people)
+    runs/<run_id>/run.json            the outcome, create-only; its existence closes the run
+
+Nothing that decides anything is ever overwritten, so a driver that wakes up late can neither reopen nor rewrite a run.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config import Precision, PrecisionChoice
+from pipeline.errors import InfrastructureError, StorageError, UsageError
+from pipeline.storage import Storage, join_uri
+from pipeline.table.schema import PartPlace, parse_part_name, part_name
+
+
+_T = TypeVar("_T", bound=BaseModel)
+
+
+class Command(BaseModel):
+    """What makes two commands the same command: an open run is continued by its own command only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    model_version: str
+    precision: PrecisionChoice
+    suffixes: tuple[str, ...]
+    max_pixels: int
+    limit: int | None
+    retry_errors: bool
+    force: bool
+
+
+class WorkCounts(BaseModel):
+    """How the images of SOURCE divide. `images` = `done` + `exhausted` + `held` + `left`; `left` = new + changed + failed_before.
+
+    `planned` is `left` cut to the limit. `held_by` names the open runs that hold images back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = 0
+    duplicates: int = 0
+    done: int = 0
+    exhausted: int = 0
+    held: int = 0
+    held_by: dict[str, int] = {}
+    left: int = 0
+    new: int = 0
+    changed: int = 0
+    failed_before: int = 0
+    planned: int = 0
+    planned_bytes: int = 0
+
+
+class Plan(BaseModel):
+    """A run, frozen: everything that decides what its rows will be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    sequence: int
+    created_at: dt.datetime
+    run_date: dt.date
+    dest: str
+    command: Command
+    model_name: str
+    model_version: str
+    card: dict[str, Any]
+    settings: dict[str, Any]
+    settings_digest: str
+    precision: Precision
+    batch_size: int
+    batch_pixels: int
+    threads: int
+    shard_size: int
+    canary: int
+    counts: WorkCounts
+    code_digest: str
+
+    @property
+    def place(self) -> PartPlace:
+        """Where this run's Parts lie."""
+        return PartPlace(self.model_name, self.model_version, self.run_date)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and last-plus-one row of every shard, by ordinal. Canary shards come first and end exactly at the canary."""
+        cuts = list(range(0, self.canary, self.shard_size)) + list(
+            range(self.canary, self.counts.planned, self.shard_size)
+        )
+        return list(zip(cuts, [*cuts[1:], self.counts.planned], strict=True))
+
+    def part_uri(self, ordinal: int) -> str:
+        """The one place where shard `ordinal` can be committed."""
+        return join_uri(self.dest, self.place.folder(), part_name(self.run_id, ordinal))
+
+
+class RunRecord(BaseModel):
+    """`run.json`: the plan and what became of it. Counts come from the Parts themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: Literal["done", "abandoned"]
+    closed_at: dt.datetime
+    plan: Plan
+    ok: int
+    errors: int
+    errors_by_kind: dict[str, int]
+    parts: int
+    parts_bytes: int
+    instances: int
+    megapixels: float
+    stage_ms: dict[str, float]
+    seconds: float
+    images_per_s: float
+    megapixels_per_s: float
+    model_busy_fraction: float
+    workers: list[dict[str, Any]]
+
+
+class RunEntry(NamedTuple):
+    """A run as a listing of DEST/runs shows it."""
+
+    run_id: str
+    closed: bool
+
+
+def new_run_id(now: dt.datetime) -> str:
+    """Sortable by time, unique by 24 random bits besides."""
+    return f"{now.astimezone(dt.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+class Ledger:
+    """DEST/runs. All methods raise StorageError where the store does."""
+
+    def __init__(self, storage: Storage, dest: str) -> None:
+        self.storage = storage
+        self.dest = dest
+
+    def uri(self, run_id: str, name: str) -> str:
+        """A file of a run."""
+        return join_uri(self.dest, "runs", run_id, name)
+
+    def entries(self) -> list[RunEntry]:
+        """Every run that has a plan, oldest first: one LIST."""
+        files: dict[str, set[str]] = {}
+        for uri in self._names(join_uri(self.dest, "runs")):
+            run_id, _, name = uri.rpartition("/")
+            files.setdefault(run_id.rpartition("/")[2], set()).add(name)
+        return [
+            RunEntry(run_id, "run.json" in names)
+            for run_id, names in sorted(files.items())
+            if "plan.json" in names
+        ]
+
+    def open_plans(self) -> list[Plan]:
+        """The plans of all open runs, oldest first. A plan whose log entry names another run never began, and is left out."""
+        plans = [self.plan(entry.run_id) for entry in self.entries() if not entry.closed]
+        return [plan for plan in plans if self._logged(plan.sequence) == plan.run_id]
+
+    def plan(self, run_id: str) -> Plan:
+        """Raises UsageError where there is no such run."""
+        try:
+            data = self.storage.get(self.uri(run_id, "plan.json")).data
+        except StorageError as error:
+            if error.kind == "missing":
+                raise UsageError(
+                    f"no run {run_id!r} in {self.dest}: see `maskmill runs list {self.dest}`"
+                ) from error
+            raise
+        return _parse(Plan, data, self.uri(run_id, "plan.json"))
+
+    def record(self, run_id: str) -> RunRecord | None:
+        """The outcome of a closed run, None while it is open."""
+        data = self._get(self.uri(run_id, "run.json"))
+        return None if data is None else _parse(RunRecord, data, self.uri(run_id, "run.json"))
+
+    def records(self, *, model_name: str | None = None, newest: int | None = None) -> list[RunRecord]:
+        """Outcomes of closed runs, newest first."""
+        closed = [entry.run_id for entry in self.entries() if entry.closed][::-1]
+        found: list[RunRecord] = []
+        with ThreadPoolExecutor(16) as pool:
+            for record in pool.map(self.record, closed):
+                if record and (model_name is None or record.plan.model_name == model_name):
+                    found.append(record)
+                    if newest is not None and len(found) >= newest:
+                        break
+        return found
+
+    def progress(self, run_id: str) -> dict[str, Any]:
+        """The last progress a driver wrote, or nothing."""
+        data = self._get(self.uri(run_id, "progress.json"))
+        return json.loads(data) if data else {}
+
+    def last_sequence(self) -> int:
+        """The number of the newest plan; 0 in a new DEST."""
+        numbers = [
+            int(uri.rpartition("/")[2].removesuffix(".json"))
+            for uri in self._names(join_uri(self.dest, "runs", "_log"))
+        ]
+        return max(numbers, default=0)
+
+    def freeze(self, plan: Plan, manifest: bytes) -> bool:
+        """Makes `plan` real, or returns False where somebody else's plan came first (then plan again: theirs counts).
+
+        The log entry is the one step that decides; a crash before it leaves debris that no reader looks at.
+        """
+        for name, data in (
+            ("manifest.parquet", manifest),
+            ("plan.json", plan.model_dump_json(indent=1).encode()),
+        ):
+            if not self.storage.put_new(self.uri(plan.run_id, name), data):
+                raise InfrastructureError(
+                    f"run id {plan.run_id} is taken in {self.dest}: run the command again"
+                )
+        entry = json.dumps({"run_id": plan.run_id}).encode()
+        created = self.storage.put_new(self._log_uri(plan.sequence), entry)
+        # After an answer that was lost on its way, "already there" may be our own entry.
+        if created or self._logged(plan.sequence) == plan.run_id:
+            return True
+        for name in ("plan.json", "manifest.parquet"):
+            self.storage.delete(self.uri(plan.run_id, name))
+        return False
+
+    def close(self, record: RunRecord) -> None:
+        """Closes a run for good. Twice is fine: the first record stands."""
+        self.storage.put_new(
+            self.uri(record.plan.run_id, "run.json"), record.model_dump_json(indent=1).encode()
+        )
+
+    def committed(self, plan: Plan) -> dict[int, int]:
+        """Ordinals of the Parts that `plan` has, with their size in bytes."""
+        found: dict[int, int] = {}
+        for uri, size_bytes in self._files(join_uri(self.dest, plan.place.folder())):
+            parsed = parse_part_name(uri.rpartition("/")[2])
+            if parsed and parsed[0] == plan.run_id:
+                found[parsed[1]] = size_bytes
+        return found
+
+    def _logged(self, sequence: int) -> str | None:
+        data = self._get(self._log_uri(sequence))
+        return json.loads(data)["run_id"] if data else None
+
+    def _log_uri(self, sequence: int) -> str:
+        return join_uri(self.dest, "runs", "_log", f"{sequence:08d}.json")
+
+    def _get(self, uri: str) -> bytes | None:
+        try:
+            return bytes(self.storage.get(uri).data)
+        except StorageError as error:
+            if error.kind == "missing":
+                return None
+            raise
+
+    def _names(self, prefix_uri: str) -> list[str]:
+        return [uri for uri, _ in self._files(prefix_uri)]
+
+    def _files(self, prefix_uri: str) -> list[tuple[str, int]]:
+        """(uri, size in bytes) of all below a prefix; nothing where it is not there yet."""
+        files: list[tuple[str, int]] = []
+        try:
+            for batch in self.storage.list(prefix_uri):
+                files.extend(zip(batch["uri"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True))
+        except StorageError as error:
+            if error.kind != "missing":
+                raise
+        return files
+
+
+def _parse(kind: type[_T], data: bytes, uri: str) -> _T:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise InfrastructureError(
+            f"{uri} was written by another version of Maskmill or is damaged: {error.errors()[0]['msg']}"
+        ) from error

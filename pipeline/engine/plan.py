@@ -1,0 +1,205 @@
+"""What is left to do. Owns: the one query that answers it, and the cutting of its answer into shards.
+Must not know: workers, leases, who asks.
+
+    work left = distinct manifest ANTI JOIN terminal rows, minus the lists of open runs
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.engine.ledger import Plan, WorkCounts
+from pipeline.errors import ALWAYS_RETRIED_KINDS
+from pipeline.storage import Storage
+from pipeline.table.catalog import TERMINAL, open_duckdb, read_parts_sql, sql_text
+from pipeline.table.schema import WORK
+
+log = logging.getLogger(__name__)
+
+#: Failed attempts on one etag for reasons of the world (missing and denied apart) before an image is given up.
+MAX_ATTEMPTS = 3
+
+#: A Part of this size is large enough to scan well and small enough for one PUT and one retry.
+TARGET_PART_BYTES = 128 << 20
+_GUESSED_ROW_BYTES = 8 << 10
+_SHARDS_PER_ACTOR = 4
+#: Up to here the frozen list is sorted by uri: neighbours stay together, and row groups get narrow statistics.
+_SORTED_IMAGES = 2_000_000
+
+
+class Question(NamedTuple):
+    """What planning needs to know. `corpus_path` is a Parquet file of MANIFEST_SCHEMA; `held` maps open runs to their lists."""
+
+    corpus_path: Path
+    corpus_is_distinct: bool
+    part_uris: Sequence[str]
+    held: dict[str, Path]
+    settings_digest: str
+    limit: int | None = None
+    retry_errors: bool = False
+    force: bool = False
+
+
+def work_left(
+    question: Question,
+    storage: Storage,
+    *,
+    scratch: Path,
+    list_path: Path | None,
+    memory_bytes: int = 3 << 30,
+) -> WorkCounts:
+    """Counts the work left and, with `list_path`, writes it there (schema `WORK`).
+
+    An image is done where a terminal row has its uri with its etag, as listed or as read. One that an open run holds is left
+    to that run whatever its etag. Memory: about `memory_bytes`; beyond that DuckDB spills into `scratch`. Changes nothing in DEST.
+    """
+    connection = open_duckdb(storage, memory_bytes=memory_bytes, temp_path=str(scratch))
+    try:
+        connection.execute("SET preserve_insertion_order = false")
+        return _answer(connection, question, list_path)
+    finally:
+        connection.close()
+
+
+def _answer(connection: Any, question: Question, list_path: Path | None) -> WorkCounts:
+    def number(sql: str) -> int:
+        return int(connection.execute(sql).fetchone()[0])
+
+    listed = f"read_parquet({sql_text(str(question.corpus_path))})"
+    rows = f"(SELECT * FROM {read_parts_sql(question.part_uris)} WHERE settings_digest = {sql_text(question.settings_digest)})"
+    lines = number(f"SELECT count(*) FROM {listed}")
+    if question.corpus_is_distinct:
+        connection.execute(f"CREATE VIEW corpus AS SELECT uri, etag, size_bytes, modified FROM {listed}")
+        images = lines
+    else:
+        connection.execute(
+            "CREATE TEMP TABLE corpus AS SELECT uri, any_value(etag) AS etag, any_value(size_bytes) AS size_bytes, "
+            f"any_value(modified) AS modified FROM {listed} GROUP BY uri"
+        )
+        images = number("SELECT count(*) FROM corpus")
+
+    if question.force or not question.part_uris:
+        connection.execute("CREATE VIEW undone AS SELECT * FROM corpus")
+    else:
+        final = "status = 'ok'" if question.retry_errors else TERMINAL
+        connection.execute(
+            f"""CREATE TEMP TABLE undone AS SELECT c.* FROM corpus c
+            ANTI JOIN (SELECT image_uri, listed_etag FROM {rows} WHERE {final}) t
+                ON c.uri = t.image_uri AND c.etag = t.listed_etag
+            ANTI JOIN (SELECT image_uri, image_etag FROM {rows} WHERE {final} AND image_etag <> listed_etag) u
+                ON c.uri = u.image_uri AND c.etag = u.image_etag"""
+        )
+    undone = number("SELECT count(*) FROM undone")
+
+    always = ", ".join(sql_text(kind) for kind in sorted(ALWAYS_RETRIED_KINDS))
+    if question.part_uris and undone:
+        connection.execute(
+            f"""CREATE TEMP TABLE past AS SELECT image_uri AS uri, listed_etag AS etag,
+                count(*) FILTER (status = 'error') AS failures,
+                count(*) FILTER (status = 'error' AND error_kind NOT IN ({always}) AND NOT {TERMINAL}) AS spent
+            FROM {rows} SEMI JOIN undone ON image_uri = undone.uri GROUP BY ALL"""
+        )
+    else:
+        connection.execute(
+            "CREATE TEMP TABLE past (uri VARCHAR, etag VARCHAR, failures BIGINT, spent BIGINT)"
+        )
+    give_up = (
+        "false" if question.retry_errors or question.force else f"coalesce(p.spent, 0) >= {MAX_ATTEMPTS}"
+    )
+    connection.execute(
+        f"""CREATE VIEW candidates AS SELECT u.*, coalesce(p.failures, 0) AS failures, {give_up} AS exhausted
+        FROM undone u LEFT JOIN past p ON u.uri = p.uri AND u.etag = p.etag"""
+    )
+    exhausted = (
+        number("SELECT count(*) FROM candidates WHERE exhausted")
+        if number("SELECT count(*) FROM past")
+        else 0
+    )
+
+    held_by: dict[str, int] = {}
+    open_lists = "SELECT NULL::VARCHAR AS uri WHERE false"
+    if question.held and undone:
+        open_lists = " UNION ALL ".join(
+            f"SELECT uri, {sql_text(run)} AS run_id FROM read_parquet({sql_text(str(path))})"
+            for run, path in question.held.items()
+        )
+        held_by = dict(
+            connection.execute(
+                f"SELECT run_id, count(*) FROM candidates JOIN ({open_lists}) h USING (uri) "
+                "WHERE NOT exhausted GROUP BY run_id ORDER BY run_id"
+            ).fetchall()
+        )
+    connection.execute(
+        f"CREATE VIEW work AS SELECT * FROM candidates ANTI JOIN ({open_lists}) h USING (uri) WHERE NOT exhausted"
+    )
+    left, failed_before = connection.execute(
+        "SELECT count(*), coalesce(sum((failures > 0)::INT), 0) FROM work"
+    ).fetchone()
+    changed = number(
+        "SELECT count(*) FROM work WHERE failures = 0 AND uri IN (SELECT uri FROM past)"
+        if number("SELECT count(*) FROM past")
+        else "SELECT 0"
+    )
+
+    planned, planned_bytes = left, 0
+    if list_path is not None or question.limit:
+        order = "ORDER BY uri" if left <= _SORTED_IMAGES or question.limit else ""
+        cut = f"LIMIT {question.limit}" if question.limit else ""
+        chosen = f"SELECT uri, etag, size_bytes, modified, (failures + 1)::SMALLINT AS attempt FROM work {order} {cut}"
+        planned = min(left, question.limit or left)
+        if list_path is not None:
+            connection.execute(
+                f"COPY ({chosen}) TO {sql_text(str(list_path))} (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
+            )
+            planned_bytes = number(
+                f"SELECT coalesce(sum(size_bytes), 0) FROM read_parquet({sql_text(str(list_path))})"
+            )
+    return WorkCounts(
+        images=images,
+        duplicates=lines - images,
+        done=images - undone,
+        exhausted=exhausted,
+        held=undone - exhausted - left,
+        held_by=held_by,
+        left=left,
+        new=left - changed - failed_before,
+        changed=changed,
+        failed_before=failed_before,
+        planned=planned,
+        planned_bytes=planned_bytes,
+    )
+
+
+def choose_shard_size(images: int, *, actors: int, row_bytes: float | None) -> int:
+    """Images per shard: a Part near TARGET_PART_BYTES, but at least a few shards for each actor.
+
+    `row_bytes` is what a row of this model took before, in bytes of Part; None where nothing is known.
+    """
+    by_size = int(TARGET_PART_BYTES / max(row_bytes or _GUESSED_ROW_BYTES, 1.0))
+    by_actors = -(-images // (actors * _SHARDS_PER_ACTOR))
+    return max(1, min(by_size, by_actors))
+
+
+def shard_lists(plan: Plan, list_path: Path, *, without: set[int]) -> Iterator[tuple[int, pa.Table]]:
+    """(ordinal, references) of every shard that is not in `without`, in order, reading the frozen list piece by piece."""
+    bounds = plan.bounds()
+    batches = pq.ParquetFile(list_path).iter_batches(batch_size=max(plan.shard_size, 8192))
+    buffered: list[pa.RecordBatch] = []
+    buffered_rows = 0
+    for ordinal, (start, stop) in enumerate(bounds):
+        need = stop - start
+        while buffered_rows < need:
+            batch = next(batches)
+            buffered.append(batch)
+            buffered_rows += len(batch)
+        table = pa.Table.from_batches(buffered)
+        shard, rest = table.slice(0, need), table.slice(need)
+        buffered, buffered_rows = rest.to_batches(), len(rest)
+        if ordinal not in without:
+            yield ordinal, shard.cast(WORK).combine_chunks()

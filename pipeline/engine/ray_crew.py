@@ -1,0 +1,136 @@
+"""Workers as Ray actors. Owns: connecting to or starting a cluster, an actor's resources, translating its death.
+Must not know: shards' order, retries, planning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from pipeline.engine.crew import _CALLS_AT_ONCE, Host, WorkerDiedError, cores
+from pipeline.errors import InfrastructureError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+class RayMember:
+    """One actor."""
+
+    def __init__(self, ray: Any, handle: Any) -> None:
+        self._ray = ray
+        self._handle = handle
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        try:
+            inner = getattr(self._handle, method).remote(*args).future()
+        except self._ray.exceptions.RayError as error:
+            answer.set_exception(WorkerDiedError(str(error).splitlines()[0]))
+            return answer
+        inner.add_done_callback(lambda done: self._settle(done, answer))
+        return answer
+
+    def _settle(self, done: Future[Any], answer: Future[Any]) -> None:
+        error = done.exception()
+        exceptions = self._ray.exceptions
+        if error is None:
+            answer.set_result(done.result())
+        elif isinstance(error, exceptions.RayTaskError):
+            answer.set_exception(error.cause or error)
+        elif isinstance(error, exceptions.RayError):
+            # ActorUnavailableError comes first when a node dies, ActorDiedError later: both mean that its shards start again.
+            answer.set_exception(
+                WorkerDiedError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            )
+        else:
+            answer.set_exception(error)
+
+    def stop(self) -> None:
+        self._ray.kill(self._handle)
+
+
+class RayCrew:
+    """A Ray cluster: the one at `address`, or one that is started on this machine and ended by `close`.
+
+    By default one actor per GPU where the cluster has GPUs, else one per node with all its CPUs. Raises UsageError where a
+    cluster of several nodes cannot see local paths, InfrastructureError where there is no cluster.
+    """
+
+    label = "Ray"
+
+    def __init__(
+        self,
+        *,
+        address: str | None,
+        actors: int | None,
+        gpus_per_actor: float | None,
+        threads: int | None,
+        local_paths: bool,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(
+                "the engine `ray` needs Ray: pip install 'maskmill[ray]', or use --engine local"
+            ) from error
+        self._ray = ray
+        self._owns = not ray.is_initialized()
+        if self._owns:
+            self._connect(address)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) > 1 and local_paths:
+            self.close()
+            raise UsageError(
+                f"SOURCE or DEST is on local disk, and the Ray cluster has {len(nodes)} nodes: use object storage, or give "
+                "--shared-filesystem if the path means the same on all of them"
+            )
+        gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
+        self.has_gpus = gpus > 0
+        self._gpus_per_actor = gpus_per_actor if gpus_per_actor is not None else (1.0 if gpus else 0.0)
+        able = [n for n in nodes if n["Resources"].get("GPU", 0) > 0] if self._gpus_per_actor else nodes
+        able = [n for n in able if n["Resources"].get("CPU", 0) >= 1] or able or nodes
+        per_node = [
+            max(1, int(n["Resources"].get("GPU", 0) / self._gpus_per_actor)) if self._gpus_per_actor else 1
+            for n in able
+        ]
+        self.default_actors = max(1, sum(per_node))
+        share = [int(n["Resources"].get("CPU", 1)) // k for n, k in zip(able, per_node, strict=True)]
+        if actors and not self._gpus_per_actor and actors > len(able):
+            share = [int(n["Resources"].get("CPU", 1)) // -(-actors // len(able)) for n in able]
+        self.threads = threads or max(1, min(share))
+        self._actor = ray.remote(
+            num_gpus=self._gpus_per_actor,
+            num_cpus=min(self.threads, max(1, min(share))),
+            max_restarts=0,
+            max_concurrency=_CALLS_AT_ONCE,
+        )(Host)
+
+    def _connect(self, address: str | None) -> None:
+        ray = self._ray
+        quiet = {"configure_logging": False, "log_to_driver": True}
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                # "local": never join what a killed run may have left on this machine.
+                ray.init(address="local", include_dashboard=False, num_cpus=cores(), **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {address!r}" if address else "on this machine"
+            raise InfrastructureError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
+
+    def start(self) -> RayMember:
+        return RayMember(self._ray, self._actor.remote())
+
+    def share(self, model: bytes) -> Any:
+        return self._ray.put(model)
+
+    def close(self) -> None:
+        if self._owns:
+            self._ray.shutdown()
+
+
+def ray_address(given: str | None) -> str | None:
+    """The cluster that the command or the environment names."""
+    return given or os.environ.get("RAY_ADDRESS") or None

@@ -1,0 +1,90 @@
+"""Runs as people ask about them, from any shell, while they run too. Owns: `runs list`, `show`, `abandon` as plain calls.
+Must not know: how they are printed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipeline.engine.lease import process_start, read_lease, this_host
+from pipeline.engine.ledger import Ledger, Plan, RunRecord
+from pipeline.engine.run import abandon
+from pipeline.errors import UsageError
+from pipeline.storage import normalize_uri, open_storage
+
+_LEASE_TTL_S = 30.0
+
+
+def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:
+    """One mapping a run, newest first. Raises UsageError where DEST has none."""
+    ledger = _ledger(dest, profile)
+    entries = ledger.entries()
+    if not entries:
+        raise UsageError(f"{dest} holds no runs: give the DEST of an earlier `maskmill segment`")
+    real_open = {plan.run_id for plan in ledger.open_plans()}
+    rows = []
+    for entry in reversed(entries):
+        if entry.closed or entry.run_id in real_open:
+            record = ledger.record(entry.run_id) if entry.closed else None
+            rows.append(_summary(ledger, record.plan if record else ledger.plan(entry.run_id), record))
+    return rows
+
+
+def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
+    """The summary and, below it, the whole plan or record. Raises UsageError where there is no such run."""
+    ledger = _ledger(dest, profile)
+    plan = ledger.plan(run_id)
+    record = ledger.record(run_id)
+    body = record.model_dump(mode="json") if record else {"plan": plan.model_dump(mode="json")}
+    return _summary(ledger, plan, record) | body
+
+
+def abandon_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
+    """Raises UsageError where there is no such run, HeldError where a live driver holds it. Twice is fine."""
+    ledger = _ledger(dest, profile)
+    plan = ledger.plan(run_id)
+    record = abandon(ledger, plan, ttl_s=_LEASE_TTL_S)
+    return _summary(ledger, plan, record)
+
+
+def _summary(ledger: Ledger, plan: Plan, record: RunRecord | None) -> dict[str, Any]:
+    common = {
+        "run_id": plan.run_id,
+        "model": plan.model_name,
+        "model_version": plan.model_version,
+        "source": plan.command.source,
+        "created_at": plan.created_at.isoformat(timespec="seconds"),
+        "planned": plan.counts.planned,
+    }
+    if record is not None:
+        return common | {
+            "state": record.state,
+            "rows": record.ok + record.errors,
+            "errors": record.errors,
+            "images_per_s": round(record.images_per_s, 2),
+            "holder": None,
+        }
+    lease = read_lease(ledger.storage, ledger.uri(plan.run_id, "lease.json"))
+    progress = ledger.progress(plan.run_id)
+    return common | {
+        "state": "running" if _seems_alive(lease) else "open",
+        "rows": int(progress.get("rows", 0)),
+        "errors": int(progress.get("errors", 0)),
+        "images_per_s": None,
+        "holder": f"{str(lease.get('host')).split('/')[0]}:{lease.get('pid')}" if lease else None,
+    }
+
+
+def _seems_alive(lease: dict[str, Any]) -> bool:
+    """For people only: compares wall clocks, which a decision must never do."""
+    if not lease:
+        return False
+    if lease.get("host") == this_host():
+        return process_start(int(lease.get("pid", -1))) == lease.get("started")
+    return time.time() - float(lease.get("at", 0)) < 2 * float(lease.get("ttl_s", _LEASE_TTL_S))
+
+
+def _ledger(dest: str, profile: str | None) -> Ledger:
+    uri = normalize_uri(dest)
+    return Ledger(open_storage(uri, profile=profile), uri)

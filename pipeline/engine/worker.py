@@ -1,0 +1,218 @@
+"""A worker: one process's Segmenter and Stream, fed with shards. Owns: a shard's way from references to a committed Part.
+Must not know: Ray, leases, planning, other workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import socket
+from collections.abc import Callable
+from importlib import metadata, resources
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Precision
+from pipeline.engine.stream import SegmenterLike, Stream, StreamConfig, StreamCounts
+from pipeline.errors import InfrastructureError
+from pipeline.storage import Blob, Storage, open_storage
+from pipeline.table.parts import PartBuilder, commit
+
+log = logging.getLogger(__name__)
+
+_SOFTWARE = (
+    "torch",
+    "torchvision",
+    "segmentation-models-pytorch",
+    "numpy",
+    "pyarrow",
+    "pillow",
+    "opencv-python-headless",
+)
+
+
+class WorkerSpec(BaseModel):
+    """All that a worker process must be told; the model's bytes travel beside it. Holds no secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code_digest: str
+    dest: str
+    source_profile: str | None
+    dest_profile: str | None
+    model_name: str
+    model_version: str
+    settings_digest: str
+    run_id: str
+    precision: Precision
+    threads: int
+    stream: StreamConfig
+
+
+class ShardTask(NamedTuple):
+    """A shard to do. `probe`: run everything, write nothing. `killers`: positions that must not be touched again."""
+
+    ordinal: int
+    refs: pa.Table
+    part_uri: str
+    probe: bool = False
+    killers: frozenset[int] = frozenset()
+
+
+class Receipt(NamedTuple):
+    """What became of a shard: counts and timings, never pixels. `created` is false where the Part was there already."""
+
+    ordinal: int
+    rows: int
+    size_bytes: int
+    created: bool
+    node: str
+    counts: StreamCounts
+
+
+class Device(NamedTuple):
+    """What a worker runs on."""
+
+    node: str
+    device: str
+    name: str
+    bf16: bool
+    cores: int
+    software: dict[str, str]
+
+
+class WorldFailingError(InfrastructureError):
+    """More than half of the last images failed for the world's reasons: the shard is not committed."""
+
+
+def code_digest() -> str:
+    """First 12 hex of the SHA-256 over this installation's `models` and `pipeline` sources: driver and actors must agree."""
+    digest = hashlib.sha256()
+    for package in ("models", "pipeline"):
+        root = resources.files(package)
+        for path in sorted(_sources(root)):
+            digest.update(path.encode())
+            digest.update(root.joinpath(path).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sources(root: Any, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for entry in root.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            found.extend(_sources(entry, f"{prefix}{entry.name}/"))
+        elif entry.name.endswith(".py"):
+            found.append(prefix + entry.name)
+    return [path for path in found]
+
+
+def describe_device() -> Device:
+    """This process's device, as the driver needs it to freeze a run."""
+    import torch
+
+    from models.segmenter import default_device, supports_bf16
+
+    device = default_device()
+    name = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine()
+    )
+    software = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        try:
+            software[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return Device(
+        socket.gethostname(), device, name, supports_bf16(device), len(os.sched_getaffinity(0)), software
+    )
+
+
+class Worker:
+    """One Segmenter, resident on its device, and the Stream around it.
+
+    `run` may be called from several threads; the shards then share batches and the pipeline never runs dry between them.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, model: bytes, *, load: Callable[..., SegmenterLike] | None = None
+    ) -> None:
+        here = code_digest()
+        if here != spec.code_digest:
+            raise InfrastructureError(
+                f"{socket.gethostname()} runs Maskmill code {here}, the driver runs {spec.code_digest}: "
+                "install the same version on every node"
+            )
+        self._spec = spec
+        segmenter = (load or load_segmenter)(spec, model)
+        self._card_json = segmenter.card.model_dump_json()
+        self._node = socket.gethostname()
+        self._dest = open_storage(spec.dest, profile=spec.dest_profile)
+        stamp = {
+            "model_version": spec.model_version,
+            "settings_digest": spec.settings_digest,
+            "run_id": spec.run_id,
+            "node": self._node,
+            "task": segmenter.card.task,
+        }
+        self._stores: dict[str, Storage] = {}
+        self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
+
+    def run(self, task: ShardTask) -> Receipt:
+        """Does `task` and commits its Part. Raises StorageError where the commit fails, WorldFailingError where the world does.
+
+        Safe to retry: a Part is never replaced.
+        """
+        builder = PartBuilder(model_name=self._spec.model_name, card_json=self._card_json)
+        refs = task.refs
+        if task.killers:
+            for index in sorted(task.killers):
+                message = "the process died each time that it touched this image"
+                builder.add([self._stream.error_row(refs, index, "crashed_worker", message)])
+            refs = refs.take(pa.array([i for i in range(len(refs)) if i not in task.killers], pa.int64()))
+        self._stream.submit(refs, builder.add).result()
+        if task.probe:
+            return Receipt(task.ordinal, len(refs), 0, False, self._node, self._stream.counts())
+        if self._stream.world_is_failing():
+            raise WorldFailingError(
+                "more than half of the last images failed for reasons outside them (storage, permissions, memory): "
+                "see the log; nothing of these shards was committed, and the same command continues"
+            )
+        part = builder.finish()
+        created = commit(self._dest, task.part_uri, part)
+        return Receipt(task.ordinal, part.rows, part.data.size, created, self._node, self._stream.counts())
+
+    def _fetch(self, uri: str) -> Blob:
+        """A manifest may name several stores: one client for each scheme and bucket."""
+        root = uri[: uri.find("/", uri.find("://") + 3) + 1] or uri
+        store = self._stores.get(root)
+        if store is None:
+            store = self._stores.setdefault(root, open_storage(root, profile=self._spec.source_profile))
+        return store.get(uri)
+
+    def counts(self) -> StreamCounts:
+        """A snapshot, safe at any time."""
+        return self._stream.counts()
+
+    def close(self) -> None:
+        """Ends the stream's threads."""
+        self._stream.close()
+
+
+def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
+    """The real model, on this process's device, with the frozen precision and thread count."""
+    import cv2
+    import torch
+
+    from models.file import load_module
+    from models.segmenter import Segmenter, default_device
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(spec.threads)
+    card, module = load_module(model)
+    return Segmenter(module, card, device=default_device(), precision=spec.precision)

@@ -1,0 +1,85 @@
+"""The error tree. Owns: every exception Maskmill raises on purpose, and the closed list of row error kinds.
+Must not know: anything else of the project.
+
+    MaskmillError
+    ├── UsageError            the caller must change something (exit 2)
+    │   ├── ModelError        a model file that is missing, cut off, or not a model
+    │   └── HeldError         another live driver holds the run
+    ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
+    │   ├── StorageError      one storage call; carries `kind`
+    │   ├── SupersededError   another driver took this run over
+    │   └── ReconciliationError   a run whose rows do not add up
+    └── ImageError            one image's own fault or fate; becomes a row, never an exit
+"""
+
+from __future__ import annotations
+
+#: About the image's bytes: the row is terminal.
+BYTES_KINDS = frozenset(
+    {"empty", "truncated", "not_an_image", "unsupported", "too_large", "corrupt", "model_failed"}
+)
+#: About the world: retried in the run, recorded if it lasts, taken up again by the next run.
+WORLD_KINDS = frozenset({"missing", "denied", "fetch_failed", "out_of_memory", "crashed_worker"})
+#: World kinds that are taken up again however often they failed.
+ALWAYS_RETRIED_KINDS = frozenset({"missing", "denied"})
+
+
+class MaskmillError(Exception):
+    """Base of all. The message says what was wrong, with which value, and what to do."""
+
+
+class UsageError(MaskmillError):
+    """The command or call cannot be carried out as given. Nothing was changed."""
+
+
+class ModelError(UsageError):
+    """A model reference that cannot be resolved, or a file that is not a model."""
+
+
+class HeldError(UsageError):
+    """A run is held by another live driver."""
+
+
+class InfrastructureError(MaskmillError):
+    """The world failed. What was committed is kept; the same command continues."""
+
+
+class StorageError(InfrastructureError):
+    """A storage call failed for good (after its own retries).
+
+    `kind` is one of `missing`, `denied`, `fetch_failed` (anything else).
+    """
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_storage_error, (str(self), self.kind))
+
+
+def _storage_error(message: str, kind: str) -> StorageError:
+    return StorageError(message, kind=kind)
+
+
+class SupersededError(InfrastructureError):
+    """Another driver took over this run's lease; this one adds nothing more."""
+
+
+class ReconciliationError(InfrastructureError):
+    """The committed Parts do not hold exactly one row per listed image."""
+
+
+class ImageError(MaskmillError):
+    """One image failed. `kind` is in BYTES_KINDS or WORLD_KINDS."""
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_image_error, (str(self), self.kind))
+
+
+def _image_error(message: str, kind: str) -> ImageError:
+    return ImageError(message, kind=kind)

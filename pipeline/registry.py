@@ -1,0 +1,117 @@
+"""A model's name, alias, path or URL → its file. Owns: where models are looked for.
+Must not know: what a network is; training; promotion.
+
+A registry is a folder or URL (`MASKMILL_REGISTRY`) that holds `<name>/<version>.safetensors` and, per name, `aliases.json`
+(`{"champion": "<version>"}`). The models that ship with Maskmill are found after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib import resources
+from typing import NamedTuple
+
+from models.card import Card
+from models.file import ModelFileError, model_version, read_card
+from pipeline.errors import ModelError, StorageError
+from pipeline.storage import join_uri, normalize_uri, open_storage
+
+_NAME = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:@(?P<which>[A-Za-z0-9_-]+))?")
+DEFAULT_ALIAS = "champion"
+
+
+class Model(NamedTuple):
+    """A model file in memory. `version` is the first 12 hex digits of its SHA-256."""
+
+    card: Card
+    version: str
+    data: bytes
+    origin: str
+
+
+class Listing(NamedTuple):
+    """One line of `maskmill models list`."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    origin: str
+
+
+def registry_uri() -> str | None:
+    """The registry that the environment names, if any."""
+    text = os.environ.get("MASKMILL_REGISTRY")
+    return normalize_uri(text) if text else None
+
+
+def resolve(reference: str, *, profile: str | None = None) -> Model:
+    """Reads the model that `reference` names: `name`, `name@alias`, `name@version`, or a path or URL of a `.safetensors` file.
+
+    A name without a suffix means its `champion`, or its only version. Raises ModelError with one sentence.
+    """
+    if reference.endswith(".safetensors") or "/" in reference:
+        return _read(normalize_uri(reference), profile)
+    found = _NAME.fullmatch(reference)
+    if not found:
+        raise ModelError(
+            f"{reference!r} is neither a model name ([a-z][a-z0-9-]*, perhaps with @alias or @version) nor a path that ends "
+            "in .safetensors"
+        )
+    name, which = found["name"], found["which"]
+    known = [line for line in listings(profile=profile) if line.name == name]
+    if not known:
+        names = ", ".join(sorted({line.name for line in listings(profile=profile)})) or "none"
+        raise ModelError(f"no model is called {name!r} (known: {names}): see `maskmill models list`")
+    for line in known:
+        if which is None and (DEFAULT_ALIAS in line.aliases or len(known) == 1):
+            return _read(line.origin, profile)
+        if which is not None and (which in line.aliases or line.version == which):
+            return _read(line.origin, profile)
+    versions = ", ".join(f"{line.version} ({', '.join(line.aliases) or 'no alias'})" for line in known)
+    raise ModelError(f"model {name!r} has no {which or DEFAULT_ALIAS!r}; it has {versions}")
+
+
+def listings(*, profile: str | None = None) -> list[Listing]:
+    """Every model that a name can reach: the registry's, then those that ship with Maskmill."""
+    found: list[Listing] = []
+    registry = registry_uri()
+    if registry:
+        storage = open_storage(registry, profile=profile)
+        aliases: dict[str, dict[str, str]] = {}
+        files: list[tuple[str, str, str]] = []
+        try:
+            uris = [uri for batch in storage.list(registry) for uri in batch["uri"].to_pylist()]
+        except StorageError as error:
+            raise ModelError(
+                f"the registry {registry} (MASKMILL_REGISTRY) cannot be read: {error}"
+            ) from error
+        for uri in uris:
+            name, _, file = uri.removeprefix(registry.rstrip("/") + "/").rpartition("/")
+            if file == "aliases.json":
+                aliases[name] = json.loads(storage.get(uri).data)
+            elif file.endswith(".safetensors"):
+                files.append((name, file.removesuffix(".safetensors"), uri))
+        for name, version, uri in sorted(files):
+            mine = tuple(sorted(alias for alias, to in aliases.get(name, {}).items() if to == version))
+            found.append(Listing(name, version, mine, uri))
+    names = {line.name for line in found}
+    zoo = resources.files("models").joinpath("zoo")
+    if zoo.is_dir():
+        for entry in sorted(zoo.iterdir(), key=lambda e: e.name):
+            name = entry.name.removesuffix(".safetensors")
+            if entry.name.endswith(".safetensors") and name not in names:
+                uri = join_uri(normalize_uri(str(zoo)), entry.name)
+                found.append(Listing(name, model_version(entry.read_bytes()), (DEFAULT_ALIAS,), uri))
+    return found
+
+
+def _read(uri: str, profile: str | None) -> Model:
+    try:
+        data = bytes(open_storage(uri, profile=profile).get(uri).data)
+        return Model(read_card(data), model_version(data), data, uri)
+    except StorageError as error:
+        raise ModelError(f"the model file {uri} cannot be read: {error}") from error
+    except ModelFileError as error:
+        raise ModelError(f"{uri} is not a usable model: {error}") from error

@@ -1,0 +1,58 @@
+"""Bytes: the only user of obstore, fsspec and boto3. Owns: reading, listing to Arrow and create-only
+writing, with retries and digest checks. Must not know: images, Parts, Runs, or anything else that the bytes
+are for.
+
+`uris` what a URI is; `blob` the values, the `Storage` protocol and the digest check; `disk` file://;
+`bucket` s3:// and gs://, with `aws` for what only boto3 does and `parallel` for listings; `remote`
+everything else through fsspec."""
+
+from __future__ import annotations
+
+from pipeline.storage.blob import LISTING_SCHEMA, Blob, ObjectInfo, Storage, default_timeout_s
+from pipeline.storage.uris import (
+    clean_etag,
+    duckdb_path,
+    join_uri,
+    local_path,
+    normalize_uri,
+    uri_name,
+    uri_scheme,
+)
+
+__all__ = [
+    "LISTING_SCHEMA",
+    "Blob",
+    "ObjectInfo",
+    "Storage",
+    "clean_etag",
+    "duckdb_path",
+    "join_uri",
+    "local_path",
+    "normalize_uri",
+    "open_storage",
+    "uri_name",
+    "uri_scheme",
+]
+
+
+def open_storage(uri: str, *, profile: str | None = None, timeout_s: float | None = None) -> Storage:
+    """The store of `uri`, opened with `uri` as its root. Cheap: nothing is sent or checked until the first
+    call.
+
+    `profile` names an AWS profile (S3 only; other stores ignore it). `timeout_s` is how long a request may
+    go without a byte; default `MASKMILL_STORAGE_TIMEOUT_S` or 60. Credentials come from the environment,
+    the profile or an attached role, never from a parameter. Raises UsageError for a scheme that nothing
+    installed serves."""
+    uri = normalize_uri(uri)
+    scheme = uri_scheme(uri)
+    if scheme == "file":
+        from pipeline.storage.disk import DiskStorage
+
+        return DiskStorage(uri)
+    if scheme in ("s3", "gs"):
+        from pipeline.storage.bucket import BucketStorage
+
+        return BucketStorage(uri, profile=profile, timeout_s=timeout_s or default_timeout_s())
+    from pipeline.storage.remote import RemoteStorage
+
+    return RemoteStorage(uri)

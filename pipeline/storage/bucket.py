@@ -1,0 +1,412 @@
+"""Object stores: S3, everything that speaks S3, and Google Cloud Storage. Owns: the obstore clients, their
+retries, and the keys that obstore cannot name. Must not know: other stores, or what the objects hold.
+
+obstore names keys as they are, except those with an empty, `.` or `..` segment or a control character,
+which it refuses, and it fails a whole listing that contains one. Such keys, and such listings, go through
+boto3 here (S3 only)."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import GCSStore, S3Store
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage.aws import AwsAccess
+from pipeline.storage.blob import (
+    LISTING_SCHEMA,
+    Blob,
+    DigestCheck,
+    ObjectInfo,
+    failed,
+    failure_text,
+    wait_before_retry,
+)
+from pipeline.storage.parallel import merge
+from pipeline.storage.uris import clean_etag, join_uri
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+T = TypeVar("T")
+
+_ATTEMPTS = 5
+_RETRIES_PER_REQUEST = 8
+_LIST_CHUNK = 10_000
+_UPLOAD_BYTES_PER_S = 500_000  # slower uploads than this count as stalled
+_NOT_FOR_OBSTORE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
+_STATUS_CODE = re.compile(r"status code: (\d\d\d)")
+_DENIED_TEXT = re.compile(
+    r"<Code>(?:AccessDenied|ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)</Code>"
+    r"|http://169\.254\.169\.254/|Unable to locate credentials|CredentialRetrievalError|redentials failed"
+)
+
+
+def _status_of(error: BaseException | None) -> int:
+    found = _STATUS_CODE.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether the store understood the request and said no, so that asking again is no use."""
+    return 400 <= _status_of(error) < 500 and _status_of(error) not in (408, 429)
+
+
+def _kind_of(error: BaseException) -> str:
+    status = _status_of(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "missing"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or status in (
+        401,
+        403,
+    ):
+        return "denied"
+    return "denied" if _DENIED_TEXT.search(str(error)) else "fetch_failed"
+
+
+def _failure(what: str, uri: str, error: BaseException) -> StorageError:
+    kind = _kind_of(error)
+    why = failure_text(error)
+    if kind == "missing" and "NoSuch" not in why:
+        why = "no such object"  # a HEAD has no body that would say more
+    elif kind == "denied":
+        why += "; check the credentials (environment, profile or role) and the bucket's policy"
+    elif "incorrectly configured region" in why or "PermanentRedirect" in why:
+        why += "; the bucket is in another region: set AWS_REGION"
+    return failed(what, uri, why, kind=kind)
+
+
+class BucketStorage:
+    """`Storage` for `s3://` and `gs://`.
+
+    Retries: each request up to 8 times inside obstore (5xx, refused and reset connections, and stalls of
+    `timeout_s` for reads), the rest of a body from where it broke off; above that up to 5 attempts for
+    digests that do not match and for writes whose outcome is unknown.
+
+    Keys that end in `/` are folder markers: they can be read by name, but are not listed.
+    """
+
+    def __init__(self, root: str, *, profile: str | None, timeout_s: float) -> None:
+        self.root = root
+        self.create_only_is_atomic = True
+        self._profile = profile
+        self._timeout_s = timeout_s
+        self._scheme, _, _ = root.partition("://")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._access = AwsAccess(profile=self._profile, timeout_s=self._timeout_s) if self._scheme == "s3" else None
+        self._stores: dict[tuple[str, int], Any] = {}
+        self._digests = DigestCheck()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("root", "create_only_is_atomic", "_profile", "_timeout_s", "_scheme")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    # -- reading
+
+    def get(self, uri: str) -> Blob:
+        bucket, key = self._split(uri)
+        attempts = self._digests.start()
+        for attempt in range(_ATTEMPTS):
+            try:
+                blob = self._call(
+                    "read", uri, key, lambda: self._get(bucket, key), lambda: self._aws(uri).get(bucket, key)
+                )
+            except StorageError as error:
+                # boto3 repeats requests, but not one whose body breaks off.
+                broken_body = error.kind == "fetch_failed" and isinstance(error.__cause__, OSError)
+                if not broken_body or attempt + 1 == _ATTEMPTS:
+                    raise
+            else:
+                if len(blob.data) == blob.size_bytes and attempts.accepts(blob.data, blob.etag):
+                    return blob
+            wait_before_retry(attempt)
+        raise failed(
+            "read",
+            uri,
+            f"{_ATTEMPTS} fetches gave bytes that do not match the store's length or ETag",
+            kind="fetch_failed",
+        )
+
+    def _get(self, bucket: str, key: str) -> Blob:
+        answer = obstore.get(self._store(bucket), key)
+        meta = answer.meta
+        return Blob(bytes(answer.bytes()), clean_etag(meta["e_tag"]), meta["size"], meta["last_modified"])
+
+    def head(self, uri: str) -> ObjectInfo:
+        bucket, key = self._split(uri)
+        return self._call(
+            "look at", uri, key, lambda: self._head(bucket, key), lambda: self._aws(uri).head(bucket, key)
+        )
+
+    def _head(self, bucket: str, key: str) -> ObjectInfo:
+        meta = obstore.head(self._store(bucket), key)
+        return ObjectInfo(clean_etag(meta["e_tag"]), meta["size"], meta["last_modified"])
+
+    def exists(self, uri: str) -> bool:
+        try:
+            self.head(uri)
+        except StorageError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        return True
+
+    # -- writing
+
+    def put_new(self, uri: str, data: bytes) -> bool:
+        """As `Storage.put_new`: one PUT with `If-None-Match: *`. "Already exists" is confirmed by a HEAD,
+        because AWS answers 409 also to a write that collided with one that then fails.
+        """
+        bucket, key = self._split(uri)
+        if not self.create_only_is_atomic:
+            if self.exists(uri):
+                return False
+            self.put(uri, data)
+            return True
+        for attempt in range(_ATTEMPTS):
+            try:
+                if _NOT_FOR_OBSTORE.search(key):
+                    self._aws(uri).put(bucket, key, data, new=True)
+                else:
+                    store = self._store(bucket, upload_bytes=len(data))
+                    obstore.put(store, key, data, mode="create", use_multipart=False)
+                return True
+            except (BaseError, OSError, ValueError) as error:
+                kind = _kind_of(error)
+                if kind != "fetch_failed" or isinstance(error, NotSupportedError):
+                    raise _failure("write", uri, error) from error
+                # Whatever went wrong (a reset after the work was done, Ceph's odd answers): an object there
+                # settles it.
+                if self.exists(uri):
+                    return False
+                collided = isinstance(error, AlreadyExistsError | PreconditionError)
+                if attempt + 1 == _ATTEMPTS or (_is_refusal(error) and not collided):
+                    raise _failure("write", uri, error) from error
+                wait_before_retry(attempt)
+        raise AssertionError("unreachable")
+
+    def put(self, uri: str, data: bytes) -> None:
+        bucket, key = self._split(uri)
+
+        def write() -> None:
+            obstore.put(self._store(bucket, upload_bytes=len(data)), key, data, use_multipart=False)
+
+        self._repeat("write", uri, key, write, lambda: self._aws(uri).put(bucket, key, data, new=False))
+
+    def delete(self, uri: str) -> None:
+        bucket, key = self._split(uri)
+
+        def remove() -> None:
+            obstore.delete(self._store(bucket), key)
+
+        try:
+            self._repeat("delete", uri, key, remove, lambda: self._aws(uri).delete(bucket, key))
+        except StorageError as error:
+            if error.kind != "missing":
+                raise
+
+    def check_create_only(self) -> bool:
+        probe = join_uri(self.root, "_tmp", f"probe-{uuid.uuid4().hex}")
+        self.create_only_is_atomic = True
+        try:
+            self.put_new(probe, b"1")
+            self.create_only_is_atomic = not self.put_new(probe, b"2")
+        except StorageError as error:
+            if not isinstance(error.__cause__, NotSupportedError) and "NotImplemented" not in str(error):
+                raise
+            self.create_only_is_atomic = False
+        finally:
+            self.delete(probe)
+        return self.create_only_is_atomic
+
+    # -- listing
+
+    def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
+        """As `Storage.list`: the folders of the first level that has several are listed side by side, by up
+        to `parallel` threads.
+        """
+        bucket, key = self._split(prefix_uri, folder=True)
+        prefix = key.rstrip("/") + "/" if key else ""
+        if self._access is None:
+            yield from self._list_prefix(bucket, prefix)
+            return
+        try:
+            level = self._access.split_prefix(bucket, prefix) if parallel > 1 else None
+        except OSError as error:
+            raise _failure("list", prefix_uri, error) from error
+        if level is None:
+            yield from self._list_prefix(bucket, prefix)
+            return
+        if level.objects.num_rows:
+            yield level.objects
+        yield from merge([partial(self._list_prefix, bucket, p) for p in level.prefixes], parallel=parallel)
+
+    def _list_prefix(self, bucket: str, prefix: str) -> Iterator[pa.RecordBatch]:
+        base = f"{self._scheme}://{bucket}/"
+        last = ""
+        if _NOT_FOR_OBSTORE.search(prefix.removesuffix("/")) is None or not prefix:
+            try:
+                stream = obstore.list(
+                    self._store(bucket),
+                    prefix.removesuffix("/") or None,
+                    chunk_size=_LIST_CHUNK,
+                    return_arrow=True,
+                )
+                for chunk in stream:
+                    batch = pa.record_batch(chunk)
+                    last = batch.column("path")[-1].as_py()
+                    batch = self._drop_markers(bucket, _listing_of(batch, base))
+                    if batch.num_rows:
+                        yield batch
+                return
+            except (BaseError, OSError, ValueError) as error:
+                if not isinstance(error, InvalidPathError | ValueError):
+                    raise _failure("list", base + prefix, error) from error
+        try:
+            yield from self._aws(base + prefix).list(bucket, prefix, start_after=last)
+        except OSError as error:
+            raise _failure("list", base + prefix, error) from error
+
+    def _drop_markers(self, bucket: str, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Without the empty objects that turn out to be folder markers: obstore lists `photos/` as
+        `photos`.
+        """
+        empty = pc.equal(batch.column("size_bytes"), 0)
+        if not pc.any(empty).as_py():
+            return batch
+        keep = [
+            not is_empty or self.exists(uri.as_py())
+            for is_empty, uri in zip(empty.to_pylist(), batch.column("uri"), strict=True)
+        ]
+        return batch.filter(pa.array(keep))
+
+    # -- access for others
+
+    def filesystem(self) -> AbstractFileSystem:
+        if self._access is not None:
+            return self._access.filesystem()
+        import fsspec
+
+        return fsspec.filesystem(self._scheme)
+
+    # -- plumbing
+
+    def _split(self, uri: str, *, folder: bool = False) -> tuple[str, str]:
+        scheme, _, rest = uri.partition("://")
+        bucket, _, key = rest.partition("/")
+        if scheme != self._scheme or not bucket or not (key or folder):
+            raise UsageError(f"{uri!r} is not an object of this store; expected {self._scheme}://bucket/key")
+        return bucket, key
+
+    def _aws(self, uri: str) -> AwsAccess:
+        if self._access is None:
+            raise failed(
+                "name",
+                uri,
+                "keys with empty, '.' or '..' segments or control characters work on S3 only",
+                kind="fetch_failed",
+            )
+        return self._access
+
+    def _call(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
+        """`first` through obstore, or `odd` through boto3 for a key that obstore cannot name; errors
+        mapped.
+        """
+        try:
+            if _NOT_FOR_OBSTORE.search(key) is None:
+                try:
+                    return first()
+                except (ValueError, InvalidPathError) as error:
+                    if isinstance(error, UsageError):
+                        raise
+            return odd()
+        except (BaseError, OSError) as error:
+            raise _failure(what, uri, error) from error
+
+    def _repeat(self, what: str, uri: str, key: str, first: Callable[[], None], odd: Callable[[], None]) -> None:
+        """`_call` several times: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it
+        cannot know that these are safe to repeat.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._call(what, uri, key, first, odd)
+            except StorageError as error:
+                if error.kind != "fetch_failed" or attempt + 1 == _ATTEMPTS or _is_refusal(error.__cause__):
+                    raise
+            wait_before_retry(attempt)
+        raise AssertionError("unreachable")
+
+    def _store(self, bucket: str, *, upload_bytes: int = 0) -> Any:
+        """The client for a bucket. Uploads get clients of their own: the read timeout also runs while a
+        body is being sent.
+        """
+        upload_s = 0
+        if upload_bytes:
+            upload_s = 1 << int(self._timeout_s + upload_bytes / _UPLOAD_BYTES_PER_S).bit_length()
+        found = self._stores.get((bucket, upload_s))
+        if found is not None:
+            return found
+        client: Any = {"connect_timeout": timedelta(seconds=5)}
+        if upload_s:
+            client["timeout"] = timedelta(seconds=upload_s)
+        else:
+            client |= {"timeout": timedelta(hours=1), "read_timeout": timedelta(seconds=self._timeout_s)}
+        retry: Any = {
+            "max_retries": _RETRIES_PER_REQUEST,
+            "retry_timeout": timedelta(seconds=max(180, 3 * self._timeout_s)),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=50),
+                "max_backoff": timedelta(seconds=5),
+                "base": 2,
+            },
+        }
+        started_s = time.monotonic()
+        try:
+            if self._access is None:
+                store: Any = GCSStore(bucket, client_options=client, retry_config=retry)
+            else:
+                arguments = self._access.store_arguments(bucket)
+                client["allow_http"] = arguments.pop("allow_http")
+                # Bulk deletion needs another right and is not everywhere; what is deleted here is single.
+                arguments["disable_bulk_delete"] = True
+                store = S3Store(bucket, client_options=client, retry_config=retry, **arguments)
+        except BaseError as error:
+            why = f"{failure_text(error)} (after {time.monotonic() - started_s:.0f} s)"
+            raise failed("open", f"{self._scheme}://{bucket}", why, kind=_kind_of(error)) from error
+        return self._stores.setdefault((bucket, upload_s), store)
+
+
+def _listing_of(batch: pa.RecordBatch, base: str) -> pa.RecordBatch:
+    """obstore's listing columns as LISTING_SCHEMA."""
+    etag = pc.utf8_trim(pc.replace_substring_regex(pc.fill_null(batch.column("e_tag"), ""), "^W/", ""), '"')
+    columns = [
+        pc.binary_join_element_wise(base, batch.column("path").cast(pa.string()), ""),
+        etag.cast(pa.string()),
+        batch.column("size").cast(pa.int64()),
+        batch.column("last_modified").cast(pa.timestamp("us", "UTC")),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)

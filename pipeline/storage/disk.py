@@ -1,0 +1,338 @@
+"""The local disk. Owns: reading, listing and atomic writing of `file://` URIs with nothing but `os`.
+Must not know: object stores.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NoReturn
+
+import pyarrow as pa
+
+from pipeline.errors import StorageError
+from pipeline.storage.blob import Blob, ObjectInfo, failed, listing_batch, wait_before_retry
+from pipeline.storage.uris import join_uri, local_path
+
+_ROWS_PER_BATCH = 50_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_READ_ATTEMPTS = 3
+_STALE_TEMPORARY_S = 24 * 3600
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+_DENIED = {errno.EACCES, errno.EPERM}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_SENTENCES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EROFS: "the file system is read-only; choose another folder or mount it writable",
+    errno.EACCES: "permission denied; check the owner and mode of the file and its folders",
+    errno.EPERM: "permission denied; check the owner and mode of the file and its folders",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+}
+
+
+def _raise_for(error: OSError | ValueError, what: str, uri: str) -> NoReturn:
+    code = getattr(error, "errno", None)
+    kind = "missing" if code in _MISSING else "denied" if code in _DENIED else "fetch_failed"
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        kind = "missing"  # a NUL byte in the name: no such file can exist
+    why = _SENTENCES.get(code or 0) or getattr(error, "strerror", None) or str(error)
+    raise failed(what, uri, why, kind=kind) from error
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _modified(status: os.stat_result) -> datetime:
+    return _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000)
+
+
+def _text(path: str) -> str:
+    """A path as valid unicode; bytes that are not UTF-8 show as U+FFFD, and `_resolve` finds them again."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path).decode("utf-8", "replace")
+    return path
+
+
+def _resolve(path: str) -> str:
+    """The real path behind one in which `_text` replaced bytes that are not UTF-8; `path` itself where
+    there is none.
+    """
+    found = "/"
+    for name in path.strip("/").split("/"):
+        candidate = os.path.join(found, name)
+        if "\ufffd" in name and not os.path.lexists(candidate):
+            with os.scandir(found) as entries:
+                candidate = next((entry.path for entry in entries if _text(entry.name) == name), candidate)
+        found = candidate
+    return found
+
+
+def _read_descriptor(path: str) -> tuple[bytes, os.stat_result, bool]:
+    """Bytes, status before reading, and whether the file stayed the same while it was read."""
+    # O_NONBLOCK: a named pipe would otherwise wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EISDIR, "it is a folder or a device, not a file")
+        data = os.read(descriptor, before.st_size + 1)
+        if len(data) < before.st_size:  # one read stops at 2 GiB, and on some network file systems earlier
+            chunks = [data]
+            while chunk := os.read(descriptor, 1 << 24):
+                chunks.append(chunk)
+            data = b"".join(chunks)
+        after = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    steady = len(data) == after.st_size and (before.st_mtime_ns, before.st_size) == (
+        after.st_mtime_ns,
+        after.st_size,
+    )
+    return data, before, steady
+
+
+class DiskStorage:
+    """`Storage` for `file://`. Temporary files lie in `<root>/_tmp/`, on the same file system as what they
+    become.
+
+    The etag is `size-mtime_ns`, taken from the open descriptor.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.create_only_is_atomic = True
+        self._root_path = local_path(root).rstrip("/") or "/"
+
+    def get(self, uri: str) -> Blob:
+        path = local_path(uri)
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                data, status, steady = _read_descriptor(path)
+            except (OSError, ValueError) as error:
+                if "\ufffd" in path and (real := _resolve(path)) != path:
+                    path = real
+                    continue
+                if attempt + 1 < _READ_ATTEMPTS and getattr(error, "errno", None) in (
+                    errno.EIO,
+                    errno.ESTALE,
+                ):
+                    wait_before_retry(attempt)
+                    continue
+                _raise_for(error, "read", uri)
+            if steady:
+                return Blob(data, _etag(status), len(data), _modified(status))
+        raise failed("read", uri, "the file kept changing while it was read; try again later", kind="fetch_failed")
+
+    def head(self, uri: str) -> ObjectInfo:
+        path = local_path(uri)
+        try:
+            status = os.stat(_resolve(path) if "\ufffd" in path else path)
+        except (OSError, ValueError) as error:
+            _raise_for(error, "look at", uri)
+        if not stat.S_ISREG(status.st_mode):
+            raise failed("look at", uri, "it is a folder or a device, not a file", kind="missing")
+        return ObjectInfo(_etag(status), status.st_size, _modified(status))
+
+    def exists(self, uri: str) -> bool:
+        try:
+            self.head(uri)
+        except StorageError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        return True
+
+    def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
+        """As `Storage.list`. Symbolic links are followed, to files and to folders, except where one leads
+        back to a folder that it lies in. Dangling links, devices and files that vanish meanwhile are left
+        out; a folder that may not be read raises StorageError(kind="denied"). `parallel` has no effect.
+        """
+        root = local_path(prefix_uri).rstrip("/") or "/"
+        try:
+            status = os.stat(root)
+        except (OSError, ValueError) as error:
+            _raise_for(error, "list", prefix_uri)
+        if not stat.S_ISDIR(status.st_mode):
+            raise failed("list", prefix_uri, "it is a file, not a folder", kind="missing")
+        return _walk(root, (status.st_dev, status.st_ino))
+
+    def put_new(self, uri: str, data: bytes) -> bool:
+        path = local_path(uri)
+        try:
+            temporary = self._write_temporary(path, data)
+            try:
+                return self._publish(temporary, path)
+            finally:
+                _unlink(temporary)
+        except OSError as error:
+            _raise_for(error, "write", uri)
+
+    def put(self, uri: str, data: bytes) -> None:
+        path = local_path(uri)
+        try:
+            temporary = self._write_temporary(path, data)
+            try:
+                os.replace(temporary, path)
+                _sync_folder(os.path.dirname(path))
+            finally:
+                _unlink(temporary)
+        except OSError as error:
+            _raise_for(error, "write", uri)
+
+    def delete(self, uri: str) -> None:
+        try:
+            os.unlink(local_path(uri))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _raise_for(error, "delete", uri)
+
+    def check_create_only(self) -> bool:
+        """As `Storage.check_create_only`: False on a file system without hard links. Also clears
+        `<root>/_tmp/` of files that are more than a day old, which a killed process left.
+        """
+        self._sweep()
+        probe = join_uri(self.root, "_tmp", f"probe-{uuid.uuid4().hex}")
+        self.create_only_is_atomic = True
+        try:
+            self.create_only_is_atomic = (
+                self.put_new(probe, b"1") and not self.put_new(probe, b"2") and self.create_only_is_atomic
+            )
+        finally:
+            self.delete(probe)
+        return self.create_only_is_atomic
+
+    def filesystem(self) -> None:
+        return None
+
+    def _write_temporary(self, path: str, data: bytes) -> str:
+        _make_folders(os.path.dirname(path))
+        inside = self._root_path == "/" or path.startswith(self._root_path + "/")
+        folder = os.path.join(self._root_path if inside else os.path.dirname(path), "_tmp")
+        _make_folders(folder)
+        temporary = os.path.join(folder, uuid.uuid4().hex)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        return temporary
+
+    def _publish(self, temporary: str, path: str) -> bool:
+        if self.create_only_is_atomic:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                self.create_only_is_atomic = False
+        if not self.create_only_is_atomic:
+            if os.path.lexists(path):
+                return False
+            os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path))
+        return True
+
+    def _sweep(self) -> None:
+        oldest_s = time.time() - _STALE_TEMPORARY_S
+        try:
+            with os.scandir(os.path.join(self._root_path, "_tmp")) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest_s:
+                        _unlink(entry.path)
+        except OSError:
+            return  # housekeeping only: whatever is wrong with the folder shows when it is written to
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_folders(path: str) -> None:
+    """makedirs, syncing the parent of every folder that it creates."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent != path:
+        _make_folders(parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "a part of the path is a file, not a folder", path) from None
+        return
+    _sync_folder(parent)
+
+
+def _walk(root: str, identity: tuple[int, int]) -> Iterator[pa.RecordBatch]:
+    uris: list[str] = []
+    etags: list[str] = []
+    sizes: list[int] = []
+    modified_us: list[int | None] = []
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset([identity]))]
+    while folders:
+        folder, ancestors = folders.pop()
+        try:
+            entries = os.scandir(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                continue
+            _raise_for(error, "list", "file://" + _text(folder))
+        with entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError as error:
+                    if error.errno in _MISSING:
+                        continue
+                    _raise_for(error, "look at", "file://" + _text(entry.path))
+                if stat.S_ISDIR(status.st_mode):
+                    here = (status.st_dev, status.st_ino)
+                    if here not in ancestors:
+                        folders.append((entry.path, ancestors | {here}))
+                    continue
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                uris.append("file://" + _text(entry.path))
+                etags.append(_etag(status))
+                sizes.append(status.st_size)
+                modified_us.append(status.st_mtime_ns // 1000)
+                if len(uris) >= _ROWS_PER_BATCH:
+                    yield listing_batch(uris, etags, sizes, modified_us)
+                    uris, etags, sizes, modified_us = [], [], [], []
+    if uris:
+        yield listing_batch(uris, etags, sizes, modified_us)

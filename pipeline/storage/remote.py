@@ -1,0 +1,261 @@
+"""Every other store, through fsspec: `memory://`, `https://`, `abfs://` and what else is installed. Owns:
+that translation. Must not know: S3, local disks.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pyarrow as pa
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage.blob import (
+    Blob,
+    DigestCheck,
+    ObjectInfo,
+    failed,
+    failure_text,
+    listing_batch,
+    wait_before_retry,
+)
+from pipeline.storage.uris import clean_etag, join_uri, uri_scheme
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_ATTEMPTS = 4
+_ROWS_PER_BATCH = 10_000
+_ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
+_MODIFIED_FIELDS = (
+    "LastModified",
+    "last_modified",
+    "modified",
+    "mtime",
+    "updated",
+    "created",
+    "Last-Modified",
+)
+# The in-memory file system checks and writes in two steps, and is one per process: so is this lock.
+_MEMORY_LOCK = threading.Lock()
+
+
+class RemoteStorage:
+    """`Storage` over an fsspec file system, configured by fsspec's own config files
+    (`~/.config/fsspec/*.json`).
+
+    The etag is the store's where it gives one, else `size-modified_us`. Only `memory://` is known to create
+    atomically."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._scheme = uri_scheme(root)
+        self.create_only_is_atomic = self._scheme == "memory"
+        self._prepare()
+
+    def _prepare(self) -> None:
+        try:
+            self._files = fsspec.filesystem(self._scheme)
+        except ImportError as error:
+            raise UsageError(f"{self.root!r}: {error}") from error
+        except ValueError as error:
+            raise UsageError(
+                f"{self.root!r}: no store is known for the scheme {self._scheme!r}; install the "
+                "fsspec package that brings it, or use file://, s3://, gs:// or https://"
+            ) from error
+        self._digests = DigestCheck()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "root": self.root,
+            "_scheme": self._scheme,
+            "create_only_is_atomic": self.create_only_is_atomic,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def get(self, uri: str) -> Blob:
+        path = self._path(uri)
+        attempts = self._digests.start()
+        for attempt in range(_ATTEMPTS):
+            last = attempt + 1 == _ATTEMPTS
+            try:
+                before = self._info(path)
+                data = self._files.cat_file(path)
+                after = self._info(path)
+            except Exception as error:
+                failure = self._failure("read", uri, error)
+                if failure.kind != "fetch_failed" or last:
+                    raise failure from error
+                wait_before_retry(attempt)
+                continue
+            steady = before == after and before.size_bytes in (-1, len(data))
+            if steady and attempts.accepts(data, before.etag):
+                return Blob(data, before.etag, len(data), before.modified)
+            wait_before_retry(attempt)
+        raise failed(
+            "read",
+            uri,
+            f"{_ATTEMPTS} fetches gave bytes that do not match the store's length or ETag",
+            kind="fetch_failed",
+        )
+
+    def head(self, uri: str) -> ObjectInfo:
+        path = self._path(uri)
+        try:
+            return self._info(path)
+        except Exception as error:
+            raise self._failure("look at", uri, error) from error
+
+    def exists(self, uri: str) -> bool:
+        try:
+            self.head(uri)
+        except StorageError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        return True
+
+    def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
+        """As `Storage.list`, one folder at a time. `parallel` has no effect."""
+        root = self._path(prefix_uri).rstrip("/")
+        base = prefix_uri.rstrip("/")
+        rows: list[tuple[str, str, int, int | None]] = []
+        try:
+            if not self._files.isdir(root or "/"):
+                if self._scheme == "memory":  # where a folder is there only while something is in it
+                    return
+                raise FileNotFoundError("no such folder")
+            for _, _, files in self._files.walk(root or "/", detail=True, on_error="raise"):
+                for entry in files.values():
+                    info = _object_info(entry)
+                    modified_us = None if info.modified is None else round(info.modified.timestamp() * 1_000_000)
+                    rows.append(
+                        (
+                            base + entry["name"].rstrip("/")[len(root) :],
+                            info.etag,
+                            info.size_bytes,
+                            modified_us,
+                        )
+                    )
+                if len(rows) >= _ROWS_PER_BATCH:
+                    yield _batch(rows)
+                    rows = []
+        except Exception as error:
+            raise self._failure("list", prefix_uri, error) from error
+        if rows:
+            yield _batch(rows)
+
+    def put_new(self, uri: str, data: bytes) -> bool:
+        path = self._path(uri)
+        try:
+            if self._scheme == "memory":
+                with _MEMORY_LOCK:
+                    self._files.pipe_file(path, data, mode="create")
+            else:
+                self._files.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except Exception as error:
+            if self._scheme != "memory" and not isinstance(error, NotImplementedError) and self.exists(uri):
+                return False
+            raise self._failure("write", uri, error) from error
+        return True
+
+    def put(self, uri: str, data: bytes) -> None:
+        path = self._path(uri)
+        try:
+            self._files.pipe_file(path, data)
+        except Exception as error:
+            raise self._failure("write", uri, error) from error
+
+    def delete(self, uri: str) -> None:
+        path = self._path(uri)
+        try:
+            self._files.rm_file(path)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._failure("delete", uri, error) from error
+
+    def check_create_only(self) -> bool:
+        """As `Storage.check_create_only`. Two tries in a row cannot show a race: so False but for
+        `memory://`.
+        """
+        probe = join_uri(self.root, "_tmp", f"probe-{uuid.uuid4().hex}")
+        try:
+            first, second = self.put_new(probe, b"1"), self.put_new(probe, b"2")
+        finally:
+            self.delete(probe)
+        self.create_only_is_atomic = self._scheme == "memory" and first and not second
+        return self.create_only_is_atomic
+
+    def filesystem(self) -> AbstractFileSystem:
+        return self._files
+
+    def _path(self, uri: str) -> str:
+        """The file system's own name for `uri`."""
+        if uri_scheme(uri) != self._scheme:
+            raise UsageError(f"{uri!r} is not of this store; expected {self._scheme}://...")
+        return str(self._files._strip_protocol(uri))
+
+    def _info(self, path: str) -> ObjectInfo:
+        if self._scheme == "memory":  # its info() looks at every file there is
+            found = self._files.store.get(path)
+            if found is None:
+                raise FileNotFoundError(path)
+            return _object_info({"size": found.size, "created": found.created})
+        entry = self._files.info(path)
+        if entry.get("type") == "directory":
+            raise IsADirectoryError(path)
+        return _object_info(entry)
+
+    def _failure(self, what: str, uri: str, error: Exception) -> StorageError:
+        status = getattr(error, "status", None)
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status in (
+            404,
+            410,
+        ):
+            return failed(what, uri, "no such object", kind="missing")
+        if isinstance(error, PermissionError) or status in (401, 403):
+            return failed(what, uri, f"{failure_text(error)}; check the credentials", kind="denied")
+        if isinstance(error, NotImplementedError):
+            return failed(what, uri, f"{self._scheme}:// is read-only here", kind="fetch_failed")
+        return failed(what, uri, failure_text(error), kind="fetch_failed")
+
+
+def _object_info(entry: dict[str, Any]) -> ObjectInfo:
+    """fsspec's info, whose fields differ from one file system to the next."""
+    size_bytes = entry.get("size")
+    modified = next((found for name in _MODIFIED_FIELDS if (found := _moment(entry.get(name))) is not None), None)
+    etag = next((clean_etag(str(entry[name])) for name in _ETAG_FIELDS if entry.get(name)), "")
+    if not etag and size_bytes is not None:
+        etag = f"{size_bytes}-{round(modified.timestamp() * 1_000_000)}" if modified else str(size_bytes)
+    return ObjectInfo(etag, -1 if size_bytes is None else int(size_bytes), modified)
+
+
+def _moment(value: object) -> datetime | None:
+    if isinstance(value, datetime):
+        return value if value.tzinfo else value.replace(tzinfo=UTC)
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC)
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            try:
+                return parsedate_to_datetime(value)
+            except ValueError:
+                return None
+    return None
+
+
+def _batch(rows: list[tuple[str, str, int, int | None]]) -> pa.RecordBatch:
+    return listing_batch([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows])

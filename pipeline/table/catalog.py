@@ -1,0 +1,178 @@
+"""SQL over DEST. Owns: DuckDB connections and the views `segments`, `images`, `classes`, `instances`, `errors`, `runs`.
+Must not know: how rows are made, runs beyond their records' fields.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage
+from pipeline.table.schema import SEGMENTS, parse_part_name
+
+_BYTES_KINDS = "('empty','truncated','not_an_image','unsupported','too_large','corrupt','model_failed')"
+
+#: SQL condition on a row of `segments`: nothing more will be tried for this etag.
+TERMINAL = f"(status = 'ok' OR error_kind IN {_BYTES_KINDS})"
+
+
+def open_duckdb(storage: Storage, *, memory_bytes: int | None = None, temp_path: str | None = None) -> Any:
+    """A DuckDB connection that can read what `storage` holds, remote or local. Downloads no extension."""
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")
+    if memory_bytes:
+        connection.execute(f"SET memory_limit = '{memory_bytes >> 20}MiB'")
+    if temp_path:
+        connection.execute("SET temp_directory = ?", [temp_path])
+    filesystem = storage.filesystem()
+    if filesystem is not None:
+        connection.register_filesystem(filesystem)
+    return connection
+
+
+def part_uris(storage: Storage, prefix_uri: str) -> list[str]:
+    """Every Part below `prefix_uri`, foreign files left out; [] where there is nothing."""
+    found: list[str] = []
+    try:
+        for batch in storage.list(prefix_uri):
+            for uri in batch["uri"].to_pylist():
+                if parse_part_name(uri.rpartition("/")[2]):
+                    found.append(uri)
+    except StorageError as error:
+        if error.kind != "missing":
+            raise
+    return sorted(found)
+
+
+def read_parts_sql(uris: Sequence[str], *, hive: bool = False) -> str:
+    """A FROM clause over these Parts. With `hive` the path keys become columns `model`, `version`, `date`."""
+    if not uris:
+        names = ", ".join(f'NULL AS "{field.name}"' for field in SEGMENTS)
+        keys = ", NULL AS model, NULL AS version, NULL::DATE AS date" if hive else ""
+        return f"(SELECT {names}{keys} WHERE false)"
+    listed = ", ".join(sql_text(duckdb_path(uri)) for uri in uris)
+    return f"read_parquet([{listed}], hive_partitioning={str(hive).lower()}, filename=false)"
+
+
+def sql_text(text: str) -> str:
+    """`text` as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def connect(dest: str, *, profile: str | None = None) -> Any:
+    """A DuckDB connection with the views of DEST, on disk and on S3. Raises UsageError where DEST holds no table.
+
+    `segments`: all rows. `images`: for each model the terminal rows of the version and settings of its last closed run,
+    the newest etag per uri. `classes`, `instances`: unnested from `images`. `errors`: rows that are errors. `runs`: one row a run.
+    """
+    dest = normalize_uri(dest)
+    storage = open_storage(dest, profile=profile)
+    uris = part_uris(storage, join_uri(dest, "segments"))
+    records = _records(storage, dest)
+    if not uris and not records:
+        raise UsageError(f"{dest} holds no Maskmill table: give the DEST of an earlier `maskmill segment`")
+    connection = open_duckdb(storage, temp_path=os.environ.get("TMPDIR", "/tmp"))
+    connection.execute(f"CREATE VIEW segments AS SELECT * FROM {read_parts_sql(uris, hive=True)}")
+    connection.register("_runs", pa.Table.from_pylist(records, schema=_RUNS))
+    connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY run_id")
+    connection.execute(
+        "CREATE VIEW _current AS SELECT model, max_by(model_version, run_id) AS model_version, "
+        "max_by(settings_digest, run_id) AS settings_digest, sum(repeats) AS repeats "
+        "FROM _runs WHERE state = 'done' GROUP BY model"
+    )
+    repeats = connection.execute("SELECT coalesce(sum(repeats), 0) FROM _current").fetchone()[0]
+    newest = (
+        "QUALIFY row_number() OVER (PARTITION BY s.model, s.image_uri "
+        "ORDER BY s.image_modified DESC NULLS LAST, s.processed_at DESC) = 1"
+    )
+    connection.execute(
+        "CREATE VIEW images AS SELECT s.* FROM segments s "
+        "JOIN _current c ON s.model = c.model AND s.model_version = c.model_version "
+        f"AND s.settings_digest = c.settings_digest WHERE {TERMINAL.replace('status', 's.status')} {newest if repeats else ''}"
+    )
+    connection.execute(
+        "CREATE VIEW classes AS SELECT image_uri, model, version, date, run_id, width, height, "
+        "unnest(classes, recursive := true) FROM images"
+    )
+    connection.execute(
+        "CREATE VIEW instances AS SELECT image_uri, model, version, date, run_id, width, height, i.* "
+        "FROM (SELECT *, unnest(instances) AS i FROM images)"
+    )
+    connection.execute("CREATE VIEW errors AS SELECT * FROM segments WHERE status = 'error'")
+    return connection
+
+
+_RUNS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("state", pa.string()),
+        ("model", pa.string()),
+        ("model_version", pa.string()),
+        ("settings_digest", pa.string()),
+        ("precision", pa.string()),
+        ("source", pa.string()),
+        ("run_date", pa.date32()),
+        ("created_at", pa.timestamp("us", "UTC")),
+        ("closed_at", pa.timestamp("us", "UTC")),
+        ("planned", pa.int64()),
+        ("ok", pa.int64()),
+        ("errors", pa.int64()),
+        ("parts", pa.int64()),
+        ("parts_bytes", pa.int64()),
+        ("seconds", pa.float64()),
+        ("images_per_s", pa.float64()),
+        ("repeats", pa.int64()),
+    ]
+)
+
+
+def _records(storage: Storage, dest: str) -> list[dict[str, Any]]:
+    """One mapping a run, from its closing record or, while it is open, its plan."""
+    import datetime as dt
+
+    names: dict[str, set[str]] = {}
+    try:
+        for batch in storage.list(join_uri(dest, "runs")):
+            for uri in batch["uri"].to_pylist():
+                folder, _, name = uri.rpartition("/")
+                names.setdefault(folder, set()).add(name)
+    except StorageError as error:
+        if error.kind != "missing":
+            raise
+    found: list[dict[str, Any]] = []
+    for folder, files in sorted(names.items()):
+        if "plan.json" not in files:
+            continue
+        closed = "run.json" in files
+        body = json.loads(storage.get(f"{folder}/{'run.json' if closed else 'plan.json'}").data)
+        plan = body["plan"] if closed else body
+        counts = plan["counts"]
+        again = plan["command"]["force"] or plan["command"]["retry_errors"]
+        found.append(
+            {
+                "run_id": plan["run_id"],
+                "state": body["state"] if closed else "open",
+                "model": plan["model_name"],
+                "model_version": plan["model_version"],
+                "settings_digest": plan["settings_digest"],
+                "precision": plan["precision"],
+                "source": plan["command"]["source"],
+                "run_date": dt.date.fromisoformat(plan["run_date"]),
+                "created_at": dt.datetime.fromisoformat(plan["created_at"]),
+                "closed_at": dt.datetime.fromisoformat(body["closed_at"]) if closed else None,
+                "planned": counts["planned"],
+                "repeats": counts["changed"] + (counts["planned"] if again else 0),
+            }
+            | {
+                key: body.get(key) if closed else None
+                for key in ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")
+            }
+        )
+    return found

@@ -1,0 +1,108 @@
+"""The table `segments`. Owns: its Arrow schema, its version, and where its files lie under DEST.
+Must not know: how rows are made or files written.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from typing import NamedTuple
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+
+_CLASS = pa.struct(
+    [
+        ("class_id", pa.int16()),
+        ("name", pa.string()),
+        ("pixels", pa.int64()),
+        ("fraction", pa.float32()),
+        ("mean_confidence", pa.float32()),
+        ("regions", pa.int32()),
+    ]
+)
+_RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.binary())])
+_INSTANCE = pa.struct(
+    [
+        ("class_id", pa.int16()),
+        ("name", pa.string()),
+        ("score", pa.float32()),
+        ("bbox", pa.list_(pa.float32())),
+        ("area", pa.int64()),
+        ("rle", _RLE),
+    ]
+)
+
+#: One row per image and attempt. See docs/table.md for what each column means.
+SEGMENTS = pa.schema(
+    [
+        ("image_uri", pa.string()),
+        ("image_etag", pa.string()),
+        ("listed_etag", pa.string()),
+        ("model_version", pa.string()),
+        ("settings_digest", pa.string()),
+        ("run_id", pa.string()),
+        ("node", pa.string()),
+        ("task", pa.string()),
+        ("attempt", pa.int16()),
+        ("processed_at", pa.timestamp("us", "UTC")),
+        ("image_bytes", pa.int64()),
+        ("image_modified", pa.timestamp("us", "UTC")),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image_format", pa.string()),
+        ("status", pa.string()),
+        ("error_kind", pa.string()),
+        ("error_message", pa.string()),
+        ("mean_confidence", pa.float32()),
+        ("mean_entropy", pa.float32()),
+        ("foreground_fraction", pa.float32()),
+        ("brightness", pa.float32()),
+        ("contrast", pa.float32()),
+        ("classes", pa.list_(_CLASS)),
+        ("mask", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("mask_crc32", pa.int64()),
+        ("instances", pa.list_(_INSTANCE)),
+        ("fetch_ms", pa.float32()),
+        ("decode_ms", pa.float32()),
+        ("infer_ms", pa.float32()),
+        ("encode_ms", pa.float32()),
+    ]
+)
+
+#: The frozen list of a run: what a shard is a slice of.
+WORK = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("etag", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("modified", pa.timestamp("us", "UTC")),
+        ("attempt", pa.int16()),
+    ]
+)
+
+_PART_NAME = re.compile(r"(?P<run_id>\d{8}T\d{6}Z-[0-9a-f]{6})-(?P<ordinal>\d{6})\.parquet")
+
+
+class PartPlace(NamedTuple):
+    """The folder of a run's Parts below DEST, and so the path keys of its rows."""
+
+    model: str
+    version: str
+    date: dt.date
+
+    def folder(self) -> str:
+        """`segments/model=<name>/version=<v>/date=<date>`, relative to DEST."""
+        return f"segments/model={self.model}/version={self.version}/date={self.date.isoformat()}"
+
+
+def part_name(run_id: str, ordinal: int) -> str:
+    """The one name under which shard `ordinal` of `run_id` can ever be committed."""
+    return f"{run_id}-{ordinal:06d}.parquet"
+
+
+def parse_part_name(name: str) -> tuple[str, int] | None:
+    """(run_id, ordinal), or None where `name` is no Part of ours (foreign files are left alone)."""
+    found = _PART_NAME.fullmatch(name)
+    return (found["run_id"], int(found["ordinal"])) if found else None

@@ -1,0 +1,105 @@
+"""Fixtures for all tests: a throwaway S3 server, buckets in it, and a proxy that breaks things."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Test modules have unique names and no packages; what they share is imported from here, such as
+# chaos.faultproxy.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chaos.faultproxy import FaultProxy
+
+_START_LIMIT_S = 60.0
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint, `http://127.0.0.1:PORT`, of an S3 server of this session's own (moto: everything in
+    memory).
+    """
+    endpoint = ""
+    process: subprocess.Popen[bytes] | None = None
+    started_s = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    while True:
+        if process is None or process.poll() is not None:  # the port may have been taken meanwhile
+            port = free_port()
+            endpoint = f"http://127.0.0.1:{port}"
+            process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        try:
+            with urllib.request.urlopen(endpoint + "/moto-api/", timeout=2):
+                break
+        except OSError:
+            if time.monotonic() - started_s > _START_LIMIT_S:
+                process.kill()
+                process.wait()
+                pytest.fail("the S3 server did not start; is moto[server] installed?")
+            time.sleep(0.05)
+    yield endpoint
+    process.kill()
+    process.wait()
+
+
+def _use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    values = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "testtest",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Environment variables that lead every AWS tool to `s3_server`; gives its endpoint."""
+    _use_endpoint(monkeypatch, s3_server)
+    return s3_server
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: str) -> str:
+    """`s3://bucket` of a fresh bucket, with the environment set for it."""
+    import boto3
+
+    bucket = f"test-{uuid.uuid4().hex[:16]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def fault_proxy(s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A FaultProxy before `s3_server`; from here on the environment leads every AWS tool to the proxy."""
+    with FaultProxy(int(s3_server.rpartition(":")[2])) as proxy:
+        _use_endpoint(monkeypatch, f"http://127.0.0.1:{proxy.port}")
+        yield proxy

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from models.masks import (
+    count_regions,
+    decode_mask_png,
+    decode_rle,
+    encode_label_rles,
+    encode_mask_png,
+    encode_rle,
+    mask_crc32,
+)
+
+PALETTE = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 20))
+MASKS = SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=st.integers(0, 255)))
+LABELS = SHAPES.flatmap(lambda shape: arrays(np.int32, shape, elements=st.integers(0, 4)))
+
+
+@given(MASKS)
+@settings(max_examples=60, deadline=None)
+def test_png_round_trip(class_ids: np.ndarray) -> None:
+    assert np.array_equal(decode_mask_png(encode_mask_png(class_ids, PALETTE)), class_ids)
+
+
+def test_png_is_a_palette_image_for_every_reader() -> None:
+    class_ids = np.array([[0, 1, 2], [2, 1, 7]], dtype=np.uint8)
+    data = encode_mask_png(class_ids, PALETTE)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "P"
+        image.verify()
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = np.asarray(image.convert("RGB"))
+    assert rgb[0, 1].tolist() == [255, 0, 0]
+    assert rgb[1, 0].tolist() == [0, 255, 0]
+    assert rgb[1, 2].tolist() == [128, 128, 128]
+    assert encode_mask_png(class_ids, PALETTE) == data
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((2, 2), dtype=np.int32), np.zeros((2, 2, 3), dtype=np.uint8), np.zeros((0, 2), dtype=np.uint8)],
+)
+def test_png_refuses_what_is_no_mask(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="a mask is"):
+        encode_mask_png(wrong, PALETTE)
+
+
+def test_decode_refuses_colour_images() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="mode RGB"):
+        decode_mask_png(buffer.getvalue())
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_mask_png(b"nothing")
+
+
+@given(LABELS)
+@settings(max_examples=100, deadline=None)
+def test_label_rles_are_those_of_pycocotools(labels: np.ndarray) -> None:
+    rles = encode_label_rles(labels, 4)
+    assert rles == [encode_rle(labels == label) for label in range(1, 5)]
+    for label, rle in enumerate(rles, start=1):
+        assert np.array_equal(decode_rle(rle), labels == label)
+        assert int(coco_mask.area(rle)) == np.count_nonzero(labels == label)
+
+
+def test_no_labels() -> None:
+    assert encode_label_rles(np.zeros((3, 4), dtype=np.int32), 0) == []
+
+
+def test_decode_rle_takes_text_counts() -> None:
+    mask = np.eye(5, dtype=bool)
+    rle = encode_rle(mask)
+    assert np.array_equal(decode_rle({"size": [5, 5], "counts": rle["counts"].decode()}), mask)
+
+
+def test_crc_sees_pixels_and_instances() -> None:
+    class_ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    rles = encode_label_rles(class_ids.astype(np.int32), 2)
+    values = {
+        mask_crc32(class_ids),
+        mask_crc32(class_ids[::-1]),
+        mask_crc32(class_ids, rles),
+        mask_crc32(class_ids, rles[::-1]),
+    }
+    assert len(values) == 4
+    assert all(0 <= value < 2**32 for value in values)
+    as_text = [{"size": tuple(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+    assert mask_crc32(class_ids, as_text) == mask_crc32(class_ids, rles)
+    assert mask_crc32(np.asfortranarray(class_ids)) == mask_crc32(class_ids)
+
+
+def test_regions_are_8_connected() -> None:
+    class_ids = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [2, 0, 0, 1]], dtype=np.uint8)
+    assert count_regions(class_ids, 1) == 3
+    assert count_regions(class_ids, 2) == 1
+    assert count_regions(class_ids, 9) == 0

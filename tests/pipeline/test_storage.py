@@ -1,0 +1,913 @@
+"""The same contract for every store, and what is particular to each."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from chaos.faultproxy import FaultProxy
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import (
+    LISTING_SCHEMA,
+    Storage,
+    clean_etag,
+    duckdb_path,
+    join_uri,
+    local_path,
+    normalize_uri,
+    open_storage,
+    uri_name,
+    uri_scheme,
+)
+from pipeline.storage.blob import DigestCheck, failure_text
+from pipeline.storage.parallel import merge
+
+ODD_NAMES = [
+    "a b.jpg",
+    "q'uo\"te.jpg",
+    "hash#1.jpg",
+    "que?ry=1.jpg",
+    "percent%20.jpg",
+    "percent%.jpg",
+    "%2F.jpg",
+    "plus+&amp;.jpg",
+    "ünï-中😀.jpg",
+    "e\u0301.jpg",
+    "back\\slash.jpg",
+    "star*[x]{y}|<>~`^.jpg",
+    "x=1/date=2.jpg",
+    "tab\t.jpg",
+]
+S3_ONLY_NAMES = ["a//b.jpg", "/lead.jpg", "dot/./x.jpg", "dot/../x.jpg", "control\x01.jpg", "delete\x7f.jpg"]
+
+
+@pytest.fixture(params=["disk", "memory", pytest.param("s3", marks=pytest.mark.s3)])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A store of each sort, opened for an empty root. The names show that nothing is decoded on the way."""
+    if request.param == "disk":
+        (tmp_path / "root %20#").mkdir()
+        return open_storage(f"file://{tmp_path}/root %20#")
+    if request.param == "memory":
+        return open_storage(f"memory://test-{uuid.uuid4().hex}/root")
+    return open_storage(request.getfixturevalue("s3_bucket") + "/root %20#")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stalls are noticed after half a second."""
+    monkeypatch.setenv("MASKMILL_STORAGE_TIMEOUT_S", "0.5")
+
+
+def listed(storage: Storage, prefix_uri: str, **options: int) -> dict[str, dict]:
+    batches = list(storage.list(prefix_uri, **options))
+    assert all(batch.schema == LISTING_SCHEMA and batch.num_rows for batch in batches)
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    by_uri = {row["uri"]: row for row in rows}
+    assert len(by_uri) == len(rows)
+    return by_uri
+
+
+def kind_of(call: Callable[[], object]) -> str:
+    with pytest.raises(StorageError) as caught:
+        call()
+    return caught.value.kind
+
+
+class TestContract:
+    def test_what_was_written_is_read(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "folder", "image.jpg")
+        data = bytes(range(256)) * 300
+        assert storage.put_new(uri, data) is True
+        blob = storage.get(uri)
+        assert blob.data == data
+        assert blob.size_bytes == len(data)
+        assert blob.etag and '"' not in blob.etag
+        assert blob.modified is not None
+        assert abs(blob.modified - datetime.now(UTC)) < timedelta(minutes=5)
+        assert storage.head(uri) == (blob.etag, blob.size_bytes, blob.modified)
+
+    def test_an_empty_object(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "empty.jpg")
+        assert storage.put_new(uri, b"")
+        assert storage.get(uri).data == b""
+        assert listed(storage, storage.root)[uri]["size_bytes"] == 0
+
+    def test_put_new_never_replaces(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "part.parquet")
+        assert storage.put_new(uri, b"first") is True
+        etag = storage.head(uri).etag
+        assert storage.put_new(uri, b"second") is False
+        assert storage.put_new(uri, b"first") is False
+        assert storage.get(uri)[:2] == (b"first", etag)
+
+    def test_put_replaces(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "lease.json")
+        storage.put(uri, b"one")
+        first = storage.head(uri).etag
+        storage.put(uri, b"three")
+        assert storage.get(uri).data == b"three"
+        assert storage.head(uri).etag != first
+
+    def test_put_new_has_one_winner(self, storage: Storage) -> None:
+        for n in range(5):
+            uri = join_uri(storage.root, f"part-{n}.parquet")
+            barrier = threading.Barrier(8)
+
+            def create(worker: int, uri: str = uri, barrier: threading.Barrier = barrier) -> bool:
+                barrier.wait()
+                return storage.put_new(uri, b"%d" % worker * 1000)
+
+            with ThreadPoolExecutor(8) as pool:
+                won = list(pool.map(create, range(8)))
+            assert sum(won) == 1
+            assert storage.get(uri).data == b"%d" % won.index(True) * 1000
+
+    def test_delete(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "x")
+        storage.put(uri, b"x")
+        assert storage.exists(uri)
+        storage.delete(uri)
+        assert not storage.exists(uri)
+        storage.delete(uri)
+        assert storage.put_new(uri, b"again")
+
+    def test_missing(self, storage: Storage) -> None:
+        storage.put(join_uri(storage.root, "folder", "x"), b"x")
+        for name in ("nothing", "folder", "folder/x/y"):
+            uri = join_uri(storage.root, name)
+            assert kind_of(lambda uri=uri: storage.get(uri)) == "missing"
+            assert kind_of(lambda uri=uri: storage.head(uri)) == "missing"
+            assert not storage.exists(uri)
+
+    def test_messages_name_the_uri(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "no thing")
+        with pytest.raises(StorageError, match="could not read") as caught:
+            storage.get(uri)
+        assert repr(uri) in str(caught.value)
+        assert len(str(caught.value)) < len(uri) + 200
+
+    @pytest.mark.parametrize("name", ODD_NAMES)
+    def test_odd_names_stay_as_they_are(self, storage: Storage, name: str) -> None:
+        uri = f"{storage.root}/{name}"
+        data = name.encode()
+        assert storage.put_new(uri, data)
+        assert not storage.put_new(uri, b"other")
+        assert storage.get(uri).data == data
+        row = listed(storage, storage.root)[uri]
+        assert row["etag"] == storage.head(uri).etag == storage.get(uri).etag
+        storage.delete(uri)
+        assert listed(storage, storage.root) == {}
+
+    def test_listing(self, storage: Storage) -> None:
+        names = ["a.jpg", "deep/er/b.jpg", "deep/c.jpg", "other/d.jpg", "deep2/e.jpg"]
+        for name in names:
+            storage.put(join_uri(storage.root, name), name.encode())
+        rows = listed(storage, storage.root)
+        assert set(rows) == {join_uri(storage.root, name) for name in names}
+        for uri, row in rows.items():
+            info = storage.head(uri)
+            assert (row["etag"], row["size_bytes"], row["modified"]) == tuple(info)
+        assert listed(storage, storage.root + "/") == rows
+        assert listed(storage, storage.root, parallel=1) == rows
+        inside = {join_uri(storage.root, name) for name in ("deep/er/b.jpg", "deep/c.jpg")}
+        assert set(listed(storage, join_uri(storage.root, "deep"))) == inside
+        assert set(listed(storage, join_uri(storage.root, "deep") + "/")) == inside
+
+    def test_works_after_pickling(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "x")
+        storage.put(uri, b"x")  # the client exists by now
+        text = pickle.dumps(storage)
+        assert b"testtest" not in text
+        copy = pickle.loads(text)
+        assert copy.root == storage.root
+        assert copy.get(uri).data == b"x"
+
+    def test_check_create_only_leaves_nothing(self, storage: Storage) -> None:
+        assert storage.check_create_only() is True
+        assert storage.create_only_is_atomic
+        assert listed(storage, storage.root) == {}
+
+    def test_another_scheme_is_refused(self, storage: Storage) -> None:
+        for call in (storage.get, storage.head, storage.delete, lambda uri: storage.put(uri, b"")):
+            with pytest.raises(UsageError):
+                call("ftp://host/x")
+
+    def test_threads_share_one_store(self, storage: Storage) -> None:
+        uris = [join_uri(storage.root, f"{n}.jpg") for n in range(64)]
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda uri: storage.put_new(uri, uri.encode()), uris))
+            assert [blob.data for blob in pool.map(storage.get, uris)] == [uri.encode() for uri in uris]
+
+
+class TestUris:
+    def test_paths_become_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", "/home/someone")
+        assert normalize_uri("./a b%20#") == f"file://{tmp_path}/a b%20#"
+        assert normalize_uri("/x/../y/") == "file:///y"
+        assert normalize_uri("~/x") == "file:///home/someone/x"
+        assert normalize_uri("file:/x") == "file:///x"
+
+    @pytest.mark.parametrize(
+        "uri", ["s3://b/k%20 #?", "s3://b//k/", "file:///a b", "https://h/x?y=%2F", "abfs://c@a.b/x"]
+    )
+    def test_uris_stay(self, uri: str) -> None:
+        assert normalize_uri(uri) == uri
+
+    @pytest.mark.parametrize("text", ["", "file://relative/x"])
+    def test_nonsense_is_refused(self, text: str) -> None:
+        with pytest.raises(UsageError):
+            normalize_uri(text)
+
+    def test_parts(self) -> None:
+        assert uri_scheme("S3://b/k") == "s3"
+        assert uri_name("s3://b/a/c d.jpg") == "c d.jpg"
+        assert uri_name("s3://b/a/") == "a"
+        assert join_uri("s3://b/a/", "x", "y.jpg") == "s3://b/a/x/y.jpg"
+        assert local_path("file:///a%20b") == duckdb_path("file:///a%20b") == "/a%20b"
+        assert duckdb_path("s3://b/k") == "s3://b/k"
+        with pytest.raises(UsageError):
+            local_path("s3://b/k")
+        with pytest.raises(UsageError):
+            uri_scheme("/x")
+
+    @pytest.mark.parametrize(
+        ("etag", "clean"),
+        [('"abc"', "abc"), ('W/"abc"', "abc"), ("abc", "abc"), ("", ""), (None, ""), ('"a-2"', "a-2")],
+    )
+    def test_etags(self, etag: str | None, clean: str) -> None:
+        assert clean_etag(etag) == clean
+
+    def test_an_unknown_scheme_says_what_to_do(self) -> None:
+        with pytest.raises(UsageError, match=r"'nosuch'.*install"):
+            open_storage("nosuch://x/y")
+
+
+class TestDisk:
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Storage:
+        return open_storage(f"file://{tmp_path}")
+
+    def test_the_etag_is_size_and_time(self, disk: Storage, tmp_path: Path) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(b"abc")
+        os.utime(path, ns=(0, 1_234_567_890_123_456_789))
+        blob = disk.get(f"file://{path}")
+        assert blob.etag == "3-1234567890123456789"
+        assert blob.modified == datetime(2009, 2, 13, 23, 31, 30, 123456, tzinfo=UTC)
+
+    def test_a_file_that_changes_while_it_is_read_is_read_again(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(b"old" * 100)
+        read = os.read
+        changes = iter([b"new" * 200])
+
+        def read_while_changing(descriptor: int, size: int) -> bytes:
+            data = read(descriptor, size)
+            if (content := next(changes, None)) is not None:
+                path.write_bytes(content)
+            return data
+
+        monkeypatch.setattr("os.read", read_while_changing)
+        blob = disk.get(f"file://{path}")
+        assert blob.data == b"new" * 200
+        assert blob.etag == disk.head(f"file://{path}").etag
+
+    def test_a_file_that_never_rests_fails(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(b"x")
+        read = os.read
+
+        def read_while_growing(descriptor: int, size: int) -> bytes:
+            data = read(descriptor, size)
+            with path.open("ab") as file:
+                file.write(b"x")
+            return data
+
+        monkeypatch.setattr("os.read", read_while_growing)
+        assert kind_of(lambda: disk.get(f"file://{path}")) == "fetch_failed"
+
+    def test_short_reads_are_continued(self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(bytes(range(256)))
+        read = os.read
+        monkeypatch.setattr("os.read", lambda descriptor, size: read(descriptor, min(size, 100)))
+        assert disk.get(f"file://{path}").data == bytes(range(256))
+
+    @pytest.mark.parametrize(
+        ("code", "kind", "word"),
+        [
+            (errno.EACCES, "denied", "permission"),
+            (errno.EPERM, "denied", "permission"),
+            (errno.ELOOP, "missing", "symbolic links"),
+            (errno.EMFILE, "fetch_failed", "open files"),
+            (errno.EIO, "fetch_failed", "error"),
+        ],
+    )
+    def test_errors_of_the_system(
+        self, disk: Storage, monkeypatch: pytest.MonkeyPatch, code: int, kind: str, word: str
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("os.open", fail)
+        with pytest.raises(StorageError, match=word) as caught:
+            disk.get("file:///x")
+        assert caught.value.kind == kind
+
+    def test_things_that_are_no_files(self, disk: Storage, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        os.symlink(tmp_path / "loop", tmp_path / "loop")
+        for name in ("pipe", "loop", "nul\x00", "x" * 300):
+            assert kind_of(lambda name=name: disk.get(f"file://{tmp_path}/{name}")) == "missing"
+            assert not disk.exists(f"file://{tmp_path}/{name}")
+        assert listed(disk, disk.root) == {}
+
+    def test_links_are_followed_and_cycles_end(self, disk: Storage, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "x.jpg").write_bytes(b"x")
+        os.symlink(tmp_path / "real", tmp_path / "alias")
+        os.symlink(tmp_path / "real" / "x.jpg", tmp_path / "link.jpg")
+        os.symlink(tmp_path, tmp_path / "real" / "back")
+        os.symlink(tmp_path / "nowhere", tmp_path / "dangling.jpg")
+        found = {uri.removeprefix(disk.root) for uri in listed(disk, disk.root)}
+        assert found == {"/real/x.jpg", "/alias/x.jpg", "/link.jpg"}
+
+    def test_names_that_are_not_unicode(self, disk: Storage, tmp_path: Path) -> None:
+        folder = os.fsencode(tmp_path) + b"/caf\xe9"
+        os.mkdir(folder)
+        with open(folder + b"/im\xff.jpg", "wb") as file:
+            file.write(b"data")
+        (uri,) = listed(disk, disk.root)
+        assert uri == f"{disk.root}/caf\ufffd/im\ufffd.jpg"
+        assert disk.get(uri).data == b"data"
+        assert disk.head(uri).size_bytes == 4
+        assert kind_of(lambda: disk.get(f"{disk.root}/caf\ufffd/other\ufffd.jpg")) == "missing"
+
+    def test_missing_and_unreadable_folders(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        assert kind_of(lambda: list(disk.list(f"file://{tmp_path}/none"))) == "missing"
+        assert kind_of(lambda: list(disk.list(f"file://{tmp_path}/file"))) == "missing"
+        (tmp_path / "shut").mkdir()
+        scandir = os.scandir
+
+        def refuse(path: str) -> object:
+            if path.endswith("shut"):
+                raise PermissionError(errno.EACCES, "denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", refuse)
+        assert kind_of(lambda: list(disk.list(disk.root))) == "denied"
+
+    def test_files_that_vanish_while_listing_are_left_out(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for n in range(5):
+            (tmp_path / f"folder{n}").mkdir()
+            (tmp_path / f"folder{n}" / "x").write_bytes(b"")
+        scandir = os.scandir
+
+        def vanish(path: str) -> object:
+            if path.endswith("folder2"):
+                (tmp_path / "folder2" / "x").unlink()
+                (tmp_path / "folder2").rmdir()
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", vanish)
+        assert len(listed(disk, disk.root)) == 4
+
+    def test_many_files_come_in_batches(self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.storage.disk._ROWS_PER_BATCH", 10)
+        for n in range(25):
+            (tmp_path / f"{n}").write_bytes(b"")
+        assert [batch.num_rows for batch in disk.list(disk.root)] == [10, 10, 5]
+
+    @pytest.mark.parametrize("call", ["put", "put_new"])
+    @pytest.mark.parametrize(
+        ("function", "code", "kind_and_sentence"),
+        [
+            ("write", errno.ENOSPC, ("fetch_failed", "disk is full")),
+            ("fsync", errno.EDQUOT, ("fetch_failed", "quota")),
+            ("open", errno.EROFS, ("fetch_failed", "read-only")),
+            ("open", errno.EACCES, ("denied", "permission denied")),
+        ],
+    )
+    def test_a_failed_write_says_why_and_leaves_nothing(
+        self, disk: Storage, call: str, function: str, code: int, kind_and_sentence: tuple[str, str]
+    ) -> None:
+        kind, sentence = kind_and_sentence
+        uri = join_uri(disk.root, "part")
+        disk.put(uri, b"")
+        disk.delete(uri)
+
+        def fail(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"os.{function}", fail)
+            with pytest.raises(StorageError, match=sentence) as caught:
+                getattr(disk, call)(uri, b"data")
+        assert caught.value.kind == kind
+        assert repr(uri) in str(caught.value)
+        assert listed(disk, disk.root) == {}
+
+    def test_a_file_where_a_folder_should_be(self, disk: Storage, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(StorageError, match="not a folder"):
+            disk.put_new(f"file://{tmp_path}/file/part", b"")
+
+    def test_temporary_files_lie_under_the_root(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = []
+        link = os.link
+        monkeypatch.setattr("os.link", lambda source, target: (seen.append(source), link(source, target)))
+        assert disk.put_new(join_uri(disk.root, "a", "b", "part"), b"data")
+        assert [os.path.dirname(path) for path in seen] == [f"{tmp_path}/_tmp"]
+        assert os.listdir(tmp_path / "_tmp") == []
+
+    def test_a_file_system_without_hard_links(self, disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", fail)
+        assert disk.check_create_only() is False
+        assert disk.create_only_is_atomic is False
+        assert disk.put_new(join_uri(disk.root, "part"), b"one")
+        assert not disk.put_new(join_uri(disk.root, "part"), b"two")
+        assert disk.get(join_uri(disk.root, "part")).data == b"one"
+        assert pickle.loads(pickle.dumps(disk)).create_only_is_atomic is False
+
+    def test_leavings_of_killed_processes_are_swept(self, disk: Storage, tmp_path: Path) -> None:
+        (tmp_path / "_tmp").mkdir()
+        for name in ("old", "young"):
+            (tmp_path / "_tmp" / name).write_bytes(b"half")
+        os.utime(tmp_path / "_tmp" / "old", (0, 0))
+        disk.check_create_only()
+        assert os.listdir(tmp_path / "_tmp") == ["young"]
+
+    def test_writing_outside_the_root(self, disk: Storage, tmp_path_factory: pytest.TempPathFactory) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        assert disk.put_new(f"file://{elsewhere}/x", b"x")
+        assert disk.get(f"file://{elsewhere}/x").data == b"x"
+
+    def test_duckdb_needs_no_filesystem(self, disk: Storage) -> None:
+        assert disk.filesystem() is None
+
+
+class TestRemote:
+    @pytest.mark.s3
+    def test_https_is_read_only(self, s3_bucket: str, s3_server: str) -> None:
+        import boto3
+
+        client = boto3.client("s3")
+        client.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x y.jpg", Body=b"data", ACL="public-read")
+        open_storage(s3_bucket).put(s3_bucket + "/shut.jpg", b"data")
+        # The S3 server is also a plain web server for whoever asks it.
+        base = s3_server + "/" + s3_bucket.removeprefix("s3://")
+        storage = open_storage(base)
+        blob = storage.get(base + "/x%20y.jpg")
+        assert blob.data == b"data"
+        assert blob.etag == hashlib.md5(b"data").hexdigest()
+        assert kind_of(lambda: storage.get(base + "/shut.jpg")) == "denied"
+        public = s3_server + "/no-such-bucket"
+        assert kind_of(lambda: storage.get(public + "/none.jpg")) == "missing"
+        assert not storage.exists(public + "/none.jpg")
+        with pytest.raises(StorageError, match="read-only"):
+            storage.put(base + "/new", b"")
+        with pytest.raises(StorageError, match="read-only"):
+            storage.put_new(base + "/new", b"")
+
+    def test_memory_lists_in_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.storage.remote._ROWS_PER_BATCH", 4)
+        storage = open_storage(f"memory://{uuid.uuid4().hex}")
+        for n in range(10):
+            storage.put(f"{storage.root}/{n % 3}/{n}", b"x")
+        assert len(listed(storage, storage.root)) == 10
+
+    def test_duckdb_reads_through_it(self) -> None:
+        import duckdb
+
+        storage = open_storage(f"memory://{uuid.uuid4().hex}")
+        storage.put(storage.root + "/a.csv", b"x\n1\n2\n")
+        connection = duckdb.connect()
+        connection.register_filesystem(storage.filesystem())
+        assert connection.execute(f"select sum(x) from read_csv('{storage.root}/*.csv')").fetchall() == [(3,)]
+
+
+@pytest.mark.s3
+class TestS3:
+    @pytest.fixture
+    def bucket(self, s3_bucket: str) -> Storage:
+        return open_storage(s3_bucket)
+
+    @pytest.fixture
+    def client(self, s3_bucket: str) -> object:
+        import boto3
+
+        return boto3.client("s3")
+
+    @pytest.mark.parametrize("name", ODD_NAMES + S3_ONLY_NAMES)
+    def test_names_are_the_same_for_other_clients(self, bucket: Storage, client: SimpleNamespace, name: str) -> None:
+        name_of_bucket = bucket.root.removeprefix("s3://")
+        client.put_object(Bucket=name_of_bucket, Key=f"theirs/{name}", Body=b"theirs")
+        assert bucket.get(f"{bucket.root}/theirs/{name}").data == b"theirs"
+        assert set(listed(bucket, f"{bucket.root}/theirs")) == {f"{bucket.root}/theirs/{name}"}
+        ours = f"{bucket.root}/ours/{name}"
+        assert bucket.put_new(ours, b"ours")
+        assert not bucket.put_new(ours, b"other")
+        assert client.get_object(Bucket=name_of_bucket, Key=f"ours/{name}")["Body"].read() == b"ours"
+        assert bucket.head(ours).etag == hashlib.md5(b"ours").hexdigest()
+        bucket.put(ours, b"replaced")
+        assert bucket.get(ours).data == b"replaced"
+        bucket.delete(ours)
+        assert not bucket.exists(ours)
+
+    @pytest.mark.parametrize("parallel", [1, 8])
+    def test_one_odd_key_does_not_spoil_the_listing(
+        self, bucket: Storage, client: SimpleNamespace, parallel: int
+    ) -> None:
+        keys = [f"{folder}/{n}.jpg" for folder in ("a", "b", "c") for n in range(5)] + [
+            "b//2.jpg",
+            "top.jpg",
+            "b/./z",
+        ]
+        for key in keys:
+            client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"x")
+        assert set(listed(bucket, bucket.root, parallel=parallel)) == {f"{bucket.root}/{key}" for key in keys}
+
+    @pytest.mark.parametrize("parallel", [1, 8])
+    def test_folder_markers_are_not_listed(self, bucket: Storage, client: SimpleNamespace, parallel: int) -> None:
+        for key in ("photos/", "photos/trip.jpg/", "photos/empty.jpg", "photos/trip.jpg/1.jpg"):
+            client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"")
+        found = listed(bucket, bucket.root, parallel=parallel)
+        assert set(found) == {bucket.root + "/photos/empty.jpg", bucket.root + "/photos/trip.jpg/1.jpg"}
+        assert listed(bucket, bucket.root + "/photos", parallel=parallel) == found
+
+    def test_pages(self, bucket: Storage, client: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.storage.bucket._LIST_CHUNK", 300)
+        for n in range(1050):
+            bucket.put(f"{bucket.root}/flat/{n:04}", b"x")
+        client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat2/x", Body=b"x")
+        assert len(listed(bucket, bucket.root + "/flat")) == 1050
+        assert len(listed(bucket, bucket.root)) == 1051
+        client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat/0500//odd", Body=b"x")
+        assert len(listed(bucket, bucket.root + "/flat")) == 1051
+
+    def test_a_missing_bucket(self, s3_environment: str) -> None:
+        storage = open_storage("s3://no-such-bucket-here")
+        for call in (
+            lambda: storage.get(storage.root + "/x"),
+            lambda: storage.put_new(storage.root + "/x", b""),
+            lambda: list(storage.list(storage.root)),
+            lambda: list(storage.list(storage.root + "/x", parallel=1)),
+        ):
+            assert kind_of(call) == "missing"
+
+    def test_an_empty_prefix(self, bucket: Storage) -> None:
+        assert listed(bucket, bucket.root) == {}
+        assert listed(bucket, bucket.root + "/none") == {}
+
+    def test_a_bucket_is_no_object(self, bucket: Storage) -> None:
+        with pytest.raises(UsageError, match="s3://bucket/key"):
+            bucket.get(bucket.root)
+
+    def test_a_multipart_etag_is_no_digest(self, bucket: Storage, client: SimpleNamespace) -> None:
+        name = bucket.root.removeprefix("s3://")
+        upload = client.create_multipart_upload(Bucket=name, Key="big")["UploadId"]
+        part = client.upload_part(Bucket=name, Key="big", UploadId=upload, PartNumber=1, Body=b"data")
+        client.complete_multipart_upload(
+            Bucket=name,
+            Key="big",
+            UploadId=upload,
+            MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]},
+        )
+        blob = bucket.get(bucket.root + "/big")
+        assert blob.data == b"data"
+        assert blob.etag.endswith("-1")
+
+    def test_a_named_profile(
+        self, bucket: Storage, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bucket.put(bucket.root + "/x.csv", b"x\n1\n")
+        (tmp_path / "config").write_text(f"[profile lab]\nregion = eu-west-1\nendpoint_url = {s3_server}\n")
+        (tmp_path / "keys").write_text("[lab]\naws_access_key_id = k\naws_secret_access_key = verysecret\n")
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+        storage = open_storage(bucket.root, profile="lab")
+        assert storage.get(bucket.root + "/x.csv").data == b"x\n1\n"
+        assert set(listed(storage, bucket.root)) == {bucket.root + "/x.csv"}
+        assert storage.filesystem().cat(bucket.root + "/x.csv") == b"x\n1\n"
+        text = pickle.dumps(storage)
+        assert b"verysecret" not in text
+        assert pickle.loads(text).get(bucket.root + "/x.csv").data == b"x\n1\n"
+        monkeypatch.setenv("AWS_PROFILE", "lab")
+        assert open_storage(bucket.root).get(bucket.root + "/x.csv").data == b"x\n1\n"
+
+    def test_an_unknown_profile(self, s3_bucket: str) -> None:
+        with pytest.raises(StorageError, match="'nobody'") as caught:
+            open_storage(s3_bucket, profile="nobody").get(s3_bucket + "/x")
+        assert caught.value.kind == "denied"
+
+    def test_no_credentials(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(StorageError, match="no credentials") as caught:
+            open_storage(s3_bucket).get(s3_bucket + "/x")
+        assert caught.value.kind == "denied"
+
+    def test_a_public_bucket_needs_none(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        import boto3
+
+        name = s3_bucket.removeprefix("s3://")
+        boto3.client("s3").put_object(Bucket=name, Key="x", Body=b"x", ACL="public-read")
+        boto3.client("s3").put_bucket_acl(Bucket=name, ACL="public-read")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        storage = open_storage(s3_bucket)
+        assert storage.get(s3_bucket + "/x").data == b"x"
+        assert len(listed(storage, s3_bucket)) == 1
+
+    def test_duckdb_reads_through_it(self, bucket: Storage) -> None:
+        import duckdb
+
+        for n in range(3):
+            bucket.put(f"{bucket.root}/segments/model=m/{n}.csv", b"x\n%d\n" % n)
+        connection = duckdb.connect()
+        connection.register_filesystem(bucket.filesystem())
+        files = f"read_csv('{bucket.root}/segments/**/*.csv', hive_partitioning=true)"
+        assert connection.execute(f"select sum(x), any_value(model) from {files}").fetchall() == [(3, "m")]
+
+    def test_a_store_that_ignores_the_condition_is_found_out(
+        self, bucket: Storage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import obstore
+
+        put = obstore.put
+
+        def forget_mode(*arguments: object, mode: str = "", **options: object) -> object:
+            return put(*arguments, **options)
+
+        monkeypatch.setattr("obstore.put", forget_mode)
+        assert bucket.check_create_only() is False
+        assert bucket.put_new(bucket.root + "/x", b"one")
+        assert not bucket.put_new(bucket.root + "/x", b"two")
+        assert bucket.get(bucket.root + "/x").data == b"one"
+        assert set(listed(bucket, bucket.root)) == {bucket.root + "/x"}
+
+    def test_an_odd_answer_to_a_condition_is_settled_by_looking(
+        self, bucket: Storage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from obstore.exceptions import GenericError
+
+        bucket.put(bucket.root + "/there", b"x")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise GenericError("Server returned non-2xx status code: 400 Bad Request: <Code>InvalidArgument</Code>")
+
+        monkeypatch.setattr("obstore.put", refuse)
+        assert bucket.put_new(bucket.root + "/there", b"y") is False
+        with pytest.raises(StorageError, match="InvalidArgument") as caught:
+            bucket.put_new(bucket.root + "/free", b"y")
+        assert caught.value.kind == "fetch_failed"
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("impatient")
+class TestS3Faults:
+    DATA = os.urandom(100_000)
+
+    @pytest.fixture
+    def bucket(self, s3_bucket: str, fault_proxy: FaultProxy) -> Storage:
+        storage = open_storage(s3_bucket)
+        storage.put(s3_bucket + "/x", self.DATA)
+        fault_proxy.clear()
+        return storage
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "flip",
+            "truncate",
+            "unavailable",
+            "error",
+            "refuse",
+            "reset_before",
+            "reset_after",
+            "stall",
+            "stall_body",
+        ],
+    )
+    def test_get_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
+        fault_proxy.inject(kind, limit=2, seconds=3)
+        assert bucket.get(bucket.root + "/x").data == self.DATA
+        assert fault_proxy.hits[kind] == 2
+
+    @pytest.mark.parametrize("kind", ["flip", "truncate", "unavailable"])
+    def test_get_of_an_odd_name_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
+        bucket.put(bucket.root + "//x", self.DATA)
+        fault_proxy.inject(kind, limit=1, match="GET .*//x")
+        assert bucket.get(bucket.root + "//x").data == self.DATA
+        assert fault_proxy.hits[kind] == 1
+
+    @pytest.mark.parametrize("kind", ["unavailable", "error", "refuse", "reset_before", "reset_after", "stall"])
+    @pytest.mark.parametrize("name", ["/new", "//new"])
+    def test_put_new_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str, name: str) -> None:
+        fault_proxy.inject(kind, limit=1, match="" if kind == "refuse" else "PUT", seconds=2)
+        uri = bucket.root + name
+        # "False" after a reset whose outcome was unknown: the object is there, and it is ours.
+        assert bucket.put_new(uri, self.DATA) is (kind != "reset_after")
+        assert fault_proxy.hits[kind] == 1
+        assert bucket.get(uri).data == self.DATA
+        assert bucket.put_new(uri, b"other") is False
+        assert bucket.get(uri).data == self.DATA
+
+    @pytest.mark.parametrize("kind", ["unavailable", "reset_before", "reset_after", "stall"])
+    def test_put_and_delete_survive(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
+        fault_proxy.inject(kind, limit=1, match="PUT", seconds=2)
+        bucket.put(bucket.root + "/x", b"other")
+        fault_proxy.inject(kind, limit=1, match="DELETE", seconds=2)
+        assert bucket.get(bucket.root + "/x").data == b"other"
+        bucket.delete(bucket.root + "/x")
+        assert not bucket.exists(bucket.root + "/x")
+        assert fault_proxy.hits[kind] == 2
+
+    @pytest.mark.parametrize("kind", ["truncate", "unavailable", "reset_before", "stall"])
+    def test_listing_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
+        bucket.put(bucket.root + "/folder/y", b"y")
+        bucket.put(bucket.root + "/other/z", b"z")
+        fault_proxy.inject(kind, limit=2, match="GET .*list-type", seconds=2)
+        assert len(listed(bucket, bucket.root)) == 3
+        assert fault_proxy.hits[kind] == 2
+
+    def test_one_in_ten_of_everything(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
+        for kind in ("unavailable", "reset_before", "reset_after", "truncate", "flip"):
+            fault_proxy.inject(kind, probability=0.1, match="(GET|PUT) .*/data")
+        uris = [f"{bucket.root}/data/{n}" for n in range(60)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda uri: bucket.put_new(uri, uri.encode() * 100), uris))
+            blobs = list(pool.map(bucket.get, uris))
+        assert [blob.data for blob in blobs] == [uri.encode() * 100 for uri in uris]
+        assert sum(fault_proxy.hits.values()) > 20
+
+    def test_an_etag_that_is_no_digest_after_all(
+        self, bucket: Storage, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As with KMS keys: 32 hex digits, but not an MD5. It costs a second fetch, three times."""
+        monkeypatch.setattr("pipeline.storage.bucket.clean_etag", lambda etag: "0" * 32)
+        fetches = []
+        for _ in range(5):
+            fault_proxy.clear()
+            assert bucket.get(bucket.root + "/x").data == self.DATA
+            fetches.append(len(fault_proxy.requests))
+        assert fetches == [2, 2, 2, 1, 1]
+
+    def test_damage_that_never_ends_fails(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
+        fault_proxy.inject("flip", match="GET")
+        with pytest.raises(StorageError, match="do not match") as caught:
+            bucket.get(bucket.root + "/x")
+        assert caught.value.kind == "fetch_failed"
+
+    def test_a_dead_store_fails(
+        self, bucket: Storage, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.storage.bucket._RETRIES_PER_REQUEST", 2)
+        storage = open_storage(bucket.root)
+        fault_proxy.inject("unavailable")
+        assert kind_of(lambda: storage.get(bucket.root + "/x")) == "fetch_failed"
+        assert kind_of(lambda: list(storage.list(bucket.root, parallel=1))) == "fetch_failed"
+        assert kind_of(lambda: storage.head(bucket.root + "/x")) == "fetch_failed"
+
+    def test_denied(self, bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        from obstore.exceptions import GenericError, PermissionDeniedError
+
+        answers: Iterator[Exception] = iter(
+            [
+                PermissionDeniedError("Server returned non-2xx status code: 403 Forbidden: <Code>AccessDenied</Code>"),
+                GenericError("Server returned non-2xx status code: 400 Bad Request: <Code>ExpiredToken</Code>"),
+            ]
+        )
+
+        def refuse(*_: object, **__: object) -> None:
+            raise next(answers)
+
+        monkeypatch.setattr("obstore.get", refuse)
+        for word in ("AccessDenied", "ExpiredToken"):
+            with pytest.raises(StorageError, match=f"{word}.*credentials") as caught:
+                bucket.get(bucket.root + "/x")
+            assert caught.value.kind == "denied"
+
+
+class TestDigestCheck:
+    DATA = b"data"
+    ETAG = hashlib.md5(DATA).hexdigest()
+    OTHER = "0" * 32
+
+    def test_a_match(self) -> None:
+        assert DigestCheck().start().accepts(self.DATA, self.ETAG)
+
+    @pytest.mark.parametrize("etag", ["", "abc", "0" * 32 + "-2", "3-1234567890123456789", ("0" * 31 + "G")])
+    def test_other_etags_say_nothing(self, etag: str) -> None:
+        assert DigestCheck().start().accepts(self.DATA, etag)
+
+    def test_two_equal_fetches_are_accepted(self) -> None:
+        attempts = DigestCheck().start()
+        assert not attempts.accepts(b"damaged", self.OTHER)
+        assert not attempts.accepts(self.DATA, self.OTHER)
+        assert attempts.accepts(self.DATA, self.OTHER)
+
+    def test_an_object_replaced_between_fetches_is_not_accepted_for_being_equal(self) -> None:
+        attempts = DigestCheck().start()
+        assert not attempts.accepts(self.DATA, "1" * 32)
+        assert not attempts.accepts(self.DATA, self.OTHER)
+
+    def test_after_several_in_a_row_it_is_off(self) -> None:
+        check = DigestCheck()
+        for _ in range(3):
+            attempts = check.start()
+            assert not attempts.accepts(self.DATA, self.OTHER)
+            assert attempts.accepts(self.DATA, self.OTHER)
+        assert not check.enabled
+        assert check.start().accepts(self.DATA, self.OTHER)
+
+    def test_a_match_in_between_keeps_it_on(self) -> None:
+        check = DigestCheck()
+        for _ in range(5):
+            attempts = check.start()
+            assert not attempts.accepts(self.DATA, self.OTHER)
+            assert attempts.accepts(self.DATA, self.OTHER)
+            assert check.start().accepts(self.DATA, self.ETAG)
+        assert check.enabled
+
+
+class TestMerge:
+    def test_everything_arrives(self) -> None:
+        streams = [lambda n=n: iter(range(n * 100, n * 100 + 100)) for n in range(20)]
+        assert sorted(merge(streams, parallel=4)) == list(range(2000))
+
+    def test_nothing_to_merge(self) -> None:
+        assert list(merge([], parallel=4)) == []
+
+    def test_an_error_is_raised_to_the_reader(self) -> None:
+        def broken() -> Iterator[int]:
+            yield 1
+            raise StorageError("broken", kind="denied")
+
+        with pytest.raises(StorageError, match="broken"):
+            list(merge([broken, lambda: iter([2])], parallel=2))
+
+    def test_closing_early_ends_the_threads(self) -> None:
+        read = []
+
+        def endless() -> Iterator[int]:
+            while True:
+                read.append(1)
+                yield 1
+
+        stream = merge([endless, endless], parallel=2)
+        next(stream)
+        stream.close()
+        names = {"list-0", "list-1"}
+        for thread in threading.enumerate():
+            if thread.name in names:
+                thread.join(5)
+        assert not names & {thread.name for thread in threading.enumerate()}
+        assert len(read) < 20  # they never ran far ahead
+
+
+def test_failure_text_hides_what_may_be_secret() -> None:
+    error = ValueError(
+        "Error performing GET https://user:pass@host/key?X-Token=secret&y=1 in 3 ms\n\nDebug source: secret"
+    )
+    assert failure_text(error) == "Error performing GET https://host/key in 3 ms"
+
+
+def test_listing_schema_is_the_manifest() -> None:
+    assert [str(field.type) for field in LISTING_SCHEMA] == [
+        "string",
+        "string",
+        "int64",
+        "timestamp[us, tz=UTC]",
+    ]
+    assert pa.schema(LISTING_SCHEMA).names == ["uri", "etag", "size_bytes", "modified"]
