@@ -25,7 +25,7 @@ from rich.table import Table
 
 import pipeline
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
-from pipeline.errors import InfrastructureError, MaskmillError, UsageError
+from pipeline.errors import MaskmillError, UsageError
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 _LINE_EVERY_S = 30.0
@@ -445,16 +445,14 @@ def main() -> None:
 
 
 def _last_words(error: Exception, console: Console) -> int:
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
+    # Typer's usage errors (a missing option, an unknown command) know how to say so themselves.
+    if hasattr(error, "format_message"):
+        console.print(f"[red]error:[/] {escape(error.format_message())}", soft_wrap=True)
         return USAGE
     if os.environ.get("MASKMILL_DEBUG"):
         raise error
-    kind = InfrastructureError.__name__ if isinstance(error, OSError) else type(error).__name__
     console.print(
-        f"[red]failed:[/] {escape(kind)}: {escape(str(error))} (MASKMILL_DEBUG=1 shows where)", soft_wrap=True
+        f"[red]failed:[/] {escape(type(error).__name__)}: {escape(str(error))} (MASKMILL_DEBUG=1 shows where)", soft_wrap=True
     )
     return INFRASTRUCTURE
 

@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,13 +88,25 @@ def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3_server
 
 
-@pytest.fixture
-def s3_bucket(s3_environment: str) -> str:
-    """`s3://bucket` of a fresh bucket, with the environment set for it."""
+@pytest.fixture(scope="session")
+def s3_client(s3_server: str) -> Any:
+    """A boto3 client of `s3_server`, whatever the environment says: what other people's tools see."""
     import boto3
 
+    return boto3.client(
+        "s3",
+        endpoint_url=s3_server,
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="testtest",
+    )
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: str, s3_client: Any) -> str:
+    """`s3://bucket` of a fresh bucket, with the environment set for it."""
     bucket = f"test-{uuid.uuid4().hex[:16]}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
+    s3_client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 

@@ -177,7 +177,8 @@ class Worker:
             refs = refs.take(pa.array([i for i in range(len(refs)) if i not in task.killers], pa.int64()))
         self._stream.submit(refs, builder.add).result()
         if task.probe:
-            return Receipt(task.ordinal, len(refs), 0, False, self._node, self._stream.counts())
+            part = builder.finish()
+            return Receipt(task.ordinal, part.rows, part.data.size, False, self._node, self._stream.counts())
         if self._stream.world_is_failing():
             raise WorldFailingError(
                 "more than half of the last images failed for reasons outside them (storage, permissions, memory): "

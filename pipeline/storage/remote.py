@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 4
 _ROWS_PER_BATCH = 10_000
+_READ_ONLY = ("http", "https")
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
     "LastModified",
@@ -154,7 +155,7 @@ class RemoteStorage:
             yield _batch(rows)
 
     def put_new(self, uri: str, data: bytes) -> bool:
-        path = self._path(uri)
+        path = self._writable_path(uri)
         try:
             if self._scheme == "memory":
                 with _MEMORY_LOCK:
@@ -164,13 +165,13 @@ class RemoteStorage:
         except FileExistsError:
             return False
         except Exception as error:
-            if self._scheme != "memory" and not isinstance(error, NotImplementedError) and self.exists(uri):
+            if self._scheme != "memory" and self.exists(uri):
                 return False
             raise self._failure("write", uri, error) from error
         return True
 
     def put(self, uri: str, data: bytes) -> None:
-        path = self._path(uri)
+        path = self._writable_path(uri)
         try:
             self._files.pipe_file(path, data)
         except Exception as error:
@@ -206,6 +207,12 @@ class RemoteStorage:
             raise UsageError(f"{uri!r} is not of this store; expected {self._scheme}://...")
         return str(self._files._strip_protocol(uri))
 
+    def _writable_path(self, uri: str) -> str:
+        path = self._path(uri)
+        if self._scheme in _READ_ONLY:  # fsspec would try a POST
+            raise failed("write", uri, f"{self._scheme}:// is read-only here", kind="denied")
+        return path
+
     def _info(self, path: str) -> ObjectInfo:
         if self._scheme == "memory":  # its info() looks at every file there is
             found = self._files.store.get(path)
@@ -218,17 +225,15 @@ class RemoteStorage:
         return _object_info(entry)
 
     def _failure(self, what: str, uri: str, error: Exception) -> StorageError:
-        status = getattr(error, "status", None)
-        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status in (
-            404,
-            410,
-        ):
-            return failed(what, uri, "no such object", kind="missing")
+        # Over HTTP, fsspec turns every refusal into FileNotFoundError; its cause tells what it was.
+        cause = error if error.__cause__ is None else error.__cause__
+        status = getattr(cause, "status", None)
         if isinstance(error, PermissionError) or status in (401, 403):
-            return failed(what, uri, f"{failure_text(error)}; check the credentials", kind="denied")
-        if isinstance(error, NotImplementedError):
-            return failed(what, uri, f"{self._scheme}:// is read-only here", kind="fetch_failed")
-        return failed(what, uri, failure_text(error), kind="fetch_failed")
+            return failed(what, uri, f"{failure_text(cause)}; check the credentials", kind="denied")
+        absent = isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        if absent or status in (404, 410):
+            return failed(what, uri, "no such object", kind="missing")
+        return failed(what, uri, failure_text(cause), kind="fetch_failed")
 
 
 def _object_info(entry: dict[str, Any]) -> ObjectInfo:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -66,8 +66,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stalls are noticed after half a second."""
-    monkeypatch.setenv("MASKMILL_STORAGE_TIMEOUT_S", "0.5")
+    """Stalls are noticed after a moment."""
+    monkeypatch.setenv("MASKMILL_STORAGE_TIMEOUT_S", "0.3")
 
 
 def listed(storage: Storage, prefix_uri: str, **options: int) -> dict[str, dict]:
@@ -475,11 +475,8 @@ class TestDisk:
 
 class TestRemote:
     @pytest.mark.s3
-    def test_https_is_read_only(self, s3_bucket: str, s3_server: str) -> None:
-        import boto3
-
-        client = boto3.client("s3")
-        client.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x y.jpg", Body=b"data", ACL="public-read")
+    def test_https_is_read_only(self, s3_bucket: str, s3_server: str, s3_client: Any) -> None:
+        s3_client.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x y.jpg", Body=b"data", ACL="public-read")
         open_storage(s3_bucket).put(s3_bucket + "/shut.jpg", b"data")
         # The S3 server is also a plain web server for whoever asks it.
         base = s3_server + "/" + s3_bucket.removeprefix("s3://")
@@ -491,6 +488,7 @@ class TestRemote:
         public = s3_server + "/no-such-bucket"
         assert kind_of(lambda: storage.get(public + "/none.jpg")) == "missing"
         assert not storage.exists(public + "/none.jpg")
+        assert kind_of(lambda: storage.get("http://127.0.0.1:1/nobody-listens")) == "fetch_failed"
         with pytest.raises(StorageError, match="read-only"):
             storage.put(base + "/new", b"")
         with pytest.raises(StorageError, match="read-only"):
@@ -519,22 +517,16 @@ class TestS3:
     def bucket(self, s3_bucket: str) -> Storage:
         return open_storage(s3_bucket)
 
-    @pytest.fixture
-    def client(self, s3_bucket: str) -> object:
-        import boto3
-
-        return boto3.client("s3")
-
     @pytest.mark.parametrize("name", ODD_NAMES + S3_ONLY_NAMES)
-    def test_names_are_the_same_for_other_clients(self, bucket: Storage, client: SimpleNamespace, name: str) -> None:
+    def test_names_are_the_same_for_other_clients(self, bucket: Storage, s3_client: Any, name: str) -> None:
         name_of_bucket = bucket.root.removeprefix("s3://")
-        client.put_object(Bucket=name_of_bucket, Key=f"theirs/{name}", Body=b"theirs")
+        s3_client.put_object(Bucket=name_of_bucket, Key=f"theirs/{name}", Body=b"theirs")
         assert bucket.get(f"{bucket.root}/theirs/{name}").data == b"theirs"
         assert set(listed(bucket, f"{bucket.root}/theirs")) == {f"{bucket.root}/theirs/{name}"}
         ours = f"{bucket.root}/ours/{name}"
         assert bucket.put_new(ours, b"ours")
         assert not bucket.put_new(ours, b"other")
-        assert client.get_object(Bucket=name_of_bucket, Key=f"ours/{name}")["Body"].read() == b"ours"
+        assert s3_client.get_object(Bucket=name_of_bucket, Key=f"ours/{name}")["Body"].read() == b"ours"
         assert bucket.head(ours).etag == hashlib.md5(b"ours").hexdigest()
         bucket.put(ours, b"replaced")
         assert bucket.get(ours).data == b"replaced"
@@ -542,34 +534,32 @@ class TestS3:
         assert not bucket.exists(ours)
 
     @pytest.mark.parametrize("parallel", [1, 8])
-    def test_one_odd_key_does_not_spoil_the_listing(
-        self, bucket: Storage, client: SimpleNamespace, parallel: int
-    ) -> None:
+    def test_one_odd_key_does_not_spoil_the_listing(self, bucket: Storage, s3_client: Any, parallel: int) -> None:
         keys = [f"{folder}/{n}.jpg" for folder in ("a", "b", "c") for n in range(5)] + [
             "b//2.jpg",
             "top.jpg",
             "b/./z",
         ]
         for key in keys:
-            client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"x")
+            s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"x")
         assert set(listed(bucket, bucket.root, parallel=parallel)) == {f"{bucket.root}/{key}" for key in keys}
 
     @pytest.mark.parametrize("parallel", [1, 8])
-    def test_folder_markers_are_not_listed(self, bucket: Storage, client: SimpleNamespace, parallel: int) -> None:
+    def test_folder_markers_are_not_listed(self, bucket: Storage, s3_client: Any, parallel: int) -> None:
         for key in ("photos/", "photos/trip.jpg/", "photos/empty.jpg", "photos/trip.jpg/1.jpg"):
-            client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"")
+            s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key=key, Body=b"")
         found = listed(bucket, bucket.root, parallel=parallel)
         assert set(found) == {bucket.root + "/photos/empty.jpg", bucket.root + "/photos/trip.jpg/1.jpg"}
         assert listed(bucket, bucket.root + "/photos", parallel=parallel) == found
 
-    def test_pages(self, bucket: Storage, client: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pages(self, bucket: Storage, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("pipeline.storage.bucket._LIST_CHUNK", 300)
         for n in range(1050):
             bucket.put(f"{bucket.root}/flat/{n:04}", b"x")
-        client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat2/x", Body=b"x")
+        s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat2/x", Body=b"x")
         assert len(listed(bucket, bucket.root + "/flat")) == 1050
         assert len(listed(bucket, bucket.root)) == 1051
-        client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat/0500//odd", Body=b"x")
+        s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat/0500//odd", Body=b"x")
         assert len(listed(bucket, bucket.root + "/flat")) == 1051
 
     def test_a_missing_bucket(self, s3_environment: str) -> None:
@@ -590,11 +580,11 @@ class TestS3:
         with pytest.raises(UsageError, match="s3://bucket/key"):
             bucket.get(bucket.root)
 
-    def test_a_multipart_etag_is_no_digest(self, bucket: Storage, client: SimpleNamespace) -> None:
+    def test_a_multipart_etag_is_no_digest(self, bucket: Storage, s3_client: Any) -> None:
         name = bucket.root.removeprefix("s3://")
-        upload = client.create_multipart_upload(Bucket=name, Key="big")["UploadId"]
-        part = client.upload_part(Bucket=name, Key="big", UploadId=upload, PartNumber=1, Body=b"data")
-        client.complete_multipart_upload(
+        upload = s3_client.create_multipart_upload(Bucket=name, Key="big")["UploadId"]
+        part = s3_client.upload_part(Bucket=name, Key="big", UploadId=upload, PartNumber=1, Body=b"data")
+        s3_client.complete_multipart_upload(
             Bucket=name,
             Key="big",
             UploadId=upload,
@@ -636,12 +626,10 @@ class TestS3:
             open_storage(s3_bucket).get(s3_bucket + "/x")
         assert caught.value.kind == "denied"
 
-    def test_a_public_bucket_needs_none(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        import boto3
-
+    def test_a_public_bucket_needs_none(self, s3_bucket: str, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         name = s3_bucket.removeprefix("s3://")
-        boto3.client("s3").put_object(Bucket=name, Key="x", Body=b"x", ACL="public-read")
-        boto3.client("s3").put_bucket_acl(Bucket=name, ACL="public-read")
+        s3_client.put_object(Bucket=name, Key="x", Body=b"x", ACL="public-read")
+        s3_client.put_bucket_acl(Bucket=name, ACL="public-read")
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
@@ -720,7 +708,7 @@ class TestS3Faults:
         ],
     )
     def test_get_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
-        fault_proxy.inject(kind, limit=2, seconds=3)
+        fault_proxy.inject(kind, limit=2, seconds=1)
         assert bucket.get(bucket.root + "/x").data == self.DATA
         assert fault_proxy.hits[kind] == 2
 
@@ -734,7 +722,7 @@ class TestS3Faults:
     @pytest.mark.parametrize("kind", ["unavailable", "error", "refuse", "reset_before", "reset_after", "stall"])
     @pytest.mark.parametrize("name", ["/new", "//new"])
     def test_put_new_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str, name: str) -> None:
-        fault_proxy.inject(kind, limit=1, match="" if kind == "refuse" else "PUT", seconds=2)
+        fault_proxy.inject(kind, limit=1, match="" if kind == "refuse" else "PUT", seconds=1)
         uri = bucket.root + name
         # "False" after a reset whose outcome was unknown: the object is there, and it is ours.
         assert bucket.put_new(uri, self.DATA) is (kind != "reset_after")
@@ -745,9 +733,9 @@ class TestS3Faults:
 
     @pytest.mark.parametrize("kind", ["unavailable", "reset_before", "reset_after", "stall"])
     def test_put_and_delete_survive(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
-        fault_proxy.inject(kind, limit=1, match="PUT", seconds=2)
+        fault_proxy.inject(kind, limit=1, match="PUT", seconds=1)
         bucket.put(bucket.root + "/x", b"other")
-        fault_proxy.inject(kind, limit=1, match="DELETE", seconds=2)
+        fault_proxy.inject(kind, limit=1, match="DELETE", seconds=1)
         assert bucket.get(bucket.root + "/x").data == b"other"
         bucket.delete(bucket.root + "/x")
         assert not bucket.exists(bucket.root + "/x")
@@ -757,7 +745,7 @@ class TestS3Faults:
     def test_listing_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
         bucket.put(bucket.root + "/folder/y", b"y")
         bucket.put(bucket.root + "/other/z", b"z")
-        fault_proxy.inject(kind, limit=2, match="GET .*list-type", seconds=2)
+        fault_proxy.inject(kind, limit=2, match="GET .*list-type", seconds=1)
         assert len(listed(bucket, bucket.root)) == 3
         assert fault_proxy.hits[kind] == 2
 
