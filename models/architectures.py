@@ -46,18 +46,12 @@ class UnetArgs(BaseModel):
 def _unet(card: Card) -> torch.nn.Module:
     args = UnetArgs.model_validate(card.architecture_args)
     if len(args.decoder_channels) != args.encoder_depth:
-        raise ValueError(
-            f"unet needs {args.encoder_depth} decoder_channels, got {len(args.decoder_channels)}"
-        )
+        raise ValueError(f"unet needs {args.encoder_depth} decoder_channels, got {len(args.decoder_channels)}")
     if args.output_channels != card.network_channels:
-        raise ValueError(
-            f"unet puts out {args.output_channels} channels, the card needs {card.network_channels}"
-        )
+        raise ValueError(f"unet puts out {args.output_channels} channels, the card needs {card.network_channels}")
     stride = 2**args.encoder_depth
     if card.canvas_multiple % stride:
-        raise ValueError(
-            f"canvas_multiple {card.canvas_multiple} is not a multiple of the network's stride {stride}"
-        )
+        raise ValueError(f"canvas_multiple {card.canvas_multiple} is not a multiple of the network's stride {stride}")
     from segmentation_models_pytorch import Unet
 
     try:
@@ -90,9 +84,7 @@ def build(card: Card) -> torch.nn.Module:
     """
     builder = ARCHITECTURES.get(card.architecture)
     if builder is None:
-        raise ValueError(
-            f"unknown architecture {card.architecture!r}: known are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise ValueError(f"unknown architecture {card.architecture!r}: known are {', '.join(sorted(ARCHITECTURES))}")
     try:
         return builder(card).eval()
     except ValidationError as error:

@@ -110,9 +110,7 @@ class Card(_Frozen):
             raise ValueError(f"background_id {self.background_id} is not among the classes")
         kind = "watershed" if self.task == "instance" else "argmax"
         if self.postprocessing.kind != kind:
-            raise ValueError(
-                f"task {self.task!r} needs postprocessing {kind!r}, got {self.postprocessing.kind!r}"
-            )
+            raise ValueError(f"task {self.task!r} needs postprocessing {kind!r}, got {self.postprocessing.kind!r}")
         if self.task == "instance" and (self.background_id is None or len(self.classes) != 2):
             raise ValueError("an instance model has exactly two classes, of which background_id names one")
         return self

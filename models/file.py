@@ -81,9 +81,7 @@ def load_module(data: bytes) -> tuple[Card, torch.nn.Module]:
     )
     for name, parameter in module.state_dict().items():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise ModelFileError(
-                f"model {card.name!r} holds NaN or infinity in {name!r}: its training went wrong"
-            )
+            raise ModelFileError(f"model {card.name!r} holds NaN or infinity in {name!r}: its training went wrong")
     return card, module.eval()
 
 
@@ -146,9 +144,7 @@ def _card_of(header: dict[str, object]) -> Card:
     metadata = header.get("__metadata__")
     text = metadata.get(CARD_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
-        raise ModelFileError(
-            f"a safetensors file without a model card: its header has no {CARD_KEY!r}; use save_model"
-        )
+        raise ModelFileError(f"a safetensors file without a model card: its header has no {CARD_KEY!r}; use save_model")
     try:
         return Card.model_validate_json(text)
     except ValidationError as error:
@@ -167,6 +163,4 @@ def _check_fit(card: Card, expected: Mapping[str, torch.Tensor], given: Mapping[
         raise ModelFileError(f"{what}: {len(extra)} tensors are unknown, the first is {extra[0]!r}")
     for name, tensor in expected.items():
         if tensor.shape != given[name].shape:
-            raise ModelFileError(
-                f"{what}: {name!r} has shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
-            )
+            raise ModelFileError(f"{what}: {name!r} has shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}")

@@ -22,9 +22,7 @@ def cross_entropy_dice(
     logits_NCHW = logits_NCHW.float()
     valid_NHW = targets_NHW != ignore_index
     weights_NHW = weights_NHW * valid_NHW
-    losses_NHW = functional.cross_entropy(
-        logits_NCHW, targets_NHW, reduction="none", ignore_index=ignore_index
-    )
+    losses_NHW = functional.cross_entropy(logits_NCHW, targets_NHW, reduction="none", ignore_index=ignore_index)
     cross_entropy = (losses_NHW * weights_NHW).sum() / weights_NHW.sum().clamp_min(1.0)
     channels = logits_NCHW.shape[1]
     indices_NHW = targets_NHW.where(valid_NHW, torch.zeros_like(targets_NHW))

@@ -102,9 +102,7 @@ def instance_counts(
     0.5, or when the shapes differ.
     """
     if not 0.5 <= iou_threshold < 1:
-        raise ValueError(
-            f"iou_threshold must be in 0.5 .. 1, got {iou_threshold}: below 0.5 matches are ambiguous"
-        )
+        raise ValueError(f"iou_threshold must be in 0.5 .. 1, got {iou_threshold}: below 0.5 matches are ambiguous")
     _check_shapes(predicted, actual)
     _, columns = np.unique(predicted, return_inverse=True)
     _, rows = np.unique(actual, return_inverse=True)

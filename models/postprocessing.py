@@ -46,9 +46,7 @@ def split_instances(
     return _renumbered(labels, settings.min_area_px)
 
 
-def describe_instances(
-    labels: NDArray[np.int32], foreground: NDArray[np.uint8], class_id: int
-) -> list[Instance]:
+def describe_instances(labels: NDArray[np.int32], foreground: NDArray[np.uint8], class_id: int) -> list[Instance]:
     """Instances of a label map (int32 [h, w], labels 1 .. n), in the labels' order.
 
     Score is the mean of `foreground` / 255 over the instance; summed as integers, so exact.

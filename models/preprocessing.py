@@ -28,15 +28,16 @@ def normalize(
     image's valid pixels over all channels, in 0..255 units (used by `per_image` only). Computed in float32,
     then rounded once. Each image depends on its own pixels and statistics only. Does not synchronise.
     """
-    images_NCHW = images_NHWC.permute(0, 3, 1, 2)
-    device = images_NHWC.device
+    images_NCHW = images_NHWC.permute(0, 3, 1, 2).float()
     if preprocessing.normalization == "per_image":
         mean = statistics_N2[:, 0].view(-1, 1, 1, 1)
         std = statistics_N2[:, 1].clamp_min(preprocessing.std_floor).view(-1, 1, 1, 1)
+        images_NCHW.sub_(mean).div_(std)
     else:
-        mean = torch.tensor(IMAGENET_MEAN, device=device).mul_(255).view(1, 3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=device).mul_(255).view(1, 3, 1, 1)
-    return images_NCHW.float().sub_(mean).div_(std).to(dtype).contiguous(memory_format=torch.channels_last)
+        # Plain numbers, channel by channel: a tensor of constants would have to be copied, and waited for.
+        for channel, (center, spread) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+            images_NCHW[:, channel].sub_(255 * center).div_(255 * spread)
+    return images_NCHW.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def image_statistics(pixels: NDArray[np.uint8]) -> tuple[float, float]:

@@ -48,7 +48,8 @@ class Prediction(NamedTuple):
     #: float64 [C]: mean, over the pixels of the class, of the probability of the class; NaN where it is
     #: absent.
     confidence: NDArray[np.float64]
-    #: Mean over all pixels of the probability of the pixel's class, 0..1.
+    #: Mean over all pixels of the probability of the pixel's class, 0..1. NaN if the network put out NaN for any
+    #: pixel: then nothing in this prediction means anything.
     mean_confidence: float
     #: Mean over all pixels of the entropy of the network's channels divided by its maximum, 0..1.
     mean_entropy: float
@@ -100,9 +101,7 @@ class Segmenter:
             )
         self._dtype = _DTYPES[precision]
         self._on_cuda = torch.device(device).type == "cuda"
-        self._module = (
-            _in_precision(module.eval(), self._dtype).to(device).to(memory_format=torch.channels_last)
-        )
+        self._module = _in_precision(module.eval(), self._dtype).to(device).to(memory_format=torch.channels_last)
         self._ids = torch.tensor([info.id for info in card.classes], dtype=torch.uint8, device=device)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
@@ -126,7 +125,9 @@ class Segmenter:
         channels, 0..255. Raises torch.OutOfMemoryError when the device's memory does not hold the batch; safe
         to retry with a smaller one.
         """
-        height, width = images_NHWC.shape[1:3]
+        count, height, width = images_NHWC.shape[:3]
+        if sizes_N2.shape != (count, 2) or statistics_N2.shape != (count, 2):
+            raise ValueError(f"{count} images need sizes and statistics of shape ({count}, 2)")
         if images_NHWC.dtype != np.uint8 or (height, width) != self.canvas(height, width):
             raise ValueError(
                 f"images must be uint8 on a canvas of multiples of {self.card.canvas_multiple}, "
@@ -135,9 +136,7 @@ class Segmenter:
         with torch.inference_mode():
             images = self._upload(images_NHWC)
             sizes = self._upload(sizes_N2)
-            inputs = normalize(
-                images, self._upload(statistics_N2), self.card.preprocessing, dtype=self._dtype
-            )
+            inputs = normalize(images, self._upload(statistics_N2), self.card.preprocessing, dtype=self._dtype)
             logits_NCHW = self._module(inputs).float()
             results = self._reduce(logits_NCHW, sizes)
             if not self._on_cuda:
@@ -165,10 +164,7 @@ class Segmenter:
         For instance models the class ids are those of the instances kept: foreground that belongs to none is
         background, so pixels per class must be counted on this result and not taken from the prediction.
         """
-        if (
-            not isinstance(self.postprocessing, WatershedPostprocessing)
-            or prediction.instance_evidence is None
-        ):
+        if not isinstance(self.postprocessing, WatershedPostprocessing) or prediction.instance_evidence is None:
             return prediction.class_ids, []
         evidence = prediction.instance_evidence
         labels = split_instances(evidence["interior"], evidence["foreground"], self.postprocessing)
@@ -198,13 +194,14 @@ class Segmenter:
             maps["interior"] = _to_uint8(probabilities[:, 1])
             inside = maps["foreground"] >= threshold_level(self.postprocessing.foreground_threshold)
             foreground_index = [info.id for info in self.card.classes].index(self.card.foreground_id)
-            index_NHW = torch.where(inside, foreground_index, 1 - foreground_index)
+            index_NHW = (inside if foreground_index == 1 else ~inside).long()
             background = probabilities[:, 0]
             winner_NHW = torch.where(inside, 1 - background, background)
         maps["class_ids"] = self._ids[index_NHW]
         rows = torch.arange(height, device=logits_NCHW.device, dtype=torch.int32).view(1, -1, 1)
         columns = torch.arange(width, device=logits_NCHW.device, dtype=torch.int32).view(1, 1, -1)
         valid_NHW = (rows < sizes_N2[:, 0].view(-1, 1, 1)) & (columns < sizes_N2[:, 1].view(-1, 1, 1))
+        maps["broken"] = (winner_NHW.isnan() & valid_NHW).any(dim=2).any(dim=1)
         winner = _quantised(winner_NHW, valid_NHW)
         pixels, confidence = [], []
         for index in range(len(self.card.classes)):
@@ -216,25 +213,21 @@ class Segmenter:
         maps["entropy"] = _quantised(entropy_NHW, valid_NHW).sum(dim=(1, 2))
         return maps
 
-    def _prediction(
-        self, arrays: dict[str, NDArray[np.generic]], slot: int, height: int, width: int
-    ) -> Prediction:
+    def _prediction(self, arrays: dict[str, NDArray[np.generic]], slot: int, height: int, width: int) -> Prediction:
         pixels = np.asarray(arrays["pixels"][slot], dtype=np.int64)
         sums = np.asarray(arrays["confidence"][slot], dtype=np.int64)
-        total = height * width
         with np.errstate(invalid="ignore"):
             confidence = sums / (pixels * float(_QUANTUM))
+        scale = float("nan") if arrays["broken"][slot] else 1 / (height * width * _QUANTUM)
         evidence = None
         if "interior" in arrays:
-            evidence = {
-                name: _cropped(arrays[name], slot, height, width) for name in ("interior", "foreground")
-            }
+            evidence = {name: _cropped(arrays[name], slot, height, width) for name in ("interior", "foreground")}
         return Prediction(
             class_ids=_cropped(arrays["class_ids"], slot, height, width),
             pixels=pixels.copy(),
             confidence=confidence,
-            mean_confidence=float(sums.sum()) / (total * _QUANTUM),
-            mean_entropy=float(np.asarray(arrays["entropy"])[slot]) / (total * _QUANTUM),
+            mean_confidence=float(sums.sum()) * scale,
+            mean_entropy=float(np.asarray(arrays["entropy"])[slot]) * scale,
             instance_evidence=evidence,
         )
 
@@ -279,7 +272,7 @@ def _download(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_uint8(probability: torch.Tensor) -> torch.Tensor:
-    return probability.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return probability.nan_to_num(0.0).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _quantised(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -422,10 +422,8 @@ def main() -> None:
     )
     console = Console(stderr=True, highlight=False)
     try:
-        app(standalone_mode=False)
-        status = OK
-    except typer.Exit as done:
-        status = done.exit_code
+        # Outside its standalone mode Typer returns the code of `typer.Exit`, and None where nothing was raised.
+        status = app(standalone_mode=False) or OK
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except ValidationError as error:

@@ -46,10 +46,7 @@ def photo(width: int = 480, height: int = 360, seed: int = 0) -> np.ndarray:
     picture = np.zeros((height, width, 3), np.float32)
     for step in (4, 8, 16, 32, 64):
         coarse = rng.standard_normal((height // step + 2, width // step + 2, 3)).astype(np.float32)
-        fine = [
-            Image.fromarray(coarse[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
-            for c in range(3)
-        ]
+        fine = [Image.fromarray(coarse[:, :, c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
         picture += step * np.stack([np.asarray(f) for f in fine], axis=2)
     return np.clip((picture - picture.mean()) / picture.std() * 55 + 120, 0, 255).astype(np.uint8)
 
@@ -67,9 +64,7 @@ def oriented(orientation: int, name: str = "JPEG") -> bytes:
     stored = blocks() if how is None else blocks().transpose(how)
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
-    options = (
-        {"quality": 95, "subsampling": 0} if name == "JPEG" else {"lossless": True} if name == "WEBP" else {}
-    )
+    options = {"quality": 95, "subsampling": 0} if name == "JPEG" else {"lossless": True} if name == "WEBP" else {}
     return encode(stored, name, exif=exif, **options)
 
 
@@ -81,9 +76,7 @@ def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
     """A valid beginning of a 1-bit PNG of that size in fewer than 100 bytes."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     row = zlib.compress(bytes(1 + -(-width // 8)), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", row) + png_chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", row) + png_chunk(b"IEND", b"")
 
 
 def _pictures() -> dict[str, tuple[bytes, Expected]]:

@@ -1,10 +1,11 @@
 """One image's bytes to RGB pixels as a viewer shows them, or an ImageError that says what is wrong with them.
 Must not know: storage, batches, models, tables.
 
-JPEG takes a fast path (simplejpeg, strict); what that refuses, and every other format, goes to Pillow, whose
-plugins are called by name rather than through `Image.open`: none guesses at unknown bytes, and the
-process-wide pixel limit of Pillow plays no part, `max_pixels` being checked against the header. ICC profiles
-are ignored. Everything here is thread safe, and the decoders release the GIL.
+JPEG takes a fast path (simplejpeg, strict); what that refuses, and every other format, goes to Pillow, whose plugins
+are called by name rather than through `Image.open`: none guesses at unknown bytes, and the limit on pixels is
+`max_pixels`, checked against the header (GIF, TIFF and WebP keep Pillow's own limit besides, 179 million unless
+`PIL.Image.MAX_IMAGE_PIXELS` was changed). ICC profiles are ignored. Everything here is thread safe, and the decoders
+release the GIL.
 """
 
 from __future__ import annotations
@@ -45,16 +46,12 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "WEBP": WebPImagePlugin.WebPImageFile,
 }
 # libjpeg's words for a picture with missing or wrong blocks, which Pillow would show in grey without a word.
-_JPEG_DAMAGE = re.compile(
-    r"bad Huffman|premature end of data|instead of RST|bad arithmetic|Inconsistent progression"
-)
+_JPEG_DAMAGE = re.compile(r"bad Huffman|premature end of data|instead of RST|bad arithmetic|Inconsistent progression")
 _TRUNCATED = re.compile(
     r"truncat|not enough (?:image )?data|unexpected end|EOF|end of (?:file|data)|no more images|only got",
     re.IGNORECASE,
 )
-_UNSUPPORTED = re.compile(
-    r"unsupported|not supported|unknown \w*\s?(?:pixel )?mode|cannot handle", re.IGNORECASE
-)
+_UNSUPPORTED = re.compile(r"unsupported|not supported|unknown \w*\s?(?:pixel )?mode|cannot handle", re.IGNORECASE)
 
 
 class Decoded(NamedTuple):
@@ -136,9 +133,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.nda
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         return None
     orientation = header.jpeg_orientation(data)
-    direct = (
-        orientation == 1 and out is not None and out.shape == (height, width, 3) and out.flags.c_contiguous
-    )
+    direct = orientation == 1 and out is not None and out.shape == (height, width, 3) and out.flags.c_contiguous
     buffer = out if direct else None
     try:
         pixels = simplejpeg.decode_jpeg(data, buffer=buffer, strict=True)
@@ -146,7 +141,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.nda
         if "Premature end of JPEG file" in str(error):
             pixels = _decode_unended_jpeg(data, buffer)
         elif _JPEG_DAMAGE.search(str(error)):
-            raise
+            raise ImageError(f"the JPEG has damaged blocks ({error})", kind="corrupt") from error
         else:
             return None
     return out if direct else _place(pixels, orientation, out)

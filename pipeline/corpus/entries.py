@@ -46,9 +46,7 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
                 rows = _rows(columns, folder)
                 missing = pc.index(rows.column("uri"), "").as_py()
                 if missing >= 0:
-                    raise UsageError(
-                        f"the manifest {uri!r} has no URI in row {row + missing + 1}; remove that row"
-                    )
+                    raise UsageError(f"the manifest {uri!r} has no URI in row {row + missing + 1}; remove that row")
                 row += batch.num_rows
                 yield rows
     except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, _EntryError) as error:
@@ -136,9 +134,7 @@ def _read_parquet(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(stream)
     wanted = [n for n in file.schema_arrow.names if n in _TEXT_COLUMNS or n == "size_bytes"]
     if not wanted:
-        raise _EntryError(
-            f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(file.schema_arrow.names)}"
-        )
+        raise _EntryError(f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(file.schema_arrow.names)}")
     yield from file.iter_batches(_ROWS_PER_BATCH, columns=wanted)
 
 

@@ -79,9 +79,7 @@ def image_format(data: bytes) -> str:
             raise ImageError("the picture is HEIC, which is not read: convert it first", kind="unsupported")
     for magic, name in _UNREAD_MAGIC:
         if data.startswith(magic):
-            raise ImageError(
-                f"the picture is {name}, which is not read: convert it first", kind="unsupported"
-            )
+            raise ImageError(f"the picture is {name}, which is not read: convert it first", kind="unsupported")
     start = data[:1024].lower()
     if b"<svg" in start:
         raise ImageError("the picture is SVG, which is not read: convert it first", kind="unsupported")

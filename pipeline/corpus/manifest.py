@@ -7,11 +7,13 @@ with the corpus.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +118,9 @@ def _batches(
         base, pattern = _split_glob(uri)
         if re.search(r"\.\w+\Z", pattern):
             suffixes = ()
-        return _listing(base, storage, pattern, suffixes), True, f"no images match {uri!r}"
+        folders, rest = _glob_folders(base, pattern)
+        listings = (_listing(folder, storage, rest, suffixes) for folder in folders)
+        return chain.from_iterable(listings), True, f"no images match {uri!r}"
     raise UsageError(f"{uri!r} does not exist, or holds nothing")
 
 
@@ -149,9 +153,7 @@ def _head(uri: str, storage: Storage) -> ObjectInfo | None:
         raise
 
 
-def _listing(
-    folder: str, storage: Storage, pattern: str | None, suffixes: tuple[str, ...]
-) -> Iterator[pa.RecordBatch]:
+def _listing(folder: str, storage: Storage, pattern: str | None, suffixes: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     prefix = folder if folder.endswith("/") else folder + "/"
     try:
         for batch in storage.list(folder):
@@ -190,6 +192,17 @@ def _split_glob(uri: str) -> tuple[str, str]:
             raise UsageError(f"{uri!r} has a wild card in the name of the bucket: name one bucket")
         base = "file:///"
     return base, uri[at + 1 :]
+
+
+def _glob_folders(base: str, pattern: str) -> tuple[Iterable[str], str]:
+    """The folders to list, and the pattern below each. On a disk the leading folders of the pattern are
+    matched first, so that `/data/2024-*/*.jpg` does not walk all of `/data`."""
+    segments = pattern.split("/")
+    lead = list(takewhile(lambda segment: "**" not in segment, segments[:-1]))
+    if uri_scheme(base) != "file" or not lead:
+        return [base], pattern
+    found = glob.iglob(os.path.join(glob.escape(local_path(base)), *lead, ""))
+    return ("file://" + path.rstrip("/") for path in found), "/".join(segments[len(lead) :])
 
 
 def _regex(pattern: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -24,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import Precision, PrecisionChoice
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, join_uri
-from pipeline.table.schema import PartPlace, parse_part_name, part_name
-
+from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name
 
 _T = TypeVar("_T", bound=BaseModel)
+_LOG_NAME = re.compile(r"/(\d{8,})\.json\Z")
 
 
 class Command(BaseModel):
@@ -164,7 +165,7 @@ class Ledger:
         return [
             RunEntry(run_id, "run.json" in names)
             for run_id, names in sorted(files.items())
-            if "plan.json" in names
+            if "plan.json" in names and RUN_ID.fullmatch(run_id)
         ]
 
     def open_plans(self) -> list[Plan]:
@@ -208,11 +209,8 @@ class Ledger:
 
     def last_sequence(self) -> int:
         """The number of the newest plan; 0 in a new DEST."""
-        numbers = [
-            int(uri.rpartition("/")[2].removesuffix(".json"))
-            for uri in self._names(join_uri(self.dest, "runs", "_log"))
-        ]
-        return max(numbers, default=0)
+        found = (_LOG_NAME.search(uri) for uri in self._names(join_uri(self.dest, "runs", "_log")))
+        return max((int(name[1]) for name in found if name), default=0)
 
     def freeze(self, plan: Plan, manifest: bytes) -> bool:
         """Makes `plan` real, or returns False where somebody else's plan came first (then plan again: theirs counts).

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.masks import Instance, count_regions, encode_mask_png, mask_crc32
+from models.masks import Instance, count_regions_by_class, encode_mask_png, mask_crc32
 from pipeline.corpus.decode import decode, image_statistics, peek
 from pipeline.errors import WORLD_KINDS, ImageError, StorageError
 from pipeline.storage import Blob
@@ -533,24 +533,26 @@ class Stream:
     def _ok_row(self, item: _Item, prediction: Any) -> dict[str, Any]:
         class_ids, instances = self._segmenter.postprocess(prediction)
         if class_ids is prediction.class_ids:
-            pixels_C = prediction.pixels
+            counted = zip(self._classes, prediction.pixels.tolist(), strict=True)
         else:
-            pixels_C = np.bincount(class_ids.reshape(-1), minlength=len(self._palette))
+            counts = np.bincount(class_ids.reshape(-1), minlength=len(self._palette)).tolist()
+            counted = zip(self._classes, (counts[class_id] for class_id in self._classes), strict=True)
+        pixels = dict(counted)
+        regions = count_regions_by_class(class_ids)
         total = class_ids.size
-        classes = []
-        for class_id in np.flatnonzero(pixels_C).tolist():
-            count = int(pixels_C[class_id])
-            classes.append(
-                {
-                    "class_id": class_id,
-                    "name": self._classes[class_id].name,
-                    "pixels": count,
-                    "fraction": count / total,
-                    "mean_confidence": float(prediction.confidence[class_id]),
-                    "regions": 1 if count == total else count_regions(class_ids, class_id),
-                }
-            )
-        background = 0 if self._background_id is None else int(pixels_C[self._background_id])
+        classes = [
+            {
+                "class_id": class_id,
+                "name": self._classes[class_id].name,
+                "pixels": count,
+                "fraction": count / total,
+                "mean_confidence": float(confidence) if np.isfinite(confidence) else None,
+                "regions": regions[class_id],
+            }
+            for (class_id, count), confidence in zip(pixels.items(), prediction.confidence, strict=True)
+            if count
+        ]
+        background = 0 if self._background_id is None else pixels[self._background_id]
         instance_rows = [
             {
                 "class_id": one.class_id,

@@ -84,9 +84,7 @@ def random_crop(
     pixels, labels = _warp(example, config, random)
     curves = _tone_curves(config, random)
     mean, std = histogram_statistics(example.histograms, curves)
-    inputs = np.stack(
-        [curves[channel].astype(np.float32)[pixels[:, :, channel]] for channel in range(3)], axis=2
-    )
+    inputs = np.stack([curves[channel].astype(np.float32)[pixels[:, :, channel]] for channel in range(3)], axis=2)
     if random.random() < config.blur_probability:
         inputs = cv2.GaussianBlur(inputs, (0, 0), random.uniform(0.4, 1.5)).astype(np.float32)
     inputs = (inputs - np.float32(mean)) / np.float32(max(std, std_floor))
@@ -96,9 +94,7 @@ def random_crop(
         return Crop(inputs, labels.astype(np.int64), np.ones(labels.shape, dtype=np.float32))
     targets, touching, border = instance_targets(labels)
     weights = (
-        1
-        + np.float32(config.touching_weight) * touching
-        + np.float32(config.border_weight) * (border & ~touching)
+        1 + np.float32(config.touching_weight) * touching + np.float32(config.border_weight) * (border & ~touching)
     )
     return Crop(inputs, targets, weights.astype(np.float32))
 
@@ -145,13 +141,9 @@ def _warp(
     return pixels, labels
 
 
-def _sampled(
-    array: NDArray[Any], to_image: NDArray[np.float64], size: int, interpolation: int
-) -> NDArray[Any]:
+def _sampled(array: NDArray[Any], to_image: NDArray[np.float64], size: int, interpolation: int) -> NDArray[Any]:
     flags = interpolation | cv2.WARP_INVERSE_MAP
-    return np.asarray(
-        cv2.warpAffine(array, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-    )
+    return np.asarray(cv2.warpAffine(array, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101))
 
 
 def _tone_curves(config: AugmentationConfig, random: np.random.Generator) -> NDArray[np.float64]:

@@ -48,9 +48,7 @@ class Dataset:
         entries = {entry["file_name"]: entry for entry in annotations["images"]}
         absent = [name for name in splits[split] if name not in entries]
         if absent:
-            raise UsageError(
-                f"split {split!r} of {folder} names {absent[0]!r}, which annotations.json does not have"
-            )
+            raise UsageError(f"split {split!r} of {folder} names {absent[0]!r}, which annotations.json does not have")
         self.items = tuple(
             Item(
                 name,
@@ -63,9 +61,7 @@ class Dataset:
         categories = sorted(annotations["categories"], key=lambda category: category["id"])
         #: Names by class id, from 0 (background).
         self.class_names = ("background", *(str(category["name"]) for category in categories))
-        self._class_of_category = {
-            category["id"]: index for index, category in enumerate(categories, start=1)
-        }
+        self._class_of_category = {category["id"]: index for index, category in enumerate(categories, start=1)}
         name_of_id = {entry["id"]: entry["file_name"] for entry in annotations["images"]}
         self._objects: dict[str, list[Mapping[str, Any]]] = {item.name: [] for item in self.items}
         for annotation in annotations["annotations"]:
@@ -83,9 +79,7 @@ class Dataset:
         with Image.open(self.folder / "images" / item.name) as file:
             pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
         if pixels.shape[:2] != (item.height, item.width):
-            raise UsageError(
-                f"image {item.name} has shape {pixels.shape}, annotated as {item.height} x {item.width}"
-            )
+            raise UsageError(f"image {item.name} has shape {pixels.shape}, annotated as {item.height} x {item.width}")
         return pixels
 
     def instance_labels(self, item: Item) -> NDArray[np.int32]:

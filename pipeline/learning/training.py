@@ -15,13 +15,11 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,14 +30,12 @@ from models.file import load_module, save_model
 from models.losses import cross_entropy_dice
 from models.segmenter import Segmenter, default_device, supports_bf16
 from pipeline.errors import InfrastructureError
-from pipeline.learning.augmentation import AugmentationConfig, Example, make_example, random_crop
+from pipeline.learning.augmentation import AugmentationConfig, make_example
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
+from pipeline.learning.sampling import Batch, Sampler, sampling_chances, stream
 
 log = logging.getLogger(__name__)
-
-#: Steps that are prepared ahead of the device.
-_PREFETCH_STEPS = 4
 
 
 class TrainingError(InfrastructureError):
@@ -89,18 +85,6 @@ class TrainingConfig(BaseModel):
         return self
 
 
-class Batch(NamedTuple):
-    """One step's worth of crops, on the CPU."""
-
-    #: float32 [N, 3, H, W], channels_last.
-    inputs: torch.Tensor
-    #: int64 [N, H, W].
-    targets: torch.Tensor
-    #: float32 [N, H, W].
-    weights: torch.Tensor
-    names: list[str]
-
-
 def train(config: TrainingConfig) -> Path:
     """Trains from random weights and writes one model file, whose path it returns.
 
@@ -122,17 +106,12 @@ def train(config: TrainingConfig) -> Path:
     )
     torch.manual_seed(config.seed)
     module = build(card).to(device).to(memory_format=torch.channels_last)
-    averaged, steps = _fit(
-        module, card, _examples(dataset, config), config, device=device, precision=precision
-    )
+    averaged, steps = _fit(module, _batches(dataset, card, config), config, device=device, precision=precision)
     minutes = (time.monotonic() - started) / 60
-    provenance = _provenance(
-        config, dataset, device=device, precision=precision, steps=steps, minutes=minutes
-    )
+    provenance = _provenance(config, dataset, device=device, precision=precision, steps=steps, minutes=minutes)
     card = card.model_copy(update={"provenance": provenance})
     state = {
-        name: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu()
-        for name, tensor in averaged.items()
+        name: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for name, tensor in averaged.items()
     }
     save_model(config.out, state, card)
     if config.val_split is not None:
@@ -155,8 +134,7 @@ def measure(path: Path, dataset: Dataset, *, device: str) -> dict[str, dict[str,
 
 def _fit(
     module: torch.nn.Module,
-    card: Card,
-    examples: list[Example],
+    batches: Iterator[Batch],
     config: TrainingConfig,
     *,
     device: str,
@@ -169,13 +147,11 @@ def _fit(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
     )
-    mixed = (
-        torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
+    mixed = torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
     averaged = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     started, step, recent = time.monotonic(), 0, []
     module.train()
-    for batch in _batches(examples, card, config):
+    for batch in batches:
         elapsed = (time.monotonic() - started) / 60
         progress = step / config.steps if config.steps else elapsed / (config.minutes or 1)
         if progress >= 1:
@@ -212,6 +188,21 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def _batches(dataset: Dataset, card: Card, config: TrainingConfig) -> Iterator[Batch]:
+    read_labels = dataset.instance_labels if config.task == "instance" else dataset.class_ids
+    examples = [make_example(item.name, dataset.image(item), read_labels(item)) for item in dataset.items]
+    sampler = Sampler(
+        examples=examples,
+        chances=sampling_chances(dataset, config.stratum_power),
+        task=config.task,
+        augmentation=config.augmentation,
+        std_floor=card.preprocessing.std_floor,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return stream(sampler)
+
+
 def _average(averaged: dict[str, torch.Tensor], module: torch.nn.Module, decay: float) -> None:
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -219,53 +210,6 @@ def _average(averaged: dict[str, torch.Tensor], module: torch.nn.Module, decay: 
                 averaged[name].lerp_(tensor, 1 - decay)
             else:
                 averaged[name].copy_(tensor)
-
-
-def _examples(dataset: Dataset, config: TrainingConfig) -> list[Example]:
-    read_labels = dataset.instance_labels if config.task == "instance" else dataset.class_ids
-    return [make_example(item.name, dataset.image(item), read_labels(item)) for item in dataset.items]
-
-
-def _batches(examples: list[Example], card: Card, config: TrainingConfig) -> Iterator[Batch]:
-    """Endless; step i depends on the seed and i only, so that preparing ahead changes nothing."""
-    strata = [item.stratum for item in Dataset(config.dataset, config.train_split).items]
-    sizes = np.array([strata.count(stratum) for stratum in strata], dtype=np.float64)
-    chances = sizes ** (config.stratum_power - 1)
-    chances /= chances.sum()
-
-    def make(step: int) -> Batch:
-        random = np.random.default_rng([config.seed, step])
-        chosen = random.choice(len(examples), size=config.batch_size, p=chances)
-        crops = [
-            random_crop(
-                examples[index],
-                config.task,
-                config.augmentation,
-                std_floor=card.preprocessing.std_floor,
-                random=random,
-            )
-            for index in chosen
-        ]
-        inputs = torch.from_numpy(np.stack([crop.inputs for crop in crops]))
-        return Batch(
-            inputs=inputs.permute(0, 3, 1, 2),
-            targets=torch.from_numpy(np.stack([crop.targets for crop in crops])),
-            weights=torch.from_numpy(np.stack([crop.weights for crop in crops])),
-            names=[examples[index].name for index in chosen],
-        )
-
-    with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
-        ahead = [pool.submit(make, step) for step in range(_PREFETCH_STEPS)]
-        step = _PREFETCH_STEPS
-        try:
-            while True:
-                batch = ahead.pop(0).result()
-                ahead.append(pool.submit(make, step))
-                step += 1
-                yield batch
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def _provenance(
@@ -305,18 +249,14 @@ def _hardware(device: str) -> str:
         return torch.cuda.get_device_name(device)
     names = [
         line.split(":", 1)[1].strip()
-        for line in (
-            Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-        )
+        for line in (Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else [])
         if line.startswith("model name")
     ]
     return f"{os.cpu_count()} x {names[0] if names else platform.processor()}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.learning.training", description="Train a model."
-    )
+    parser = argparse.ArgumentParser(prog="python -m pipeline.learning.training", description="Train a model.")
     parser.add_argument("dataset", type=Path, help="folder with images/, annotations.json and splits.json")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--name", default="model")

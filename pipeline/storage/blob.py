@@ -83,7 +83,7 @@ class Storage(Protocol):
 
         `s3://b/photos` lists `photos/...`, never `photos2/...`. Memory stays flat. An etag that the listing
         does not give is `""`. An empty folder gives no batches; a missing bucket or local folder raises
-        StorageError(kind="missing")."""
+        StorageError(kind="missing"). Errors come while iterating."""
         ...
 
     def put_new(self, uri: str, data: bytes) -> bool:

@@ -23,9 +23,7 @@ from obstore.exceptions import (
     BaseError,
     InvalidPathError,
     NotSupportedError,
-    PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import GCSStore, S3Store
 
@@ -40,6 +38,7 @@ from pipeline.storage.blob import (
     failure_text,
     wait_before_retry,
 )
+from pipeline.storage.failures import failure, is_refusal, kind_of
 from pipeline.storage.parallel import merge
 from pipeline.storage.uris import clean_etag, join_uri
 
@@ -53,45 +52,6 @@ _RETRIES_PER_REQUEST = 8
 _LIST_CHUNK = 10_000
 _UPLOAD_BYTES_PER_S = 500_000  # slower uploads than this count as stalled
 _NOT_FOR_OBSTORE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
-_STATUS_CODE = re.compile(r"status code: (\d\d\d)")
-_DENIED_TEXT = re.compile(
-    r"<Code>(?:AccessDenied|ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)</Code>"
-    r"|http://169\.254\.169\.254/|Unable to locate credentials|CredentialRetrievalError|redentials failed"
-)
-
-
-def _status_of(error: BaseException | None) -> int:
-    found = _STATUS_CODE.search(str(error))
-    return int(found[1]) if found else 0
-
-
-def _is_refusal(error: BaseException | None) -> bool:
-    """Whether the store understood the request and said no, so that asking again is no use."""
-    return 400 <= _status_of(error) < 500 and _status_of(error) not in (408, 429)
-
-
-def _kind_of(error: BaseException) -> str:
-    status = _status_of(error)
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return "missing"
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or status in (
-        401,
-        403,
-    ):
-        return "denied"
-    return "denied" if _DENIED_TEXT.search(str(error)) else "fetch_failed"
-
-
-def _failure(what: str, uri: str, error: BaseException) -> StorageError:
-    kind = _kind_of(error)
-    why = failure_text(error)
-    if kind == "missing" and "NoSuch" not in why:
-        why = "no such object"  # a HEAD has no body that would say more
-    elif kind == "denied":
-        why += "; check the credentials (environment, profile or role) and the bucket's policy"
-    elif "incorrectly configured region" in why or "PermanentRedirect" in why:
-        why += "; the bucket is in another region: set AWS_REGION"
-    return failed(what, uri, why, kind=kind)
 
 
 class BucketStorage:
@@ -101,7 +61,8 @@ class BucketStorage:
     `timeout_s` for reads), the rest of a body from where it broke off; above that up to 5 attempts for
     digests that do not match and for writes whose outcome is unknown.
 
-    Keys that end in `/` are folder markers: they can be read by name, but are not listed.
+    Keys that end in `/` are folder markers: they can be read by name, but are not listed. (One that is not
+    empty is listed by obstore without its slash, and is then `missing`.)
     """
 
     def __init__(self, root: str, *, profile: str | None, timeout_s: float) -> None:
@@ -196,16 +157,16 @@ class BucketStorage:
                     obstore.put(store, key, data, mode="create", use_multipart=False)
                 return True
             except (BaseError, OSError, ValueError) as error:
-                kind = _kind_of(error)
+                kind = kind_of(error)
                 if kind != "fetch_failed" or isinstance(error, NotSupportedError):
-                    raise _failure("write", uri, error) from error
+                    raise failure("write", uri, error) from error
                 # Whatever went wrong (a reset after the work was done, Ceph's odd answers): an object there
                 # settles it.
                 if self.exists(uri):
                     return False
                 collided = isinstance(error, AlreadyExistsError | PreconditionError)
-                if attempt + 1 == _ATTEMPTS or (_is_refusal(error) and not collided):
-                    raise _failure("write", uri, error) from error
+                if attempt + 1 == _ATTEMPTS or (is_refusal(error) and not collided):
+                    raise failure("write", uri, error) from error
                 wait_before_retry(attempt)
         raise AssertionError("unreachable")
 
@@ -257,7 +218,7 @@ class BucketStorage:
         try:
             level = self._access.split_prefix(bucket, prefix) if parallel > 1 else None
         except OSError as error:
-            raise _failure("list", prefix_uri, error) from error
+            raise failure("list", prefix_uri, error) from error
         if level is None:
             yield from self._list_prefix(bucket, prefix)
             return
@@ -285,11 +246,11 @@ class BucketStorage:
                 return
             except (BaseError, OSError, ValueError) as error:
                 if not isinstance(error, InvalidPathError | ValueError):
-                    raise _failure("list", base + prefix, error) from error
+                    raise failure("list", base + prefix, error) from error
         try:
             yield from self._aws(base + prefix).list(bucket, prefix, start_after=last)
         except OSError as error:
-            raise _failure("list", base + prefix, error) from error
+            raise failure("list", base + prefix, error) from error
 
     def _drop_markers(self, bucket: str, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Without the empty objects that turn out to be folder markers: obstore lists `photos/` as
@@ -345,7 +306,7 @@ class BucketStorage:
                         raise
             return odd()
         except (BaseError, OSError) as error:
-            raise _failure(what, uri, error) from error
+            raise failure(what, uri, error) from error
 
     def _repeat(self, what: str, uri: str, key: str, first: Callable[[], None], odd: Callable[[], None]) -> None:
         """`_call` several times: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it
@@ -355,7 +316,7 @@ class BucketStorage:
             try:
                 return self._call(what, uri, key, first, odd)
             except StorageError as error:
-                if error.kind != "fetch_failed" or attempt + 1 == _ATTEMPTS or _is_refusal(error.__cause__):
+                if error.kind != "fetch_failed" or attempt + 1 == _ATTEMPTS or is_refusal(error.__cause__):
                     raise
             wait_before_retry(attempt)
         raise AssertionError("unreachable")
@@ -396,7 +357,7 @@ class BucketStorage:
                 store = S3Store(bucket, client_options=client, retry_config=retry, **arguments)
         except BaseError as error:
             why = f"{failure_text(error)} (after {time.monotonic() - started_s:.0f} s)"
-            raise failed("open", f"{self._scheme}://{bucket}", why, kind=_kind_of(error)) from error
+            raise failed("open", f"{self._scheme}://{bucket}", why, kind=kind_of(error)) from error
         return self._stores.setdefault((bucket, upload_s), store)
 
 

@@ -4,9 +4,12 @@ Must not know: how rows are made, runs beyond their records' fields.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import duckdb
@@ -14,8 +17,11 @@ import pyarrow as pa
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage
-from pipeline.table.schema import SEGMENTS, parse_part_name
+from pipeline.table.schema import RUN_ID, SEGMENTS, parse_part_name
 
+_KEY_TYPES = {"model": "VARCHAR", "version": "VARCHAR", "date": "DATE"}
+_OUTER_KEY = re.compile(r"/(?:model|version|date)=")
+_GETS_AT_ONCE = 16
 _BYTES_KINDS = "('empty','truncated','not_an_image','unsupported','too_large','corrupt','model_failed')"
 
 #: SQL condition on a row of `segments`: nothing more will be tried for this etag.
@@ -54,11 +60,46 @@ def part_uris(storage: Storage, prefix_uri: str) -> list[str]:
 def read_parts_sql(uris: Sequence[str], *, hive: bool = False) -> str:
     """A FROM clause over these Parts. With `hive` the path keys become columns `model`, `version`, `date`."""
     if not uris:
-        names = ", ".join(f'NULL AS "{field.name}"' for field in SEGMENTS)
-        keys = ", NULL AS model, NULL AS version, NULL::DATE AS date" if hive else ""
-        return f"(SELECT {names}{keys} WHERE false)"
-    listed = ", ".join(sql_text(duckdb_path(uri)) for uri in uris)
-    return f"read_parquet([{listed}], hive_partitioning={str(hive).lower()}, filename=false)"
+        return _no_rows(hive)
+    listed = ", ".join(sql_text(_literal(duckdb_path(uri))) for uri in uris)
+    if not hive:
+        return f"read_parquet([{listed}], hive_partitioning = false)"
+    if _OUTER_KEY.search(uris[0].rpartition("/segments/")[0]):
+        # DuckDB takes a key's first value in a path, which here is DEST's own and not the table's.
+        keys = ", ".join(
+            f"regexp_extract(filename, '.*/{key}=([^/]*)/', 1)::{kind} AS {key}" for key, kind in _KEY_TYPES.items()
+        )
+        return (
+            f"(SELECT * EXCLUDE (filename), {keys} "
+            f"FROM read_parquet([{listed}], hive_partitioning = false, filename = true))"
+        )
+    types = ", ".join(f"{key}: {kind}" for key, kind in _KEY_TYPES.items())
+    # Without types a version of digits only would be taken for a number.
+    return f"read_parquet([{listed}], hive_partitioning = true, hive_types = {{{types}}})"
+
+
+def _no_rows(hive: bool) -> str:
+    """No rows, with the types of SEGMENTS: every view works before the first Part is there."""
+    names = ", ".join(f'NULL::{_duckdb_type(field.type)} AS "{field.name}"' for field in SEGMENTS)
+    keys = "".join(f", NULL::{kind} AS {key}" for key, kind in _KEY_TYPES.items()) if hive else ""
+    return f"(SELECT {names}{keys} WHERE false)"
+
+
+def _duckdb_type(arrow: pa.DataType) -> str:
+    if pa.types.is_list(arrow):
+        return _duckdb_type(arrow.value_type) + "[]"
+    if pa.types.is_struct(arrow):
+        return "STRUCT(" + ", ".join(f'"{field.name}" {_duckdb_type(field.type)}' for field in arrow) + ")"
+    if pa.types.is_timestamp(arrow):
+        return "TIMESTAMPTZ"
+    return {"string": "VARCHAR", "binary": "BLOB", "int16": "SMALLINT", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT"}[
+        str(arrow)
+    ]
+
+
+def _literal(path: str) -> str:
+    """`path` so that DuckDB takes it as one name. On a disk the literal name wins over a glob by itself."""
+    return re.sub(r"([*?\[])", r"[\1]", path) if "://" in path else path
 
 
 def sql_text(text: str) -> str:
@@ -84,13 +125,16 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY run_id")
     connection.execute(
         "CREATE VIEW _current AS SELECT model, max_by(model_version, run_id) AS model_version, "
-        "max_by(settings_digest, run_id) AS settings_digest, sum(repeats) AS repeats "
-        "FROM _runs WHERE state = 'done' GROUP BY model"
+        "max_by(settings_digest, run_id) AS settings_digest FROM _runs WHERE state = 'done' GROUP BY model"
     )
-    repeats = connection.execute("SELECT coalesce(sum(repeats), 0) FROM _current").fetchone()[0]
+    # Of every run, whatever became of it: rows of an open or abandoned run are rows too.
+    repeats = connection.execute(
+        "SELECT coalesce(sum(repeats), 0) FROM _runs SEMI JOIN _current USING (model, model_version, settings_digest)"
+    ).fetchone()[0]
+    # What was read last is what is there now; a file's own time may go back (mv, rsync -t).
     newest = (
         "QUALIFY row_number() OVER (PARTITION BY s.model, s.image_uri "
-        "ORDER BY s.image_modified DESC NULLS LAST, s.processed_at DESC) = 1"
+        "ORDER BY s.processed_at DESC, s.image_modified DESC NULLS LAST) = 1"
     )
     connection.execute(
         "CREATE VIEW images AS SELECT s.* FROM segments s "
@@ -134,45 +178,48 @@ _RUNS = pa.schema(
 
 
 def _records(storage: Storage, dest: str) -> list[dict[str, Any]]:
-    """One mapping a run, from its closing record or, while it is open, its plan."""
-    import datetime as dt
-
-    names: dict[str, set[str]] = {}
+    """One mapping a run, from its closing record or, while it is open, its plan. What never became a run is left out."""
+    prefix = join_uri(dest, "runs") + "/"
+    names: set[str] = set()
     try:
-        for batch in storage.list(join_uri(dest, "runs")):
-            for uri in batch["uri"].to_pylist():
-                folder, _, name = uri.rpartition("/")
-                names.setdefault(folder, set()).add(name)
+        for batch in storage.list(prefix.rstrip("/")):
+            names.update(uri.removeprefix(prefix) for uri in batch["uri"].to_pylist())
     except StorageError as error:
         if error.kind != "missing":
             raise
-    found: list[dict[str, Any]] = []
-    for folder, files in sorted(names.items()):
-        if "plan.json" not in files:
-            continue
-        closed = "run.json" in files
-        body = json.loads(storage.get(f"{folder}/{'run.json' if closed else 'plan.json'}").data)
+    runs = sorted(name.removesuffix("/plan.json") for name in names if name.endswith("/plan.json"))
+    runs = [run_id for run_id in runs if RUN_ID.fullmatch(run_id)]
+
+    def record(run_id: str) -> dict[str, Any] | None:
+        closed = f"{run_id}/run.json" in names
+        body = json.loads(storage.get(f"{prefix}{run_id}/{'run.json' if closed else 'plan.json'}").data)
         plan = body["plan"] if closed else body
-        counts = plan["counts"]
-        again = plan["command"]["force"] or plan["command"]["retry_errors"]
-        found.append(
-            {
-                "run_id": plan["run_id"],
-                "state": body["state"] if closed else "open",
-                "model": plan["model_name"],
-                "model_version": plan["model_version"],
-                "settings_digest": plan["settings_digest"],
-                "precision": plan["precision"],
-                "source": plan["command"]["source"],
-                "run_date": dt.date.fromisoformat(plan["run_date"]),
-                "created_at": dt.datetime.fromisoformat(plan["created_at"]),
-                "closed_at": dt.datetime.fromisoformat(body["closed_at"]) if closed else None,
-                "planned": counts["planned"],
-                "repeats": counts["changed"] + (counts["planned"] if again else 0),
-            }
-            | {
-                key: body.get(key) if closed else None
-                for key in ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")
-            }
-        )
-    return found
+        if not closed:
+            entry = f"_log/{plan['sequence']:08d}.json"
+            if entry not in names or json.loads(storage.get(prefix + entry).data)["run_id"] != run_id:
+                return None
+        return _record(plan, body if closed else None)
+
+    with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
+        return [found for found in pool.map(record, runs) if found]
+
+
+def _record(plan: dict[str, Any], outcome: dict[str, Any] | None) -> dict[str, Any]:
+    counts = plan["counts"]
+    again = plan["command"]["force"] or plan["command"]["retry_errors"]
+    outcome = outcome or {}
+    found = {
+        "run_id": plan["run_id"],
+        "state": outcome.get("state", "open"),
+        "model": plan["model_name"],
+        "model_version": plan["model_version"],
+        "settings_digest": plan["settings_digest"],
+        "precision": plan["precision"],
+        "source": plan["command"]["source"],
+        "run_date": dt.date.fromisoformat(plan["run_date"]),
+        "created_at": dt.datetime.fromisoformat(plan["created_at"]),
+        "closed_at": dt.datetime.fromisoformat(outcome["closed_at"]) if outcome else None,
+        "planned": counts["planned"],
+        "repeats": counts["changed"] + (counts["planned"] if again else 0),
+    }
+    return found | {key: outcome.get(key) for key in ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")}

@@ -82,7 +82,9 @@ WORK = pa.schema(
     ]
 )
 
-_PART_NAME = re.compile(r"(?P<run_id>\d{8}T\d{6}Z-[0-9a-f]{6})-(?P<ordinal>\d{6})\.parquet")
+#: Sortable by time; what `engine.ledger.new_run_id` makes.
+RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
+_PART_NAME = re.compile(rf"(?P<run_id>{RUN_ID.pattern})-(?P<ordinal>\d{{6,}})\.parquet")
 
 
 class PartPlace(NamedTuple):

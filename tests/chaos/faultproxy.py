@@ -134,9 +134,12 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
         if self.control_port is not None:
             self._control = await asyncio.start_server(self._serve_control, "127.0.0.1", self.control_port)
+            self.control_port = self._control.sockets[0].getsockname()[1]
 
     async def _end(self) -> None:
         self._server.close()
+        if self.control_port is not None:
+            self._control.close()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

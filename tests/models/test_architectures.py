@@ -7,9 +7,7 @@ from models.architectures import build, untrained_card
 from models.card import Card
 
 
-@pytest.mark.parametrize(
-    ("channels", "size"), [((16, 8, 8), 32), ((16, 8, 8, 8), 48), ((16, 8, 8, 8, 8), 64)]
-)
+@pytest.mark.parametrize(("channels", "size"), [((16, 8, 8), 32), ((16, 8, 8, 8), 48), ((16, 8, 8, 8, 8), 64)])
 def test_output_has_the_inputs_size(channels: tuple[int, ...], size: int) -> None:
     card = untrained_card("tiny", class_names=("a", "b", "c", "d"), decoder_channels=channels)
     with torch.inference_mode():

@@ -118,9 +118,7 @@ def test_weights_that_do_not_fit(card: Card, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="has shape"):
         save_model(tmp_path / "never", wrong_shape, card)
     assert not (tmp_path / "never").exists()
-    with pytest.raises(
-        ModelFileError, match=r"1 tensors are missing, the first is 'segmentation_head\.0\.bias'"
-    ):
+    with pytest.raises(ModelFileError, match=r"1 tensors are missing, the first is 'segmentation_head\.0\.bias'"):
         load_module(save({key: value for key, value in state.items() if key != name}, metadata=metadata))
     with pytest.raises(ModelFileError, match="1 tensors are unknown, the first is 'extra'"):
         load_module(save({**state, "extra": torch.zeros(1)}, metadata=metadata))

@@ -14,9 +14,7 @@ def perfect(targets: torch.Tensor, channels: int = 3) -> torch.Tensor:
 
 def test_is_zero_for_a_perfect_answer() -> None:
     targets = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert cross_entropy_dice(perfect(targets), targets, torch.ones(2, 8, 8)).item() == pytest.approx(
-        0, abs=1e-4
-    )
+    assert cross_entropy_dice(perfect(targets), targets, torch.ones(2, 8, 8)).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_value_of_a_uniform_answer() -> None:
@@ -38,9 +36,7 @@ def test_ignored_pixels_do_not_count() -> None:
     other = logits.clone()
     other[..., 2] = 100.0
     weights = torch.ones(1, 1, 3)
-    assert torch.equal(
-        cross_entropy_dice(logits, targets, weights), cross_entropy_dice(other, targets, weights)
-    )
+    assert torch.equal(cross_entropy_dice(logits, targets, weights), cross_entropy_dice(other, targets, weights))
     nothing = cross_entropy_dice(logits, torch.full((1, 1, 3), 255), weights)
     assert nothing.item() == 0
 

@@ -15,9 +15,7 @@ def images() -> np.ndarray:
 
 def test_per_image(images: np.ndarray) -> None:
     statistics = np.array([image_statistics(image) for image in images], dtype=np.float32)
-    result = normalize(
-        torch.from_numpy(images), torch.from_numpy(statistics), Preprocessing(), dtype=torch.float32
-    )
+    result = normalize(torch.from_numpy(images), torch.from_numpy(statistics), Preprocessing(), dtype=torch.float32)
     assert result.shape == (2, 3, 8, 6)
     assert result.is_contiguous(memory_format=torch.channels_last)
     for index in range(2):

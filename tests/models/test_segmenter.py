@@ -73,9 +73,7 @@ def test_neighbours_and_slots_do_not_matter(task: str, precision: str) -> None:
         among = run(segmenter, slots, (96, 96))
         assert len(among) == 4
         assert_same(among[slot], alone[0])
-        for mine, theirs in zip(
-            segmenter.postprocess(among[slot])[1], segmenter.postprocess(alone[0])[1], strict=True
-        ):
+        for mine, theirs in zip(segmenter.postprocess(among[slot])[1], segmenter.postprocess(alone[0])[1], strict=True):
             assert mine == theirs
 
 
@@ -162,6 +160,8 @@ def test_refuses_what_does_not_fit() -> None:
         segmenter.submit(np.zeros((1, 33, 32, 3), dtype=np.uint8), sizes, statistics)
     with pytest.raises(ValueError, match="uint8"):
         segmenter.submit(np.zeros((1, 32, 32, 3), dtype=np.float32), sizes, statistics)
+    with pytest.raises(ValueError, match=r"1 images need sizes and statistics of shape \(1, 2\)"):
+        segmenter.submit(np.zeros((1, 32, 32, 3), dtype=np.uint8), sizes, statistics.repeat(2, axis=0))
     with pytest.raises(ValueError, match="fp16"):
         make_segmenter(precision="fp16")
     with pytest.raises(ValueError, match="unknown precision 'int8'"):
@@ -187,7 +187,8 @@ def test_blank_and_non_finite_input() -> None:
     with torch.no_grad():
         segmenter._module.segmentation_head[0].bias.fill_(float("nan"))
     broken = run(segmenter, [np.zeros((32, 32, 3), dtype=np.uint8)], (32, 32))[0]
-    assert broken.mean_confidence == 0
+    assert math.isnan(broken.mean_confidence)
+    assert math.isnan(broken.mean_entropy)
 
 
 def test_argmax_is_the_default_of_semantic_cards() -> None:

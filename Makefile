@@ -1,0 +1,49 @@
+# Everything runs in .venv: made on first use, brought up to date when pyproject.toml or constraints.txt changes.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test chaos check bench clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: .venv/.demo ## segment the images in examples/nuclei with the shipped model, into demo-out/
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.dev ## the tests; more for pytest in ARGS="..."
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+chaos: .venv/.dev ## kills and faults at random moments: long
+	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos $(ARGS)
+
+check: .venv/.dev ## lint, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev ## every benchmark, one after the other: long
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+clean: ## remove what the demo and the tools wrote; .venv stays
+	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	$(INSTALL) -e '.[ray]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	$(INSTALL) -e '.[ray,dev]'
+	@touch .venv/.demo $@
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Maskmill needs Python 3.11 or newer. Name yours: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "Python's venv is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet 'pip>=24'
+	@echo "Installing into .venv. PyTorch brings its CUDA libraries, about 5 GB on disk: this takes minutes, once."

@@ -1,0 +1,231 @@
+"""How much of the machine the stream leaves on the table: images/s of the whole stream, local disk to committed Part.
+
+    python benchmarks/efficiency.py [--images N] [--repeat K] [--model REF]
+
+Three figures, each against its own limit, measured in one sitting (medians of K):
+1. a stand-in model that sleeps 2 ms an image, as a GPU looks from the CPU: limit 500 images/s;
+2. a stand-in model that costs nothing: the pipeline alone;
+3. the model REF: limit = cores ÷ (core-seconds per image summed over the stages, each measured alone on one core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from models.architectures import untrained_card
+from models.card import Card
+from models.masks import encode_mask_png, mask_crc32
+from models.segmenter import Prediction, supports_bf16
+from pipeline.corpus.decode import decode, image_statistics
+from pipeline.engine.crew import cores
+from pipeline.engine.stream import StreamConfig
+from pipeline.engine.worker import ShardTask, Worker, WorkerSpec, code_digest, load_segmenter
+from pipeline.registry import resolve
+from pipeline.table.schema import WORK
+
+HEIGHT, WIDTH, CLASSES = 360, 480, 11
+
+
+class StandIn:
+    """A model that takes `seconds_per_image` of sleep and answers with fixed, plausible street-like masks."""
+
+    def __init__(self, seconds_per_image: float) -> None:
+        self.card: Card = untrained_card("stand-in", class_names=tuple(f"class-{i}" for i in range(CLASSES)))
+        self._seconds_per_image = seconds_per_image
+        self._answers = [self._answer(seed) for seed in range(16)]
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> int:
+        count = int((sizes_N2[:, 0] > 0).sum())
+        if self._seconds_per_image:
+            time.sleep(self._seconds_per_image * count)
+        return count
+
+    def finish(self, pending: int) -> list[Prediction]:
+        return [self._answers[i % len(self._answers)] for i in range(pending)]
+
+    def postprocess(self, prediction: Prediction) -> tuple[np.ndarray, list[Any]]:
+        return prediction.class_ids, []
+
+    def _answer(self, seed: int) -> Prediction:
+        class_ids = street(seed)
+        pixels = np.bincount(class_ids.reshape(-1), minlength=CLASSES).astype(np.int64)
+        return Prediction(class_ids, pixels, np.full(CLASSES, 0.9), 0.9, 0.1, None)
+
+
+def street(seed: int) -> np.ndarray:
+    """A label map with the statistics of a street scene: bands, boxes and poles in 11 classes, uint8 [360, 480]."""
+    random = np.random.default_rng(seed)
+    coarse = random.normal(size=(9, 12, CLASSES)).astype(np.float32)
+    coarse += np.linspace(2, -2, 9)[:, None, None] * np.linspace(1, -1, CLASSES)
+    fine = np.dstack([cv2.resize(coarse[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(CLASSES)])
+    fine += cv2.GaussianBlur(random.normal(size=fine.shape).astype(np.float32), (0, 0), 6)[..., :CLASSES] * 3
+    return fine.argmax(-1).astype(np.uint8)
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Distinct photo-like 480×360 JPEGs, quality 90."""
+    paths = []
+    for i in range(count):
+        path = folder / f"{i:06d}.jpg"
+        if i < 64:
+            random = np.random.default_rng(i)
+            noise = cv2.resize(random.integers(0, 255, (45, 60, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            grain = random.normal(0, 6, noise.shape)
+            cv2.imwrite(str(path), np.clip(noise + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        else:
+            path.write_bytes(paths[i % 64].read_bytes())
+        paths.append(path)
+    return paths
+
+
+def work_table(paths: list[Path]) -> pa.Table:
+    return pa.table(
+        {
+            "uri": [f"file://{path}" for path in paths],
+            "etag": ["x"] * len(paths),
+            "size_bytes": [path.stat().st_size for path in paths],
+            "modified": pa.nulls(len(paths), pa.timestamp("us", "UTC")),
+            "attempt": [1] * len(paths),
+        }
+    ).cast(WORK)
+
+
+class Throughput(NamedTuple):
+    images_per_s: float
+    core_s_per_image: float
+    busy: float
+
+
+def whole_stream(load: Any, model: bytes, refs: pa.Table, folder: Path, threads: int, batch_size: int) -> Throughput:
+    """One shard through a real Worker, from files to a committed Part; a short one before it warms up."""
+    spec = WorkerSpec(
+        code_digest=code_digest(), dest=f"file://{folder}", source_profile=None, dest_profile=None, model_name="bench",
+        model_version="0" * 12, settings_digest="0" * 12, run_id="20260101T000000Z-000000",
+        precision="bf16" if supports_bf16("cpu") else "fp32", threads=threads,
+        stream=StreamConfig(batch_size=batch_size, decode_threads=threads, encode_threads=threads),
+    )  # fmt: skip
+    worker = Worker(spec, model, load=load)
+    try:
+        stamp = time.time_ns()
+        worker.run(ShardTask(0, refs.slice(0, 32), f"file://{folder}/{stamp}-warm.parquet"))
+        before = worker.counts()
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        receipt = worker.run(ShardTask(1, refs, f"file://{folder}/{stamp}.parquet"))
+        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+        assert receipt.rows == len(refs) and receipt.created
+        busy = (receipt.counts.busy_s - before.busy_s) / seconds
+        return Throughput(len(refs) / seconds, cpu_s / len(refs), busy)
+    finally:
+        worker.close()
+
+
+def stages_alone(refs: pa.Table, model: Any, batch_size: int) -> dict[str, float]:
+    """Core-seconds per image of each stage by itself: one thread, nothing beside it."""
+    import torch
+
+    torch.set_num_threads(1)
+    segmenter = load_segmenter(
+        WorkerSpec.model_construct(precision="bf16" if supports_bf16("cpu") else "fp32", threads=1), model.data
+    )
+    paths = [uri.removeprefix("file://") for uri in refs["uri"].to_pylist()[:64]]
+    spent: dict[str, float] = {}
+
+    def measure(name: str, action: Any) -> Any:
+        action()
+        began_s = time.process_time()
+        result = action()
+        spent[name] = (time.process_time() - began_s) / len(paths)
+        return result
+
+    blobs = measure("read", lambda: [Path(path).read_bytes() for path in paths])
+    images = measure("decode", lambda: [decode(blob, max_pixels=10**9).pixels for blob in blobs])
+    statistics_N = measure("statistics", lambda: [image_statistics(pixels) for pixels in images])
+    canvas = segmenter.canvas(HEIGHT, WIDTH)
+
+    def forward() -> list[Any]:
+        answers = []
+        for start in range(0, len(images), batch_size):
+            some = images[start : start + batch_size]
+            batch = np.zeros((batch_size, *canvas, 3), np.uint8)
+            sizes = np.zeros((batch_size, 2), np.int32)
+            stats = np.tile(np.array([0, 1], np.float32), (batch_size, 1))
+            for slot, pixels in enumerate(some):
+                batch[slot, :HEIGHT, :WIDTH] = pixels
+                sizes[slot] = (HEIGHT, WIDTH)
+                stats[slot] = statistics_N[start + slot][:2]
+            answers += segmenter.finish(segmenter.submit(batch, sizes, stats))
+        return answers
+
+    predictions = measure("forward", forward)
+    final = measure("post-process", lambda: [segmenter.postprocess(p) for p in predictions])
+    palette = segmenter.card.palette
+    measure("encode", lambda: [encode_mask_png(c, palette) for c, _ in final])
+    measure("checksum", lambda: [mask_crc32(c, [i.rle for i in found]) for c, found in final])
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model", default="nuclei-unet")
+    parser.add_argument("--model-images", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = parser.parse_args()
+    threads = cores()
+    cv2.setNumThreads(1)
+    table = Table(title=f"{WIDTH}×{HEIGHT} JPEG, {threads} cores, load {os.getloadavg()[0]:.1f}")
+    for column in ("model", "images/s", "limit", "share", "core-ms per image", "model busy"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+
+    def add(name: str, runs: list[Throughput], limit: float | None) -> None:
+        rate = statistics.median(run.images_per_s for run in runs)
+        cpu_ms = statistics.median(run.core_s_per_image for run in runs) * 1e3
+        busy = statistics.median(run.busy for run in runs)
+        share = f"{rate / limit:.3f}" if limit else ""
+        table.add_row(name, f"{rate:.1f}", f"{limit:.1f}" if limit else "", share, f"{cpu_ms:.2f}", f"{busy:.0%}")
+
+    with tempfile.TemporaryDirectory(prefix="maskmill-bench-") as scratch:
+        folder = Path(scratch)
+        (folder / "images").mkdir()
+        refs = work_table(write_images(folder / "images", options.images))
+        for name, seconds, limit in (("sleeps 2 ms an image", 0.002, 500.0), ("costs nothing", 0.0, None)):
+            runs = [
+                whole_stream(lambda spec, data, s=seconds: StandIn(s), b"", refs, folder, threads, options.batch_size)
+                for _ in range(options.repeat)
+            ]
+            add(name, runs, limit)
+        try:
+            model = resolve(options.model)
+        except Exception as error:  # noqa: BLE001 - the other figures stand without it
+            Console().print(f"no third figure: {error}")
+        else:
+            some = refs.slice(0, options.model_images)
+            spent = stages_alone(some, model, options.batch_size)
+            runs = [
+                whole_stream(load_segmenter, model.data, some, folder, threads, options.batch_size)
+                for _ in range(options.repeat)
+            ]
+            add(model.card.name, runs, threads / sum(spent.values()))
+            alone = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in spent.items())
+            table.caption = f"{model.card.name}, core-ms per image of each stage alone: {alone}"
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What the errors of object store clients mean. Owns: telling missing, denied and worth another try apart,
+and the sentence for each. Must not know: what was being done.
+"""
+
+from __future__ import annotations
+
+import re
+
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+from pipeline.errors import StorageError
+from pipeline.storage.blob import failed, failure_text
+
+_STATUS_CODE = re.compile(r"status code: (\d\d\d)")
+_DENIED_TEXT = re.compile(
+    r"<Code>(?:AccessDenied|ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)</Code>"
+    r"|http://169\.254\.169\.254/|Unable to locate credentials|CredentialRetrievalError|redentials failed"
+)
+
+
+def status_of(error: BaseException | None) -> int:
+    """The HTTP status that obstore names in its text, or 0."""
+    found = _STATUS_CODE.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether the store understood the request and said no, so that asking again is no use."""
+    return 400 <= status_of(error) < 500 and status_of(error) not in (408, 429)
+
+
+def kind_of(error: BaseException) -> str:
+    """`missing`, `denied` or `fetch_failed`."""
+    status = status_of(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "missing"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or status in (
+        401,
+        403,
+    ):
+        return "denied"
+    return "denied" if _DENIED_TEXT.search(str(error)) else "fetch_failed"
+
+
+def failure(what: str, uri: str, error: BaseException) -> StorageError:
+    """The StorageError for a client's `error`, with what to do about it."""
+    kind = kind_of(error)
+    why = failure_text(error)
+    if kind == "missing" and "NoSuch" not in why:
+        why = "no such object"  # a HEAD has no body that would say more
+    elif kind == "denied":
+        why += "; check the credentials (environment, profile or role) and the bucket's policy"
+    elif "incorrectly configured region" in why or "PermanentRedirect" in why:
+        why += "; the bucket is in another region: set AWS_REGION"
+    return failed(what, uri, why, kind=kind)

@@ -1,0 +1,146 @@
+"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that nothing was
+lost or repeated. Must not know: which fault is being tested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+
+from pipeline.storage import Storage, open_storage
+
+
+def write_tiny_model(path: Path, *, task: str = "semantic", name: str = "tiny", seed: int = 0) -> Path:
+    """A model file with random weights, the same for a seed."""
+    import torch
+
+    from models.architectures import build, untrained_card
+    from models.file import save_model
+
+    torch.manual_seed(seed)
+    names = ("background", "object") if task == "instance" else ("background", "red", "green", "blue", "other")
+    card = untrained_card(name, task=task, class_names=names)  # type: ignore[arg-type]
+    save_model(path, build(card).state_dict(), card)
+    return path
+
+
+def write_images(folder: Path, count: int, *, seed: int = 0, side_px: int = 64) -> Path:
+    """`count` distinct images in two sizes and two formats, the same for a seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = (side_px, side_px) if i % 3 else (side_px, side_px + 32)
+        coarse = random.integers(0, 255, (6, 6, 3)).astype(np.uint8)
+        pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f"{i:04d}.{'png' if i % 2 else 'jpg'}"), pixels)
+    return folder
+
+
+class Answer(NamedTuple):
+    """One image's terminal row, as far as two runs must agree on it."""
+
+    status: str
+    error_kind: str | None
+    mask: bytes | None
+    crc32: int | None
+
+
+def terminal_rows(dest: str | Path) -> dict[str, Answer]:
+    """Every terminal row under DEST by image name, read from the files alone; fails where a name has two."""
+    storage: Storage = open_storage(str(dest))
+    found: dict[str, Answer] = {}
+    for batch in storage.list(f"{storage.root.rstrip('/')}/segments"):
+        for uri in batch["uri"].to_pylist():
+            data = storage.get(uri).data
+            table = pq.read_table(_buffer(data), columns=["image_uri", "status", "error_kind", "mask", "mask_crc32"])
+            for row in table.to_pylist():
+                name = row["image_uri"].rpartition("/")[2]
+                assert name not in found, f"{name} has two rows in {dest}"
+                mask = row["mask"]["bytes"] if row["mask"] else None
+                found[name] = Answer(row["status"], row["error_kind"], mask, row["mask_crc32"])
+    return found
+
+
+def _buffer(data: bytes) -> Any:
+    import pyarrow as pa
+
+    return pa.BufferReader(data)
+
+
+def part_count(dest: str | Path) -> int:
+    """Parts under DEST now."""
+    if "://" not in str(dest):
+        return sum(1 for _ in Path(dest).glob("segments/**/*.parquet"))
+    storage = open_storage(str(dest))
+    return sum(len(batch) for batch in storage.list(f"{storage.root.rstrip('/')}/segments"))
+
+
+class Command:
+    """`maskmill segment` in a process of its own, to be watched and killed."""
+
+    def __init__(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", "segment", *map(str, arguments), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(os.environ) | dict(environment or {}),
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def family(self) -> list[psutil.Process]:
+        """The driver's descendants."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self, *, family: bool = True) -> None:
+        """SIGKILL to the driver, and afterwards, for tidiness, to what it leaves behind."""
+        left = self.family()
+        self.process.kill()
+        self.process.communicate()
+        if family:
+            time.sleep(0.2)
+            kill_all(left)
+
+    def outcome(self, *, timeout_s: float = 150.0, status: int = 0) -> dict[str, Any]:
+        """Waits for the end and returns what was printed."""
+        left = self.family()
+        out, err = self.process.communicate(timeout=timeout_s)
+        kill_all(left)
+        assert self.process.returncode == status, f"exit status {self.process.returncode}: {err[-3000:]}"
+        return dict(json.loads(out)) if out.strip() else {}
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """SIGKILL to processes that a test started, as far as they still live."""
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0, what: str = "condition") -> None:
+    """Polls every 5 ms; fails after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"timed out waiting for {what}"
+        time.sleep(0.005)

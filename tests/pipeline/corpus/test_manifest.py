@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from awkward_corpus import AWKWARD_NAMES, make_awkward_corpus
+
+from pipeline.corpus import manifest as manifest_module
+from pipeline.corpus.manifest import MANIFEST_SCHEMA, Corpus, read_source
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import ObjectInfo, join_uri, open_storage
+
+Read = Callable[..., Corpus]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    return lambda source, **options: read_source(str(source), scratch=tmp_path / "scratch", **options)
+
+
+def rows_of(corpus: Corpus) -> list[dict[str, object]]:
+    table = pq.read_table(corpus.path)
+    assert table.schema.equals(MANIFEST_SCHEMA)
+    assert table.num_rows == corpus.rows
+    return table.to_pylist()
+
+
+def uris_of(corpus: Corpus) -> list[str]:
+    return [str(row["uri"]) for row in rows_of(corpus)]
+
+
+def names_of(corpus: Corpus, folder: Path | str) -> set[str]:
+    prefix = folder if isinstance(folder, str) else f"file://{folder}"
+    return {uri.removeprefix(prefix + "/") for uri in uris_of(corpus)}
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * len(name))
+    return folder
+
+
+def complaint(call: Callable[[], object]) -> str:
+    with pytest.raises(UsageError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and text
+    return text
+
+
+# -- folders, files, globs
+
+
+def test_a_folder_gives_every_awkward_name_raw(read: Read, tmp_path: Path) -> None:
+    folder = tmp_path / "a corpus [1] 100%"
+    expected = make_awkward_corpus(folder)
+    corpus = read(folder)
+    assert names_of(corpus, folder) == set(expected)
+    assert corpus.full_listing and corpus.source == f"file://{folder}"
+    for row in rows_of(corpus):
+        status = Path(str(row["uri"]).removeprefix("file://")).stat()
+        assert row["etag"] == f"{status.st_size}-{status.st_mtime_ns}"
+        assert row["size_bytes"] == status.st_size
+        assert abs(row["modified"].timestamp() - status.st_mtime) < 1e-3  # type: ignore[attr-defined]
+
+
+def test_listing_goes_by_suffix_whatever_the_case_and_skips_dot_names(read: Read, tmp_path: Path) -> None:
+    folder = touch(
+        tmp_path / ".photos",
+        *("a.jpg", "b.JPEG", "c.Png", "d.tif", "e.webp", "sub/f.gif", "sub/deep/g.bmp", "h.tiff"),
+        *("notes.txt", "i.jpg.txt", "jpg", ".hidden.jpg", ".trash/j.jpg", "sub/.cache/k.png", "xjpg", "l.jpg\n"),
+    )
+    found = names_of(read(folder), folder)
+    assert found == {"a.jpg", "b.JPEG", "c.Png", "d.tif", "e.webp", "sub/f.gif", "sub/deep/g.bmp", "h.tiff"}
+    assert names_of(read(folder, suffixes=(".TXT",)), folder) == {"notes.txt", "i.jpg.txt"}
+
+
+def test_the_same_folder_however_it_is_written(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "photos", "a.jpg", "sub/b.jpg")
+    monkeypatch.chdir(tmp_path)
+    ways = ["photos", "./photos/", f"{tmp_path}/photos", f"file://{tmp_path}/photos/", f"file://{tmp_path}/x/../photos"]
+    found = {(tuple(sorted(uris_of(read(way)))), read(way).source) for way in ways}
+    assert found == {
+        ((f"file://{tmp_path}/photos/a.jpg", f"file://{tmp_path}/photos/sub/b.jpg"), f"file://{tmp_path}/photos")
+    }
+
+
+def test_one_file_has_a_row_whatever_its_name(read: Read, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "photos", "picture.xyz", "a.jpg")
+    corpus = read(folder / "picture.xyz")
+    assert names_of(corpus, folder) == {"picture.xyz"} and not corpus.full_listing
+    assert rows_of(corpus)[0]["size_bytes"] == len("picture.xyz")
+
+
+GLOBS = {
+    "*.jpg": {"a.jpg", "b.jpg"},
+    "?.jpg": {"a.jpg", "b.jpg"},
+    "[ac].jpg": {"a.jpg"},
+    "[!a].jpg": {"b.jpg"},
+    "*": {"a.jpg", "b.jpg", "c.png"},
+    "**": {"a.jpg", "b.jpg", "c.png", "x/d.jpg", "x/y/e.jpg", "z/f.jpg"},
+    "**/*.jpg": {"a.jpg", "b.jpg", "x/d.jpg", "x/y/e.jpg", "z/f.jpg"},
+    "*/*.jpg": {"x/d.jpg", "z/f.jpg"},
+    "[xz]/*": {"x/d.jpg", "z/f.jpg"},
+    "x/**/*.jpg": {"x/d.jpg", "x/y/e.jpg"},
+    "*/**/e.*": {"x/y/e.jpg"},
+    "*.txt": {"notes.txt"},
+    ".hid*/*.jpg": {".hidden/g.jpg"},
+}
+
+
+@pytest.mark.parametrize("pattern", GLOBS)
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_globs(read: Read, tmp_path: Path, pattern: str, where: str) -> None:
+    names = ("a.jpg", "b.jpg", "c.png", "notes.txt", "x/d.jpg", "x/y/e.jpg", "z/f.jpg", ".hidden/g.jpg")
+    if where == "disk":
+        base = f"file://{touch(tmp_path / 'photos', *names)}"
+    else:
+        base = f"memory://{tmp_path.name}-{abs(hash(pattern))}"
+        storage = open_storage(base)
+        for name in names:
+            storage.put(join_uri(base, name), b"x")
+    corpus = read(f"{base}/{pattern}")
+    assert names_of(corpus, base) == GLOBS[pattern]
+    assert corpus.full_listing
+
+
+def test_what_exists_literally_wins_over_a_glob(read: Read, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "a[1]", "b*.jpg", "bc.jpg")
+    assert names_of(read(folder), folder) == {"b*.jpg", "bc.jpg"}
+    assert names_of(read(folder / "b*.jpg"), folder) == {"b*.jpg"}
+
+
+# -- manifests of URIs
+
+
+ENTRIES = ["sub/b.jpg", "./a.jpg", "../outside.jpg", "odd name#1?.xyz", "sub/b.jpg", "100%25.jpg"]
+
+
+def manifest_folder(tmp_path: Path) -> tuple[Path, list[str]]:
+    folder = touch(tmp_path / "m", "sub/b.jpg", "a.jpg", "odd name#1?.xyz", "100%25.jpg", "not listed.jpg")
+    touch(tmp_path, "outside.jpg")
+    wanted = [
+        f"file://{path}"
+        for path in (
+            *(folder / "sub/b.jpg", folder / "a.jpg", tmp_path / "outside.jpg", folder / "odd name#1?.xyz"),
+            *(folder / "sub/b.jpg", folder / "100%25.jpg"),
+        )
+    ]
+    return folder, wanted
+
+
+def write_manifest(path: Path, entries: list[str], column: str = "uri") -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"other": range(len(entries)), column: entries}), path)
+    elif path.suffix == ".csv":
+        quoted = [entry.replace('"', '""') for entry in entries]
+        path.write_text(f"other,{column}\n" + "".join(f'{n},"{entry}"\n' for n, entry in enumerate(quoted)))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: entry, "other": [1, {}]}) + "\n" for entry in entries))
+    else:
+        path.write_text("# a comment\n\n" + "".join(entry + "\n" for entry in entries))
+    return path
+
+
+@pytest.mark.parametrize("name", ["m.parquet", "m.csv", "m.jsonl", "m.txt", "M.CSV"])
+def test_manifests_keep_order_duplicates_and_raw_names(read: Read, tmp_path: Path, name: str) -> None:
+    folder, wanted = manifest_folder(tmp_path)
+    path = write_manifest(folder / name.lower(), ENTRIES).rename(folder / name)
+    corpus = read(path)
+    assert uris_of(corpus) == wanted
+    assert not corpus.full_listing
+    for row in rows_of(corpus):
+        status = Path(str(row["uri"]).removeprefix("file://")).stat()
+        assert (row["etag"], row["size_bytes"]) == (f"{status.st_size}-{status.st_mtime_ns}", status.st_size)
+
+
+def test_every_awkward_name_survives_every_manifest(read: Read, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    make_awkward_corpus(folder)
+    names = [name for name in AWKWARD_NAMES if not name.startswith(("# ", ".", "/"))]
+    for suffix in ("parquet", "csv", "jsonl", "txt"):
+        path = write_manifest(folder / f"list.{suffix}", names)
+        assert uris_of(read(path)) == [f"file://{folder}/{name}" for name in names], suffix
+        assert all(row["etag"] for row in rows_of(read(path))), suffix
+
+
+@pytest.mark.parametrize("column", ["uri", "image_uri", "path", "url"])
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_names_of_the_uri_column(read: Read, tmp_path: Path, column: str, suffix: str) -> None:
+    folder, wanted = manifest_folder(tmp_path)
+    assert uris_of(read(write_manifest(folder / f"m.{suffix}", ENTRIES, column))) == wanted
+
+
+def test_jsonl_of_plain_strings_and_absolute_entries(read: Read, tmp_path: Path) -> None:
+    folder, wanted = manifest_folder(tmp_path)
+    entries = [wanted[0], wanted[1].removeprefix("file://"), "file:" + wanted[3].removeprefix("file://")]
+    (folder / "m.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+    assert uris_of(read(folder / "m.jsonl")) == [wanted[0], wanted[1], wanted[3]]
+
+
+def test_text_lines_keep_hashes_and_spaces(read: Read, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "m", "#1.jpg", " a .jpg ", "# no.jpg")
+    (folder / "m.txt").write_bytes("\ufeff#1.jpg\r\n   \n# no.jpg\n a .jpg \n".encode())
+    assert uris_of(read(folder / "m.txt")) == [f"file://{folder}/#1.jpg", f"file://{folder}/ a .jpg "]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_etags_sizes_and_times_of_a_manifest_are_taken_without_a_head(
+    read: Read, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module._EtagFiller, "_info", lambda *_: pytest.fail("asked the store"))
+    rows = [
+        {"uri": "s3://nowhere/a.jpg", "etag": '"0123"', "size_bytes": 12, "modified": "2026-01-02T03:04:05Z"},
+        {"uri": "s3://nowhere/b.jpg", "etag": 'W/"x-2"', "size_bytes": None, "modified": None},
+    ]
+    path = tmp_path / f"m.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "csv":
+        path.write_text('uri,etag,size_bytes,modified\ns3://nowhere/a.jpg,"""0123""",12,2026-01-02T03:04:05Z\n')
+        path.write_text(path.read_text() + 's3://nowhere/b.jpg,"W/""x-2""",,\n')
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(read(path)) == [
+        {
+            "uri": "s3://nowhere/a.jpg",
+            "etag": "0123",
+            "size_bytes": 12,
+            "modified": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        },
+        {"uri": "s3://nowhere/b.jpg", "etag": "x-2", "size_bytes": None, "modified": None},
+    ]
+
+
+def test_parquet_times_without_a_zone_are_utc(read: Read, tmp_path: Path) -> None:
+    moment = pa.array([1_700_000_000_123], pa.timestamp("ms"))
+    pq.write_table(pa.table({"uri": ["s3://nowhere/a.jpg"], "etag": ["e"], "modified": moment}), tmp_path / "m.parquet")
+    assert rows_of(read(tmp_path / "m.parquet"))[0]["modified"] == datetime.fromtimestamp(1_700_000_000.123, UTC)
+
+
+def test_a_missing_image_has_a_row_without_etag(read: Read, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "m", "a.jpg")
+    (folder / "m.txt").write_text("gone.jpg\na.jpg\nhttps-like/name.jpg\n")
+    assert [(row["etag"] != "", row["size_bytes"]) for row in rows_of(read(folder / "m.txt"))] == [
+        (False, None),
+        (True, len("a.jpg")),
+        (False, None),
+    ]
+
+
+def test_a_store_that_fails_while_it_is_asked_fails_the_reading(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = touch(tmp_path / "m", "a.jpg")
+    (folder / "m.txt").write_text("a.jpg\n")
+
+    def head(*_: object) -> ObjectInfo:
+        raise StorageError("the network is down", kind="fetch_failed")
+
+    read(folder / "m.txt")
+    monkeypatch.setattr("pipeline.storage.disk.DiskStorage.head", head)
+    with pytest.raises(StorageError):
+        read(folder / "m.txt")
+
+
+def test_a_manifest_longer_than_one_batch_streams_and_keeps_order(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "_ROWS_PER_GROUP", 70_000)
+    uris = [f"s3://bucket/{n:07d}.jpg" for n in range(230_000)]
+    table = pa.table({"uri": uris, "etag": ["e"] * len(uris)})
+    pq.write_table(table, tmp_path / "m.parquet")
+    pa.csv.write_csv(table, tmp_path / "m.csv")
+    for name in ("m.parquet", "m.csv"):
+        corpus = read(tmp_path / name)
+        assert uris_of(corpus) == uris
+        assert pq.ParquetFile(corpus.path).num_row_groups >= 2
+
+
+# -- what is refused
+
+
+def test_sources_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
+    touch(tmp_path / "no images", "notes.txt", ".hidden.jpg")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty.txt", "empty.csv", "empty.jsonl", "corrupt.parquet"):
+        (tmp_path / name).write_bytes(b"not parquet" if "corrupt" in name else b"")
+    (tmp_path / "header.csv").write_text("uri,etag\n")
+    (tmp_path / "columns.csv").write_text("name,size\na.jpg,1\n")
+    (tmp_path / "ragged.csv").write_text("uri,etag\na.jpg,1\nb.jpg,2,3\n")
+    (tmp_path / "broken.jsonl").write_text('{"uri": "a.jpg"}\n{"uri": \n')
+    (tmp_path / "numbers.jsonl").write_text("1\n2\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01\n")
+    (tmp_path / "keyless.jsonl").write_text('{"name": "a.jpg"}\n')
+    (tmp_path / "some.json").write_text('["a.jpg"]')
+    pq.write_table(pa.table({"name": ["a.jpg"]}), tmp_path / "columns.parquet")
+    pq.write_table(pa.table({"uri": ["s3://b/a.jpg", None], "etag": ["e", "f"]}), tmp_path / "null.parquet")
+    pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    expected = {
+        "missing": "does not exist",
+        "missing/*.jpg": "no images match",
+        "no images": "no images in",
+        "empty": "no images in",
+        "empty.txt": "names no images",
+        "empty.jsonl": "names no images",
+        "empty.csv": "empty.csv",
+        "header.csv": "names no images",
+        "none.parquet": "names no images",
+        "corrupt.parquet": "cannot be read",
+        "columns.csv": "no column named uri",
+        "columns.parquet": "no column named uri",
+        "keyless.jsonl": "no URI in row 1",
+        "ragged.csv": "cannot be read",
+        "broken.jsonl": "cannot be read",
+        "numbers.jsonl": "cannot be read",
+        "binary.txt": "cannot be read",
+        "null.parquet": "no URI in row 2",
+        "some.json": "no manifest of an S3 Inventory",
+    }
+    for name, words in expected.items():
+        assert words in complaint(lambda name=name: read(tmp_path / name)), name
+    assert "nosuchscheme" in complaint(lambda: read("nosuchscheme://a/b.jpg"))
+    assert "SOURCE is empty" in complaint(lambda: read(" "))
+    (tmp_path / "scheme.txt").write_text("nosuchscheme://a/b.jpg\n")
+    assert "nosuchscheme" in complaint(lambda: read(tmp_path / "scheme.txt"))
+    assert "name one bucket" in complaint(lambda: read("memory://buck*/a.jpg"))
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+# -- other stores
+
+
+def test_memory_store(read: Read, tmp_path: Path) -> None:
+    base = f"memory://{tmp_path.name}-store"
+    storage = open_storage(base)
+    for name in ("a.jpg", "sub/b with space#1.png", "c.txt"):
+        storage.put(f"{base}/{name}", b"12345")
+    storage.put(f"{base}/lists/m.csv", b"path\n../a.jpg\nmissing.jpg\n")
+    assert names_of(read(base), base) == {"a.jpg", "sub/b with space#1.png"}
+    assert names_of(read(f"{base}/sub/"), base) == {"sub/b with space#1.png"}
+    rows = rows_of(read(f"{base}/lists/m.csv"))
+    assert [(row["uri"], row["size_bytes"]) for row in rows] == [
+        (f"{base}/a.jpg", 5),
+        (f"{base}/lists/missing.jpg", None),
+    ]
+    assert rows[0]["etag"] == storage.head(f"{base}/a.jpg").etag and rows[1]["etag"] == ""
+    assert "does not exist" in complaint(lambda: read(f"{base}/nothing"))
+
+
+def write_inventory(folder: Path, **changes: object) -> dict[str, object]:
+    """An inventory whose one part lies at `<folder>/inv/data/1.parquet`; returns the manifest's content."""
+    key = "inv/data/1.parquet"
+    (folder / "inv/data").mkdir(parents=True)
+    columns = {
+        "bucket": ["photos"] * 7,
+        "key": ["a.jpg", "b%20c#.PNG", "old.jpg", "gone.jpg", "notes.txt", ".hidden/x.jpg", "sub/ü.jpeg"],
+        "version_id": ["v"] * 7,
+        "is_latest": [True, True, False, True, True, True, None],
+        "is_delete_marker": [False, False, False, True, False, False, False],
+        "size": pa.array([1, 2, 3, None, 5, 6, 7], pa.int64()),
+        "last_modified_date": pa.array([1_700_000_000_000] * 7, pa.timestamp("ms", "UTC")),
+        "e_tag": ["aa", '"bb"', "cc", None, "ee", "ff", "gg-2"],
+    }
+    pq.write_table(pa.table(columns), folder / key)
+    return {
+        "sourceBucket": "photos",
+        "destinationBucket": "arn:aws:s3:::reports",
+        "version": "2016-11-30",
+        "fileFormat": "Parquet",
+        "files": [{"key": key, "size": (folder / key).stat().st_size, "MD5checksum": "x"}],
+        **changes,
+    }
+
+
+INVENTORY = [
+    ("s3://photos/a.jpg", "aa", 1),
+    ("s3://photos/b%20c#.PNG", "bb", 2),
+    ("s3://photos/sub/ü.jpeg", "gg-2", 7),
+]
+
+
+def test_inventory_gives_the_latest_images_with_raw_keys(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(write_inventory(tmp_path)))
+    corpus = read(tmp_path / "manifest.json")
+    rows = rows_of(corpus)
+    assert [(row["uri"], row["etag"], row["size_bytes"]) for row in rows] == INVENTORY
+    assert rows[0]["modified"] == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert not corpus.full_listing
+
+
+def test_inventories_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
+    manifest = write_inventory(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest | {"fileFormat": "CSV"}))
+    assert "configure it to write Parquet" in complaint(lambda: read(path))
+    path.write_text(json.dumps(manifest | {"files": [{"key": "inv/data/none.parquet"}]}))
+    assert "cannot be read" in complaint(lambda: read(path))
+    (tmp_path / "inv/data/1.parquet").write_bytes(b"PAR1 damaged")
+    path.write_text(json.dumps(manifest))
+    assert "cannot be read" in complaint(lambda: read(path))
+
+
+@pytest.mark.s3
+def test_s3_folder_glob_file_manifest_and_inventory(read: Read, tmp_path: Path, s3_bucket: str) -> None:
+    storage = open_storage(s3_bucket)
+    folder = tmp_path / "photos"
+    expected = make_awkward_corpus(folder)
+    for name in expected:
+        storage.put(f"{s3_bucket}/photos/{name}", (folder / name).read_bytes())
+    storage.put(f"{s3_bucket}/photos2/z.jpg", b"z")
+    base = f"{s3_bucket}/photos"
+    corpus = read(base)
+    assert names_of(corpus, base) == set(expected) and corpus.full_listing
+    assert all(len(str(row["etag"])) == 32 for row in rows_of(corpus))
+    assert names_of(read(s3_bucket), s3_bucket) == {f"photos/{name}" for name in expected} | {"photos2/z.jpg"}
+    assert names_of(read(f"{base}/orientation_[12].jpg"), base) == {"orientation_1.jpg", "orientation_2.jpg"}
+    assert names_of(read(f"{base}/brackets[1].jpg"), base) == {"brackets[1].jpg"}
+
+    names = [*AWKWARD_NAMES[:6], "missing.jpg"]
+    storage.put(f"{base}/list.txt", "\n".join(names).encode())
+    rows = rows_of(read(f"{base}/list.txt"))
+    assert [row["uri"] for row in rows] == [f"{base}/{name}" for name in names]
+    assert [row["etag"] for row in rows] == [
+        *(storage.head(f"{base}/{name}").etag for name in names[:-1]),
+        "",
+    ]
+
+    bucket = s3_bucket.removeprefix("s3://")
+    manifest = write_inventory(tmp_path / "report", destinationBucket=f"arn:aws:s3:::{bucket}")
+    storage.put(f"{s3_bucket}/inv/data/1.parquet", (tmp_path / "report/inv/data/1.parquet").read_bytes())
+    storage.put(f"{s3_bucket}/inv/2026/manifest.json", json.dumps(manifest).encode())
+    rows = rows_of(read(f"{s3_bucket}/inv/2026/manifest.json"))
+    assert [(row["uri"], row["etag"], row["size_bytes"]) for row in rows] == INVENTORY
+
+    assert "does not exist" in complaint(lambda: read(f"{s3_bucket}/nothing"))
+    assert "does not exist" in complaint(lambda: read("s3://no-such-bucket-here/x"))
