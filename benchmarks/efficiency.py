@@ -85,7 +85,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
         if i < 64:
             random = np.random.default_rng(i)
             noise = cv2.resize(random.integers(0, 255, (45, 60, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-            grain = random.normal(0, 6, noise.shape)
+            grain = random.normal(0, 3, noise.shape)
             cv2.imwrite(str(path), np.clip(noise + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
         else:
             path.write_bytes(paths[i % 64].read_bytes())
@@ -117,7 +117,7 @@ def whole_stream(load: Any, model: bytes, refs: pa.Table, folder: Path, threads:
         code_digest=code_digest(), dest=f"file://{folder}", source_profile=None, dest_profile=None, model_name="bench",
         model_version="0" * 12, settings_digest="0" * 12, run_id="20260101T000000Z-000000",
         precision="bf16" if supports_bf16("cpu") else "fp32", threads=threads,
-        stream=StreamConfig(batch_size=batch_size, decode_threads=threads, encode_threads=threads),
+        stream=StreamConfig(batch_size=batch_size, threads=threads),
     )  # fmt: skip
     worker = Worker(spec, model, load=load)
     try:

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 import pipeline
+from pipeline.engine.run import Event
 from pipeline.errors import MaskmillError
 from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
 
@@ -36,8 +37,15 @@ MICROSCOPY = (
 def main() -> int:
     console = Console(highlight=False)
     console.print(f"[bold]Maskmill demo[/]: {MODEL} over [cyan]{escape(_short(SOURCE))}[/] into [cyan]{DEST}[/]\n")
-    with console.status("starting Ray and a worker on this machine"):
-        outcome = pipeline.segment(source=str(SOURCE), dest=str(DEST), model=MODEL, engine="ray")
+    with console.status("starting Ray and a worker on this machine") as status:
+
+        def listen(event: Event) -> None:
+            if event.kind == "progress" and event.progress and event.progress.actors:
+                status.update(f"{event.progress.rows} of {event.total} images")
+            elif event.kind == "warning":
+                console.print(f"[yellow]warning:[/] {escape(event.text)}")
+
+        outcome = pipeline.segment(source=str(SOURCE), dest=str(DEST), model=MODEL, engine="ray", listen=listen)
     if outcome.runs:
         console.print(f"[green]done[/] in {outcome.seconds:.1f} s of work: run {outcome.run_id}")
     else:
@@ -87,6 +95,8 @@ def _short(path: Path) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except MaskmillError as error:
         Console(stderr=True, highlight=False).print(f"[red]the demo failed:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

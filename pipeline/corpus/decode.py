@@ -45,7 +45,7 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "WEBP": WebPImagePlugin.WebPImageFile,
 }
-# libjpeg's words for a picture with missing or wrong blocks, which Pillow would show in grey without a word.
+# libjpeg's words for a picture with missing or wrong blocks, which Pillow lets through without an error.
 _JPEG_DAMAGE = re.compile(r"bad Huffman|premature end of data|instead of RST|bad arithmetic|Inconsistent progression")
 _TRUNCATED = re.compile(
     r"truncat|not enough (?:image )?data|unexpected end|EOF|end of (?:file|data)|no more images|only got",

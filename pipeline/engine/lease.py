@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import HeldError, StorageError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, uri_name
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def this_host() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When `pid` began, in clock ticks since boot; None where no such process lives. Tells a process from its reused id."""
+    """When `pid` began, in clock ticks since boot; None where no such process lives. Tells a reused id."""
     stat = _read(f"/proc/{pid}/stat")
     if stat is None:
         return None
@@ -85,13 +85,11 @@ class Lease:
                 self._storage.delete(self._uri)
 
     def _outlive_holder(self) -> None:
-        """Returns once nobody holds the run. A holder is dead when its process is gone, or its lease stands still for a TTL."""
+        """Returns once nobody holds the run. Dead: its process is gone, or its lease stood still for a TTL."""
         seen = self._read()
         since_s = time.monotonic()
         while seen:
-            if seen.get("host") == this_host() and process_start(int(seen.get("pid", -1))) != seen.get(
-                "started"
-            ):
+            if seen.get("host") == this_host() and process_start(int(seen.get("pid", -1))) != seen.get("started"):
                 return
             if time.monotonic() - since_s > self._ttl_s:
                 return
@@ -99,9 +97,10 @@ class Lease:
             now = self._read()
             if now != seen:
                 if now and not self._wait:
+                    run_id, host = uri_name(self._uri.rpartition("/")[0]), str(now.get("host")).split("/")[0]
                     raise HeldError(
-                        f"the run is being worked on by process {now.get('pid')} on {str(now.get('host')).split('/')[0]}: "
-                        "wait for it, or give --wait"
+                        f"run {run_id} is being worked on by process {now.get('pid')} on {host}: "
+                        "wait until it ends (`segment --wait` does), or stop it"
                     )
                 seen, since_s = now, time.monotonic()
 
@@ -131,12 +130,13 @@ class Lease:
 
 
 def read_lease(storage: Storage, uri: str) -> dict[str, Any]:
-    """The lease at `uri`, {} where nobody holds one."""
+    """The lease at `uri`, {} where nobody holds one or it cannot be understood."""
     try:
-        return dict(json.loads(storage.get(uri).data))
+        body = json.loads(storage.get(uri).data)
     except StorageError as error:
         if error.kind == "missing":
             return {}
         raise
     except ValueError:
         return {}
+    return body if isinstance(body, dict) else {}

@@ -1,4 +1,4 @@
-"""Runs as DEST remembers them. Owns: `DEST/runs/`: the frozen plan, the log that orders plans, the record that closes a run.
+"""Runs as DEST remembers them. Owns `DEST/runs/`: frozen plans, the log that orders them, the record that closes a run.
 Must not know: how a run's work is done.
 
     runs/_log/<n>.json            create-only; its existence makes plan n real (and orders all plans)
@@ -47,7 +47,8 @@ class Command(BaseModel):
 
 
 class WorkCounts(BaseModel):
-    """How the images of SOURCE divide. `images` = `done` + `exhausted` + `held` + `left`; `left` = new + changed + failed_before.
+    """How the images of SOURCE divide. `images` = `done` + `exhausted` + `held` + `left`; `left` = `new` + `changed` +
+    `failed_before` + `repeated` (done before, and forced now).
 
     `planned` is `left` cut to the limit. `held_by` names the open runs that hold images back.
     """
@@ -64,6 +65,7 @@ class WorkCounts(BaseModel):
     new: int = 0
     changed: int = 0
     failed_before: int = 0
+    repeated: int = 0
     planned: int = 0
     planned_bytes: int = 0
 
@@ -99,7 +101,7 @@ class Plan(BaseModel):
         return PartPlace(self.model_name, self.model_version, self.run_date)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last-plus-one row of every shard, by ordinal. Canary shards come first and end exactly at the canary."""
+        """First and last-plus-one row of every shard, by ordinal. Canary shards come first and end at the canary."""
         cuts = list(range(0, self.canary, self.shard_size)) + list(
             range(self.canary, self.counts.planned, self.shard_size)
         )
@@ -169,7 +171,7 @@ class Ledger:
         ]
 
     def open_plans(self) -> list[Plan]:
-        """The plans of all open runs, oldest first. A plan whose log entry names another run never began, and is left out."""
+        """The plans of all open runs, oldest first. One whose log entry names another run never began."""
         plans = [self.plan(entry.run_id) for entry in self.entries() if not entry.closed]
         return [plan for plan in plans if self._logged(plan.sequence) == plan.run_id]
 
@@ -179,9 +181,7 @@ class Ledger:
             data = self.storage.get(self.uri(run_id, "plan.json")).data
         except StorageError as error:
             if error.kind == "missing":
-                raise UsageError(
-                    f"no run {run_id!r} in {self.dest}: see `maskmill runs list {self.dest}`"
-                ) from error
+                raise UsageError(f"no run {run_id!r} in {self.dest}: see `maskmill runs list {self.dest}`") from error
             raise
         return _parse(Plan, data, self.uri(run_id, "plan.json"))
 
@@ -222,9 +222,7 @@ class Ledger:
             ("plan.json", plan.model_dump_json(indent=1).encode()),
         ):
             if not self.storage.put_new(self.uri(plan.run_id, name), data):
-                raise InfrastructureError(
-                    f"run id {plan.run_id} is taken in {self.dest}: run the command again"
-                )
+                raise InfrastructureError(f"run id {plan.run_id} is taken in {self.dest}: run the command again")
         entry = json.dumps({"run_id": plan.run_id}).encode()
         created = self.storage.put_new(self._log_uri(plan.sequence), entry)
         # After an answer that was lost on its way, "already there" may be our own entry.
@@ -236,9 +234,7 @@ class Ledger:
 
     def close(self, record: RunRecord) -> None:
         """Closes a run for good. Twice is fine: the first record stands."""
-        self.storage.put_new(
-            self.uri(record.plan.run_id, "run.json"), record.model_dump_json(indent=1).encode()
-        )
+        self.storage.put_new(self.uri(record.plan.run_id, "run.json"), record.model_dump_json(indent=1).encode())
 
     def committed(self, plan: Plan) -> dict[int, int]:
         """Ordinals of the Parts that `plan` has, with their size in bytes."""

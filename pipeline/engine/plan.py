@@ -28,13 +28,15 @@ MAX_ATTEMPTS = 3
 #: A Part of this size is large enough to scan well and small enough for one PUT and one retry.
 TARGET_PART_BYTES = 128 << 20
 _GUESSED_ROW_BYTES = 8 << 10
+#: A past run of errors only has tiny rows: the next one may not.
+_LEAST_ROW_BYTES = 1 << 10
 _SHARDS_PER_ACTOR = 4
 #: Up to here the frozen list is sorted by uri: neighbours stay together, and row groups get narrow statistics.
 _SORTED_IMAGES = 2_000_000
 
 
 class Question(NamedTuple):
-    """What planning needs to know. `corpus_path` is a Parquet file of MANIFEST_SCHEMA; `held` maps open runs to their lists."""
+    """What planning needs to know. `corpus_path`: a Parquet file of MANIFEST_SCHEMA. `held`: open runs and their lists."""
 
     corpus_path: Path
     corpus_is_distinct: bool
@@ -56,8 +58,9 @@ def work_left(
 ) -> WorkCounts:
     """Counts the work left and, with `list_path`, writes it there (schema `WORK`).
 
-    An image is done where a terminal row has its uri with its etag, as listed or as read. One that an open run holds is left
-    to that run whatever its etag. Memory: about `memory_bytes`; beyond that DuckDB spills into `scratch`. Changes nothing in DEST.
+    An image is done where a terminal row has its uri with its etag, as listed or as read. One that an open run holds is
+    left to that run whatever its etag. Memory: about `memory_bytes`; beyond that DuckDB spills into `scratch`.
+    Changes nothing in DEST.
     """
     connection = open_duckdb(storage, memory_bytes=memory_bytes, temp_path=str(scratch))
     try:
@@ -72,7 +75,8 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         return int(connection.execute(sql).fetchone()[0])
 
     listed = f"read_parquet({sql_text(str(question.corpus_path))})"
-    rows = f"(SELECT * FROM {read_parts_sql(question.part_uris)} WHERE settings_digest = {sql_text(question.settings_digest)})"
+    of_these_settings = f"settings_digest = {sql_text(question.settings_digest)}"
+    rows = f"(SELECT * FROM {read_parts_sql(question.part_uris)} WHERE {of_these_settings})"
     lines = number(f"SELECT count(*) FROM {listed}")
     if question.corpus_is_distinct:
         connection.execute(f"CREATE VIEW corpus AS SELECT uri, etag, size_bytes, modified FROM {listed}")
@@ -106,21 +110,14 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
             FROM {rows} SEMI JOIN undone ON image_uri = undone.uri GROUP BY ALL"""
         )
     else:
-        connection.execute(
-            "CREATE TEMP TABLE past (uri VARCHAR, etag VARCHAR, failures BIGINT, spent BIGINT)"
-        )
-    give_up = (
-        "false" if question.retry_errors or question.force else f"coalesce(p.spent, 0) >= {MAX_ATTEMPTS}"
-    )
+        connection.execute("CREATE TEMP TABLE past (uri VARCHAR, etag VARCHAR, failures BIGINT, spent BIGINT)")
+    give_up = "false" if question.retry_errors or question.force else f"coalesce(p.spent, 0) >= {MAX_ATTEMPTS}"
     connection.execute(
-        f"""CREATE VIEW candidates AS SELECT u.*, coalesce(p.failures, 0) AS failures, {give_up} AS exhausted
+        f"""CREATE VIEW candidates AS SELECT u.*, coalesce(p.failures, 0) AS failures, p.uri IS NOT NULL AS seen,
+            {give_up} AS exhausted
         FROM undone u LEFT JOIN past p ON u.uri = p.uri AND u.etag = p.etag"""
     )
-    exhausted = (
-        number("SELECT count(*) FROM candidates WHERE exhausted")
-        if number("SELECT count(*) FROM past")
-        else 0
-    )
+    exhausted = number("SELECT count(*) FROM candidates WHERE exhausted") if number("SELECT count(*) FROM past") else 0
 
     held_by: dict[str, int] = {}
     open_lists = "SELECT NULL::VARCHAR AS uri WHERE false"
@@ -138,11 +135,11 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
     connection.execute(
         f"CREATE VIEW work AS SELECT * FROM candidates ANTI JOIN ({open_lists}) h USING (uri) WHERE NOT exhausted"
     )
-    left, failed_before = connection.execute(
-        "SELECT count(*), coalesce(sum((failures > 0)::INT), 0) FROM work"
+    left, failed_before, repeated = connection.execute(
+        "SELECT count(*), count(*) FILTER (failures > 0), count(*) FILTER (failures = 0 AND seen) FROM work"
     ).fetchone()
     changed = number(
-        "SELECT count(*) FROM work WHERE failures = 0 AND uri IN (SELECT uri FROM past)"
+        "SELECT count(*) FROM work WHERE NOT seen AND uri IN (SELECT uri FROM past)"
         if number("SELECT count(*) FROM past")
         else "SELECT 0"
     )
@@ -157,9 +154,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
             connection.execute(
                 f"COPY ({chosen}) TO {sql_text(str(list_path))} (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
             )
-            planned_bytes = number(
-                f"SELECT coalesce(sum(size_bytes), 0) FROM read_parquet({sql_text(str(list_path))})"
-            )
+            planned_bytes = number(f"SELECT coalesce(sum(size_bytes), 0) FROM read_parquet({sql_text(str(list_path))})")
     return WorkCounts(
         images=images,
         duplicates=lines - images,
@@ -168,8 +163,9 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         held=undone - exhausted - left,
         held_by=held_by,
         left=left,
-        new=left - changed - failed_before,
+        new=left - changed - failed_before - repeated,
         changed=changed,
+        repeated=repeated,
         failed_before=failed_before,
         planned=planned,
         planned_bytes=planned_bytes,
@@ -181,13 +177,13 @@ def choose_shard_size(images: int, *, actors: int, row_bytes: float | None) -> i
 
     `row_bytes` is what a row of this model took before, in bytes of Part; None where nothing is known.
     """
-    by_size = int(TARGET_PART_BYTES / max(row_bytes or _GUESSED_ROW_BYTES, 1.0))
+    by_size = int(TARGET_PART_BYTES / max(row_bytes or _GUESSED_ROW_BYTES, _LEAST_ROW_BYTES))
     by_actors = -(-images // (actors * _SHARDS_PER_ACTOR))
     return max(1, min(by_size, by_actors))
 
 
 def shard_lists(plan: Plan, list_path: Path, *, without: set[int]) -> Iterator[tuple[int, pa.Table]]:
-    """(ordinal, references) of every shard that is not in `without`, in order, reading the frozen list piece by piece."""
+    """(ordinal, references) of every shard not in `without`, in order, reading the frozen list piece by piece."""
     bounds = plan.bounds()
     batches = pq.ParquetFile(list_path).iter_batches(batch_size=max(plan.shard_size, 8192))
     buffered: list[pa.RecordBatch] = []

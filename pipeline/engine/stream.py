@@ -1,11 +1,12 @@
 """The stream: images of one process, from fetch to row, overlapped and bounded in bytes.
 Owns: the threads, the batches, the budget, what happens to one image. Must not know: Ray, runs, shards' names, commits.
 
-    refs ─▶ window of fetches ─▶ decode threads ─▶ batch slots ─▶ model thread ─▶ encode threads ─▶ rows
+    refs ─▶ window of fetches ─▶ decode ─▶ batch slots ─▶ model thread ─▶ encode ─▶ rows
 
-A decode thread decodes straight into a slot of the batch of its canvas; the model thread takes full batches (or, when
-nothing else can move, the fullest open one, padded to the frozen shape); encode threads make rows. The budget counts
-batches of decoded pixels from the moment that they are opened until their rows are made.
+One pool of threads decodes and encodes, rows first: on few cores a second pool only fights the first for the interpreter.
+Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches (or, when nothing
+else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded pixels from the moment
+that they are opened until their rows are made.
 """
 
 from __future__ import annotations
@@ -46,11 +47,8 @@ class StreamConfig(BaseModel):
     memory_bytes: int = Field(
         1 << 30, ge=1, description="Bytes of batches in flight; one larger batch goes alone."
     )
-    decode_threads: int = Field(2, ge=1)
-    encode_threads: int = Field(2, ge=1)
-    fetch_threads: int = Field(
-        0, ge=0, description="Fetches in flight; 0: the decode threads read by themselves."
-    )
+    threads: int = Field(2, ge=1, description="Threads that decode and encode.")
+    fetch_threads: int = Field(0, ge=0, description="Fetches in flight; 0: the decoding threads read by themselves.")
     max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large`.")
     breaker_images: int = Field(
         1000, ge=1, description="Outcomes over which failures of the world are watched."
@@ -122,6 +120,14 @@ class _Batch:
         return len(self.items) - len(self.free) - self.writing
 
 
+class _Answered(NamedTuple):
+    """A batch that the model is done with. An answer is a prediction, or the exception that stands for one."""
+
+    batch: _Batch
+    answers: Sequence[Any]
+    infer_ms: float
+
+
 class StreamCounts(NamedTuple):
     """What a stream has done since it began: `busy_s` of the model's `active_s`, and rows made."""
 
@@ -161,6 +167,7 @@ class Stream:
         self._window_images = 0
         self._open: dict[tuple[int, int], _Batch] = {}
         self._ready: deque[_Batch] = deque()
+        self._to_encode: deque[_Answered] = deque()
         self._spare: deque[np.ndarray] = deque(maxlen=8)
         self._in_use_bytes = 0
         self._outstanding = 0
@@ -177,10 +184,8 @@ class Stream:
         self._began_s: float | None = None
 
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, "fetch") if config.fetch_threads else None
-        self._encoders = ThreadPoolExecutor(config.encode_threads, "encode")
         self._threads = [
-            threading.Thread(target=self._decode_loop, name=f"decode-{i}", daemon=True)
-            for i in range(config.decode_threads)
+            threading.Thread(target=self._pool_loop, name=f"stream-{i}", daemon=True) for i in range(config.threads)
         ]
         self._threads.append(threading.Thread(target=self._model_loop, name="model", daemon=True))
         for thread in self._threads:
@@ -234,7 +239,6 @@ class Stream:
             thread.join()
         if self._fetchers:
             self._fetchers.shutdown(wait=False, cancel_futures=True)
-        self._encoders.shutdown(wait=True)
         self._fail_all(RuntimeError("the stream was closed with work under way"))
 
     # ── input ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,11 +255,16 @@ class Stream:
             self._window.append(chunk)
             self._window_images += len(chunk)
 
-    def _next_chunk(self) -> list[tuple[Work, int, Future[Blob] | None]] | None:
+    def _next_task(self) -> _Answered | list[tuple[Work, int, Future[Blob] | None]] | None:
+        """Rows before pixels: what leaves makes room."""
         with self._state:
-            while not self._closed and not self._failure:
+            while not self._failure:
+                if self._to_encode:
+                    return self._to_encode.popleft()
+                if self._closed:
+                    return None
                 self._top_up()
-                if self._window:
+                if self._window and len(self._ready) < 2 * self._config.threads:
                     chunk = self._window.popleft()
                     self._window_images -= len(chunk)
                     self._top_up()
@@ -264,17 +273,21 @@ class Stream:
                 self._state.wait()
             return None
 
-    def _decode_loop(self) -> None:
-        while (chunk := self._next_chunk()) is not None:
+    def _pool_loop(self) -> None:
+        while (task := self._next_task()) is not None:
+            if isinstance(task, _Answered):
+                self._encode(task)
+                continue
             try:
-                for work, index, fetched in chunk:
+                for work, index, fetched in task:
                     self._load(work, index, fetched)
             except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
                 self._break(error)
             finally:
                 with self._state:
                     self._decoding -= 1
-                    self._state.notify_all()
+                    if not self._decoding:
+                        self._state.notify_all()
 
     def _load(self, work: Work, index: int, fetched: Future[Blob] | None) -> None:
         """Fetches and decodes one image into a slot, or makes its error row."""
@@ -337,28 +350,12 @@ class Stream:
             batch.items[slot] = item
             self._release_slot(batch)
 
-    def _lose(
-        self,
-        work: Work,
-        index: int,
-        held: tuple[_Batch, int] | None,
-        blob: Blob | None,
-        kind: str,
-        message: str,
-        began_s: float,
-        fetched_s: float,
-    ) -> None:
-        if held:
-            batch, slot = held
-            with self._state:
-                batch.free.append(slot)
-                self._open.setdefault(batch.canvas, batch)
-                self._release_slot(batch)
-        timings = {
-            "fetch_ms": (fetched_s - began_s) * 1e3,
-            "decode_ms": (time.perf_counter() - fetched_s) * 1e3,
-        }
-        self._emit(work, [self._error_row(work, index, blob, kind, message) | timings])
+    def _give_back(self, batch: _Batch, slot: int) -> None:
+        """A slot that no image came into."""
+        with self._state:
+            batch.free.append(slot)
+            self._open.setdefault(batch.canvas, batch)
+            self._release_slot(batch)
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -366,35 +363,38 @@ class Stream:
         return max(1, min(self._config.batch_size, self._config.batch_pixels // (canvas[0] * canvas[1])))
 
     def _acquire(self, canvas: tuple[int, int]) -> tuple[_Batch, int]:
-        """A free slot for `canvas`; waits while opening one more batch would pass the budget."""
+        """A free slot for `canvas`. While opening one more batch would pass the budget, helps to make rows, or waits."""
         slots = self._slots(canvas)
         size_bytes = slots * canvas[0] * canvas[1] * 3
-        with self._state:
-            waiting = False
-            while True:
+        waiting = False
+        while True:
+            with self._state:
                 if self._failure:
                     raise RuntimeError("the stream broke") from self._failure
                 batch = self._open.get(canvas)
                 fits = not self._in_use_bytes or self._in_use_bytes + size_bytes <= self._config.memory_bytes
                 if batch is not None or fits:
-                    break
+                    if waiting:
+                        self._decoding += 1
+                        self._blocked -= 1
+                    if batch is None:
+                        self._in_use_bytes += size_bytes
+                        batch = self._open[canvas] = _Batch(canvas, self._buffer((slots, *canvas, 3)))
+                    slot = batch.free.pop()
+                    batch.writing += 1
+                    if not batch.free:
+                        del self._open[canvas]
+                    return batch, slot
                 if not waiting:
                     waiting = True
                     self._blocked += 1
                     self._decoding -= 1
                     self._state.notify_all()
-                self._state.wait()
-            if waiting:
-                self._decoding += 1
-                self._blocked -= 1
-            if batch is None:
-                self._in_use_bytes += size_bytes
-                batch = self._open[canvas] = _Batch(canvas, self._buffer((slots, *canvas, 3)))
-            slot = batch.free.pop()
-            batch.writing += 1
-            if not batch.free:
-                del self._open[canvas]
-            return batch, slot
+                if not self._to_encode:
+                    self._state.wait()
+                answered = self._to_encode.popleft() if self._to_encode else None
+            if answered is not None:
+                self._encode(answered)
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
         """A used buffer of this shape where there is one: fresh pages cost more than the copy into them."""
@@ -477,9 +477,10 @@ class Stream:
             outcome = self._one_by_one(batch)
         finish_s = time.perf_counter() - began_s
         self._busy_s += finish_s
-        items = [item for item in batch.items if item is not None]
-        infer_ms = (spent_s + finish_s) * 1e3 / len(items)
-        self._encoders.submit(self._encode, batch, items, outcome, infer_ms)
+        infer_ms = (spent_s + finish_s) * 1e3 / batch.filled()
+        with self._state:
+            self._to_encode.append(_Answered(batch, outcome, infer_ms))
+            self._state.notify()
 
     def _one_by_one(self, batch: _Batch) -> list[Any]:
         """Each image alone in a batch of the same shape, so that one poisoned image costs only itself."""
@@ -498,11 +499,13 @@ class Stream:
 
     # ── output ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _encode(self, batch: _Batch, items: Sequence[_Item], outcome: Sequence[Any], infer_ms: float) -> None:
+    def _encode(self, answered: _Answered) -> None:
+        batch = answered.batch
         try:
             rows: list[tuple[Work, dict[str, Any]]] = []
             processed_at = dt.datetime.now(dt.UTC)
-            for item, prediction in zip(items, outcome, strict=True):
+            items = [item for item in batch.items if item is not None]
+            for item, prediction in zip(items, answered.answers, strict=True):
                 began_s = time.perf_counter()
                 try:
                     if isinstance(prediction, Exception):
@@ -516,7 +519,7 @@ class Stream:
                     row |= {"width": item.width, "height": item.height, "image_format": item.image_format}
                 row["processed_at"] = processed_at
                 row |= item.timings
-                row["infer_ms"] = infer_ms
+                row["infer_ms"] = answered.infer_ms
                 row["encode_ms"] = (time.perf_counter() - began_s) * 1e3
                 rows.append((item.work, row))
             for work in {id(item.work): item.work for item in items}.values():

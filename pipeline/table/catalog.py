@@ -21,6 +21,9 @@ from pipeline.table.schema import RUN_ID, SEGMENTS, parse_part_name
 
 _KEY_TYPES = {"model": "VARCHAR", "version": "VARCHAR", "date": "DATE"}
 _OUTER_KEY = re.compile(r"/(?:model|version|date)=")
+_DUCKDB_TYPES = {
+    "string": "VARCHAR", "binary": "BLOB", "int16": "SMALLINT", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT",
+}  # fmt: skip
 _GETS_AT_ONCE = 16
 _BYTES_KINDS = "('empty','truncated','not_an_image','unsupported','too_large','corrupt','model_failed')"
 
@@ -92,9 +95,7 @@ def _duckdb_type(arrow: pa.DataType) -> str:
         return "STRUCT(" + ", ".join(f'"{field.name}" {_duckdb_type(field.type)}' for field in arrow) + ")"
     if pa.types.is_timestamp(arrow):
         return "TIMESTAMPTZ"
-    return {"string": "VARCHAR", "binary": "BLOB", "int16": "SMALLINT", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT"}[
-        str(arrow)
-    ]
+    return _DUCKDB_TYPES[str(arrow)]
 
 
 def _literal(path: str) -> str:
@@ -111,7 +112,8 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     """A DuckDB connection with the views of DEST, on disk and on S3. Raises UsageError where DEST holds no table.
 
     `segments`: all rows. `images`: for each model the terminal rows of the version and settings of its last closed run,
-    the newest etag per uri. `classes`, `instances`: unnested from `images`. `errors`: rows that are errors. `runs`: one row a run.
+    the newest etag per uri. `classes`, `instances`: unnested from `images`. `errors`: rows that are errors.
+    `runs`: one row a run.
     """
     dest = normalize_uri(dest)
     storage = open_storage(dest, profile=profile)
@@ -139,7 +141,8 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     connection.execute(
         "CREATE VIEW images AS SELECT s.* FROM segments s "
         "JOIN _current c ON s.model = c.model AND s.model_version = c.model_version "
-        f"AND s.settings_digest = c.settings_digest WHERE {TERMINAL.replace('status', 's.status')} {newest if repeats else ''}"
+        "AND s.settings_digest = c.settings_digest "
+        f"WHERE {TERMINAL.replace('status', 's.status')} {newest if repeats else ''}"
     )
     connection.execute(
         "CREATE VIEW classes AS SELECT image_uri, model, version, date, run_id, width, height, "
@@ -178,7 +181,7 @@ _RUNS = pa.schema(
 
 
 def _records(storage: Storage, dest: str) -> list[dict[str, Any]]:
-    """One mapping a run, from its closing record or, while it is open, its plan. What never became a run is left out."""
+    """One mapping a run, from its closing record or, while it is open, its plan. Plans that lost are left out."""
     prefix = join_uri(dest, "runs") + "/"
     names: set[str] = set()
     try:
@@ -222,4 +225,5 @@ def _record(plan: dict[str, Any], outcome: dict[str, Any] | None) -> dict[str, A
         "planned": counts["planned"],
         "repeats": counts["changed"] + (counts["planned"] if again else 0),
     }
-    return found | {key: outcome.get(key) for key in ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")}
+    results = ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")
+    return found | {key: outcome.get(key) for key in results}

@@ -74,9 +74,7 @@ class PartBuilder:
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in self._schema]
-        self._writer.write_batch(
-            pa.RecordBatch.from_arrays(columns, schema=self._schema), row_group_size=len(rows)
-        )
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema), row_group_size=len(rows))
         self._rows += len(rows)
 
 

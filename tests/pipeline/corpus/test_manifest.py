@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from awkward_corpus import AWKWARD_NAMES, make_awkward_corpus
@@ -16,6 +20,11 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.storage import ObjectInfo, join_uri, open_storage
 
 Read = Callable[..., Corpus]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
 
 
 @pytest.fixture
@@ -278,7 +287,7 @@ def test_a_manifest_longer_than_one_batch_streams_and_keeps_order(
     uris = [f"s3://bucket/{n:07d}.jpg" for n in range(230_000)]
     table = pa.table({"uri": uris, "etag": ["e"] * len(uris)})
     pq.write_table(table, tmp_path / "m.parquet")
-    pa.csv.write_csv(table, tmp_path / "m.csv")
+    pyarrow.csv.write_csv(table, tmp_path / "m.csv")
     for name in ("m.parquet", "m.csv"):
         corpus = read(tmp_path / name)
         assert uris_of(corpus) == uris
@@ -306,7 +315,8 @@ def test_sources_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / "none.parquet")
     expected = {
         "missing": "does not exist",
-        "missing/*.jpg": "no images match",
+        "missing/*.jpg": "does not exist",
+        "no images/*.jpg": "no images match",
         "no images": "no images in",
         "empty": "no images in",
         "empty.txt": "names no images",
@@ -442,3 +452,21 @@ def test_s3_folder_glob_file_manifest_and_inventory(read: Read, tmp_path: Path, 
 
     assert "does not exist" in complaint(lambda: read(f"{s3_bucket}/nothing"))
     assert "does not exist" in complaint(lambda: read("s3://no-such-bucket-here/x"))
+
+
+def test_one_file_and_a_manifest_over_http(read: Read, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "www", "a b.jpg", "c.png")
+    handler = partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            base = f"http://127.0.0.1:{server.server_port}"
+            (folder / "list.csv").write_text(f"url\n{base}/c.png\nc.png\n{base}/gone.png\n")
+            (row,) = rows_of(read(f"{base}/c.png"))
+            assert (row["uri"], row["size_bytes"]) == (f"{base}/c.png", len("c.png"))
+            rows = rows_of(read(f"{base}/list.csv"))
+            assert [row["uri"] for row in rows] == [f"{base}/c.png", f"{base}/c.png", f"{base}/gone.png"]
+            assert [row["size_bytes"] for row in rows] == [5, 5, None]
+            assert "does not exist" in complaint(lambda: read(f"{base}/gone.png"))
+        finally:
+            server.shutdown()

@@ -29,7 +29,12 @@ class Case:
         self.source = write_images(folder / "images", IMAGES)
         self.model = write_tiny_model(folder / "tiny.safetensors", task="instance")
         pipeline.segment(
-            source=str(self.source), dest=str(folder / "calm"), model=str(self.model), engine="local", shard_size=7, **SHAPE
+            source=str(self.source),
+            dest=str(folder / "calm"),
+            model=str(self.model),
+            engine="local",
+            shard_size=7,
+            **SHAPE,
         )
         self.calm: dict[str, Answer] = terminal_rows(folder / "calm")
 
@@ -38,7 +43,9 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     case = Case(tmp_path_factory.mktemp("case"))
     assert len(case.calm) == IMAGES
-    assert len({answer.crc32 for answer in case.calm.values()}) > 1, "a model that gives one mask for all proves nothing"
+    assert len({answer.crc32 for answer in case.calm.values()}) > 1, (
+        "a model that gives one mask for all proves nothing"
+    )
     return case
 
 
@@ -85,7 +92,9 @@ def test_a_paused_driver_that_wakes_up_adds_nothing(case: Case, tmp_path: Path) 
     assert terminal_rows(dest) == case.calm
 
 
-def test_an_image_that_kills_its_process_is_one_row(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_kills_its_process_is_one_row(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The killer is real: a sitecustomize in the workers' path makes the decoder of one image end the process by SIGKILL."""
     poison = tmp_path / "site"
     poison.mkdir()

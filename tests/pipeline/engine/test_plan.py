@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CREATED_AT, make_list, make_part, make_plan, make_row
-from hypothesis import HealthCheck, given, settings
+from handmade import CREATED_AT, make_list, make_part, make_plan, make_row
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine.ledger import WorkCounts
@@ -68,7 +68,7 @@ class Answer:
         self.work = {row["uri"]: (row["etag"], row["attempt"]) for row in work}
         assert len(self.work) == len(work) == counts.planned
         assert counts.images == counts.done + counts.exhausted + counts.held + counts.left
-        assert counts.left == counts.new + counts.changed + counts.failed_before
+        assert counts.left == counts.new + counts.changed + counts.failed_before + counts.repeated
         assert counts.held == sum(counts.held_by.values())
         assert counts.planned_bytes == 10 * counts.planned
 
@@ -141,7 +141,9 @@ def test_success_after_failure_is_done(desk: Desk) -> None:
 
 
 def test_rows_of_other_settings_do_not_count(desk: Desk) -> None:
-    desk.part(make_row("a", "e1", settings_digest="another"), make_row("b", "e1", "fetch_failed", settings_digest="another"))
+    desk.part(
+        make_row("a", "e1", settings_digest="another"), make_row("b", "e1", "fetch_failed", settings_digest="another")
+    )
     answer = desk.ask([("a", "e1"), ("b", "e1")])
     assert answer.work == {"a": ("e1", 1), "b": ("e1", 1)}
     assert answer.counts.new == 2
@@ -154,6 +156,8 @@ def test_force_takes_everything(desk: Desk) -> None:
     answer = desk.ask([("done", "e1"), ("bad", "e1"), ("unlucky", "e1"), ("changed", "e2"), ("new", "e1")], force=True)
     assert set(answer.work) == {"done", "bad", "unlucky", "changed", "new"}
     assert answer.counts.done == answer.counts.exhausted == 0
+    counts = answer.counts
+    assert (counts.repeated, counts.failed_before, counts.changed, counts.new) == (1, 2, 1, 1)
 
 
 def test_the_limit_cuts_what_is_planned_and_nothing_else(desk: Desk) -> None:
@@ -208,29 +212,26 @@ def _expected(
     force: bool,
 ) -> dict[str, Any]:
     """Planning image by image, as the rules of the table say it."""
-    kinds: dict[str, Any] = {"done": 0, "exhausted": 0, "held": 0, "new": 0, "changed": 0, "failed_before": 0, "work": {}}
+    found: dict[str, Any] = {"done": 0, "exhausted": 0, "held": 0, "failed_before": 0, "work": {}}
     for uri, etag in corpus:
         mine = [row for row in rows if row[0] == uri and row[4]]
         final = {"ok"} if retry_errors else {"ok", "corrupt"}
         if not force and any(etag in (row[1], row[2]) and row[3] in final for row in mine):
-            kinds["done"] += 1
+            found["done"] += 1
             continue
         failures = [row[3] for row in mine if row[1] == etag and row[3] != "ok"]
-        if not (force or retry_errors) and sum(k in {"fetch_failed", "crashed_worker"} for k in failures) >= MAX_ATTEMPTS:
-            kinds["exhausted"] += 1
+        spent = sum(kind in {"fetch_failed", "crashed_worker"} for kind in failures)
+        if not (force or retry_errors) and spent >= MAX_ATTEMPTS:
+            found["exhausted"] += 1
         elif uri in held:
-            kinds["held"] += 1
+            found["held"] += 1
         else:
-            seen_as = {row[1] for row in mine}
-            kind = "failed_before" if failures else "changed" if seen_as - {etag} and etag not in seen_as else "new"
-            kinds[kind if not (force and seen_as and not failures) else "repeated"] = (
-                kinds.get(kind if not (force and seen_as and not failures) else "repeated", 0) + 1
-            )
-            kinds["work"][uri] = (etag, len(failures) + 1)
-    return kinds
+            found["failed_before"] += bool(failures)
+            found["work"][uri] = (etag, len(failures) + 1)
+    return found
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(
     corpus=st.dictionaries(_URIS, _ETAGS, min_size=1),
     rows=_ROWS,
@@ -321,4 +322,4 @@ def test_shard_size_aims_at_the_part_size_but_keeps_all_actors_busy() -> None:
     assert choose_shard_size(1_000, actors=10, row_bytes=None) == 25
     assert choose_shard_size(3, actors=10, row_bytes=None) == 1
     assert choose_shard_size(100, actors=1, row_bytes=1e12) == 1
-    assert choose_shard_size(10**9, actors=1, row_bytes=0.0) == TARGET_PART_BYTES
+    assert choose_shard_size(10**9, actors=1, row_bytes=1.0) == TARGET_PART_BYTES // 1024

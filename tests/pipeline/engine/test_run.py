@@ -1,0 +1,519 @@
+"""`segment` from end to end with a tiny model, its worker in this process: what is done, done again, and told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from awkward_corpus import make_awkward_corpus
+from handmade import answers_of, make_image, part_paths, rows_of, touch_later
+
+import pipeline
+from pipeline.engine import run as engine_run
+from pipeline.engine.crew import InlineCrew
+from pipeline.engine.run import Event, Outcome
+from pipeline.errors import BYTES_KINDS, HeldError, ModelError, ReconciliationError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own costs a worker seconds; what it is for is tested in test_fleet and test_kills."""
+    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(engine_run, "gpu_count", lambda: 0)
+
+
+class Bench:
+    """One DEST and the commands given to it."""
+
+    def __init__(self, dest: Path, model: Path) -> None:
+        self.dest = dest
+        self.model = model
+        self.told: list[Event] = []
+
+    def segment(self, source: Path | str, **settings: Any) -> Outcome:
+        self.told = []
+        defaults: dict[str, Any] = {"model": str(self.model), "precision": "fp32", "threads": 1, "lease_ttl_s": 1.0}
+        should_stop = settings.pop("should_stop", None)
+        return pipeline.segment(
+            source=str(source), dest=str(self.dest), listen=self.told.append, should_stop=should_stop,
+            **(defaults | settings),
+        )  # fmt: skip
+
+    def interrupted(self, source: Path | str, *, after_parts: int, **settings: Any) -> Outcome:
+        """The same, stopped as soon as so many more Parts are there; shards still in flight are finished."""
+        enough = len(part_paths(self.dest)) + after_parts
+        settings |= {"should_stop": lambda: len(part_paths(self.dest)) >= enough}
+        outcome = self.segment(source, **settings)
+        assert outcome.state == "interrupted"
+        return outcome
+
+    @property
+    def done(self) -> list[str]:
+        """Names of the images of all rows."""
+        return sorted(Path(row["image_uri"]).name for row in rows_of(self.dest))
+
+    def texts(self, kind: str) -> str:
+        return "\n".join(event.text for event in self.told if event.kind == kind)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, semantic_model: Path) -> Bench:
+    return Bench(tmp_path / "dest", semantic_model)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# ── what is done, and what not again ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_image_gets_one_row_and_the_outcome_adds_up(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(7)
+    outcome = bench.segment(photos, shard_size=3)
+    assert bench.done == names(photos)
+    assert (outcome.state, outcome.images, outcome.planned, outcome.ok, outcome.errors) == ("done", 7, 7, 7, 0)
+    assert (outcome.skipped, outcome.held, outcome.duplicates) == (0, 0, 0)
+    assert outcome.parts == len(part_paths(bench.dest)) == 3
+    assert outcome.parts_bytes == sum(path.stat().st_size for path in part_paths(bench.dest))
+    assert outcome.images_per_s > 0
+    assert 0 < outcome.model_busy_fraction <= 1
+
+
+def test_rows_say_what_was_read(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    from models.masks import decode_mask_png
+
+    photos = image_folder(2)
+    outcome = bench.segment(photos)
+    for row, path in zip(rows_of(bench.dest), sorted(photos.iterdir()), strict=True):
+        status = path.stat()
+        etag = f"{status.st_size}-{status.st_mtime_ns}"
+        assert (row["image_uri"], row["image_etag"], row["listed_etag"]) == (f"file://{path}", etag, etag)
+        assert (row["image_bytes"], row["attempt"], row["task"]) == (status.st_size, 1, "semantic")
+        assert (row["run_id"], row["model_version"]) == (outcome.run_id, outcome.model_version)
+        assert row["image_format"] == {".jpg": "JPEG", ".png": "PNG"}[path.suffix]
+        mask = decode_mask_png(row["mask"]["bytes"])
+        assert mask.shape == (row["height"], row["width"])
+        assert sum(found["pixels"] for found in row["classes"]) == mask.size
+        assert {found["class_id"] for found in row["classes"]} == set(mask.ravel().tolist())
+
+
+def test_a_second_run_processes_nothing_and_writes_nothing(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(3)
+    bench.segment(photos)
+    before = names(bench.dest)
+    outcome = bench.segment(photos)
+    assert (outcome.state, outcome.run_id, outcome.planned, outcome.skipped) == ("done", None, 0, 3)
+    assert names(bench.dest) == before
+
+
+def test_one_changed_and_one_new_image_are_what_is_left(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(4)
+    bench.segment(photos)
+    make_image(photos / "0001.png", 99)
+    touch_later(photos / "0001.png")
+    make_image(photos / "deep" / "new.png", 5)
+    outcome = bench.segment(photos)
+    assert (outcome.planned, outcome.skipped) == (2, 3)
+    assert bench.done == sorted([*names(photos), "0001.png"])
+    current = pipeline.connect(str(bench.dest)).sql("SELECT count(*), count(DISTINCT image_uri) FROM images").fetchall()
+    assert current == [(5, 5)]
+
+
+def test_another_model_does_everything_again(
+    bench: Bench, other_semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(3)
+    first = bench.segment(photos)
+    second = bench.segment(photos, model=str(other_semantic_model))
+    assert second.ok == 3
+    assert first.model_version != second.model_version
+    assert bench.segment(photos).planned == 0
+    versions = pipeline.connect(str(bench.dest)).sql("SELECT DISTINCT version FROM images").fetchall()
+    assert versions == [(second.model_version,)]
+
+
+def test_other_settings_do_everything_again_and_auto_keeps_what_was(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(2)
+    bench.segment(photos, precision="fp32")
+    assert bench.segment(photos, precision="auto").planned == 0
+    assert bench.segment(photos, precision="bf16").ok == 2
+    assert bench.segment(photos, precision="fp32", batch_size=3, shard_size=1, threads=2).planned == 0
+
+
+def test_limit_by_limit(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(5)
+    assert [bench.segment(photos, limit=2).ok for _ in range(4)] == [2, 2, 1, 0]
+    assert bench.done == names(photos)
+
+
+def test_force_repeats_and_the_views_show_each_image_once(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(3)
+    bench.segment(photos)
+    outcome = bench.segment(photos, force=True)
+    assert outcome.ok == 3
+    assert len(rows_of(bench.dest)) == 6
+    assert pipeline.connect(str(bench.dest)).sql("SELECT run_id FROM images").fetchall() == [(outcome.run_id,)] * 3
+
+
+def test_retry_errors_takes_up_what_failed_for_good(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(2)
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    first = bench.segment(photos)
+    assert first.errors_by_kind == {"not_an_image": 1}
+    assert bench.segment(photos).planned == 0
+    again = bench.segment(photos, retry_errors=True)
+    assert (again.planned, again.errors) == (1, 1)
+    assert [row["attempt"] for row in rows_of(bench.dest) if row["image_uri"].endswith("bad.jpg")] == [1, 2]
+
+
+def test_missing_images_are_rows_and_are_tried_every_time(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(1)
+    manifest = photos.parent / "list.txt"
+    manifest.write_text(f"{photos}/0000.jpg\n{photos}/gone.jpg\n{photos}/0000.jpg\n")
+    for attempt in range(1, 5):
+        outcome = bench.segment(manifest)
+        assert outcome.duplicates == 1
+        assert outcome.errors_by_kind == {"missing": 1}
+        assert [row["attempt"] for row in rows_of(bench.dest)].count(attempt) >= 1
+    make_image(photos / "gone.jpg", 3)
+    assert bench.segment(manifest).ok == 1
+    assert bench.segment(manifest).planned == 0
+
+
+# ── the awkward ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_awkward_image_has_one_row_of_the_right_kind(bench: Bench, tmp_path: Path) -> None:
+    corpus = tmp_path / "awkward"
+    expected = make_awkward_corpus(corpus)
+    outcome = bench.segment(corpus, max_pixels=100_000_000, shard_size=17, suffixes=(".jpg", ".jpeg", ".png", ".gif",
+                            ".webp", ".bmp", ".tif", ".tiff"))  # fmt: skip
+    found = {}
+    for row in rows_of(bench.dest):
+        name = row["image_uri"].removeprefix(f"file://{corpus}/")
+        assert name not in found
+        size = (row["width"], row["height"]) if row["status"] == "ok" else None
+        found[name] = (row["error_kind"] or "ok", size)
+    assert found == {name: (outcome.outcome, outcome.size) for name, outcome in expected.items()}
+    assert outcome.errors == sum(kind in BYTES_KINDS for kind, _ in found.values()) > 0
+    assert bench.segment(corpus, max_pixels=100_000_000).planned == 0
+
+
+def test_no_images_is_a_usage_error(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "nowhere", tmp_path / "*.tiff"):
+        with pytest.raises(UsageError):
+            bench.segment(source)
+    assert not bench.dest.exists()
+
+
+def test_an_unwritable_dest_is_a_usage_error(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(1)
+    bench.dest.write_text("a file where the folder should be")
+    with pytest.raises(UsageError, match="DEST cannot be written"):
+        bench.segment(photos)
+    assert bench.dest.read_text() == "a file where the folder should be"
+
+
+def test_foreign_files_in_dest_are_left_alone(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(2)
+    bench.segment(photos)
+    folder = part_paths(bench.dest)[0].parent
+    foreign = [folder / "mine.parquet", bench.dest / "segments" / "mine.parquet", bench.dest / "runs" / "notes.txt"]
+    for path in foreign:
+        path.write_bytes(b"not Parquet at all")
+    assert bench.segment(photos).planned == 0
+    assert bench.segment(photos, force=True).ok == 2
+    assert {path.read_bytes() for path in foreign} == {b"not Parquet at all"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing", "pickle"])
+def test_a_file_that_is_no_model_is_a_usage_error(bench: Bench, damage: str, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(1)
+    whole = bench.model.read_bytes()
+    damaged = photos.parent / "damaged.safetensors"
+    content = {
+        "cut": whole[: len(whole) // 2],
+        "text": b"hello" * 100,
+        "empty": b"",
+        "pickle": b"\x80\x04\x95" + bytes(99),
+    }
+    if damage != "missing":
+        damaged.write_bytes(content[damage])
+    with pytest.raises(ModelError, match=r"damaged\.safetensors"):
+        bench.segment(photos, model=str(damaged))
+    assert not bench.dest.exists()
+
+
+# ── the same answer however it is cut ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance"])
+def test_masks_do_not_depend_on_shards_or_neighbours(
+    tmp_path: Path, task: str, request: pytest.FixtureRequest, image_folder: Callable[..., Path]
+) -> None:
+    model = request.getfixturevalue(f"{task}_model")
+    photos = image_folder(9)
+    answers = []
+    for number, settings in enumerate([{"shard_size": 100}, {"shard_size": 1}, {"shard_size": 4, "actors": 2}]):
+        bench = Bench(tmp_path / f"dest-{number}", model)
+        bench.segment(photos, batch_size=4, **settings)
+        answers.append(answers_of(bench.dest))
+    bench = Bench(tmp_path / "dest-few", model)
+    some = tmp_path / "some.txt"
+    some.write_text("\n".join(str(path) for path in sorted(photos.iterdir())[1::3]))
+    bench.segment(some, batch_size=4)
+    assert len(answers[0]) == 9
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[0]
+    few = answers_of(bench.dest)
+    assert few == {uri: answers[0][uri] for uri in few}
+    assert len(few) == 3
+
+
+# ── open runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_command_continues(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(8)
+    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
+    committed = bench.done
+    assert 0 < stopped.ok == len(committed) < 8
+    make_image(photos / "new.png", 77)
+    outcome = bench.segment(photos, shard_size=5)
+    assert outcome.runs[0] == stopped.run_id
+    assert len(outcome.runs) == 2  # the new image is a run of its own
+    assert bench.done == names(photos)
+    assert bench.segment(photos).planned == 0
+
+
+def test_an_ad_hoc_run_beside_an_open_one_neither_loses_nor_repeats(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(8)
+    nightly = bench.interrupted(photos, after_parts=1, shard_size=1)
+    done_before = len(bench.done)
+    make_image(photos / "zz-new.png", 77)
+    adhoc = bench.segment(photos / "*.png")
+    assert adhoc.ok == 1
+    assert adhoc.held == sum(adhoc.held_by.values()) > 0
+    assert set(adhoc.held_by) == {nightly.run_id}
+    assert f"runs abandon {bench.dest} {nightly.run_id}" in bench.texts("note")
+    assert len(bench.done) == done_before + 1
+    bench.segment(photos)
+    assert bench.done == names(photos)
+
+
+def test_images_of_an_abandoned_run_are_free_again(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(6)
+    nightly = bench.interrupted(photos, after_parts=1, shard_size=1)
+    assert nightly.run_id is not None
+    row = pipeline.abandon_run(str(bench.dest), nightly.run_id)
+    assert (row["state"], row["rows"]) == ("abandoned", nightly.ok)
+    outcome = bench.segment(photos)
+    assert (outcome.runs[0] != nightly.run_id, outcome.ok) == (True, 6 - nightly.ok)
+    assert bench.done == names(photos)
+
+
+def test_a_driver_that_comes_too_late_adds_nothing(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Abandoned while it was between planning and work, as a driver that was paused would be."""
+    photos = image_folder(3)
+    work = engine_run._Segmentation._work
+
+    def late(self: Any, plan: Any, model: Any) -> Any:
+        pipeline.abandon_run(str(bench.dest), plan.run_id)
+        return work(self, plan, model)
+
+    monkeypatch.setattr(engine_run._Segmentation, "_work", late)
+    bench.segment(photos)
+    assert bench.done == []
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
+    assert bench.segment(photos).ok == 3
+
+
+def test_a_run_that_another_driver_holds(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    from pipeline.engine.lease import Lease
+    from pipeline.storage import normalize_uri, open_storage
+
+    photos = image_folder(4)
+    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
+    dest = normalize_uri(str(bench.dest))
+    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
+    with holder, pytest.raises(HeldError, match=str(stopped.run_id)):
+        bench.segment(photos, lease_ttl_s=60)
+    assert bench.segment(photos).ok == 4
+
+
+# ── the canary ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_good_canary_goes_on(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(6)
+    outcome = bench.segment(photos, canary=2, shard_size=4)
+    assert (outcome.state, outcome.ok, outcome.parts) == ("done", 6, 2)
+    assert "canary fine" in bench.texts("note")
+
+
+def test_a_bad_canary_stops_and_a_higher_limit_goes_on(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(6)
+    for name in ("0000.jpg", "0001.png"):
+        (photos / name).write_bytes(b"no picture")
+    outcome = bench.segment(photos, canary=3, shard_size=2)
+    assert (outcome.state, outcome.ok, outcome.errors) == ("canary_failed", 1, 2)
+    assert bench.done == names(photos)[:3]
+    assert "--max-error-rate" in bench.texts("warning")
+    again = bench.segment(photos, canary=3, max_error_rate=0.9)
+    assert (again.state, again.run_id, again.ok, again.errors) == ("done", outcome.run_id, 4, 2)
+    assert bench.done == names(photos)
+
+
+# ── the plan, the record, the reckoning ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_dry_run_writes_nothing_and_estimates_from_a_sample(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(5)
+    outcome = bench.segment(photos, dry_run=True, shard_size=2)
+    assert (outcome.state, outcome.planned, outcome.shards, outcome.run_id) == ("planned", 5, 3, None)
+    assert outcome.estimate is not None
+    assert outcome.estimate.seconds is not None
+    assert outcome.estimate.seconds > 0
+    assert "sample" in outcome.estimate.basis
+    assert not bench.dest.exists()
+
+
+def test_a_dry_run_estimates_from_the_last_run_and_names_open_runs(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(6)
+    first = bench.segment(photos / "*.jpg")
+    nightly = bench.interrupted(photos, after_parts=1, shard_size=1)
+    make_image(photos / "new.jpg", 9)
+    before = names(bench.dest)
+    outcome = bench.segment(photos / "*.jpg", dry_run=True)
+    assert (outcome.planned, outcome.skipped) == (1, 3)
+    assert outcome.estimate is not None
+    assert outcome.estimate.basis == f"run {first.run_id}"
+    everything = bench.segment(photos, dry_run=True)
+    assert set(everything.held_by) == {nightly.run_id}
+    assert names(bench.dest) == before
+
+
+def test_the_record_tells_how_it_was_done(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(3)
+    (photos / "bad.png").write_bytes(b"")
+    outcome = bench.segment(photos, batch_size=2)
+    folder = bench.dest / "runs" / str(outcome.run_id)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["state"], record["ok"], record["errors"]) == ("done", 3, 1)
+    assert record["errors_by_kind"] == {"empty": 1}
+    assert record["plan"]["card"]["name"] == outcome.model_name == record["plan"]["model_name"]
+    assert (record["plan"]["precision"], record["plan"]["batch_size"], record["plan"]["threads"]) == ("fp32", 2, 1)
+    assert set(record["stage_ms"]) == {"fetch", "decode", "infer", "encode"}
+    assert record["stage_ms"]["infer"] > 0
+    (worker,) = record["workers"]
+    assert worker["device"] == "cpu"
+    assert {"python", "torch", "numpy"} <= set(worker["software"])
+    listed = pq.read_table(folder / "manifest.parquet")
+    assert listed.num_rows == 4
+    assert sorted(listed["uri"].to_pylist()) == listed["uri"].to_pylist()
+    assert not (folder / "lease.json").exists()
+    assert pq.ParquetFile(part_paths(bench.dest)[0]).schema_arrow.metadata[b"maskmill_model"] == b"tiny-semantic"
+
+
+def test_a_part_that_vanishes_fails_the_run(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(4)
+    reconcile = engine_run.reconcile
+
+    def vanished(*arguments: Any) -> Any:
+        part_paths(bench.dest)[0].unlink()
+        return reconcile(*arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine_run, "reconcile", vanished)
+        with pytest.raises(ReconciliationError):
+            bench.segment(photos, shard_size=1)
+    assert not list(bench.dest.glob("runs/*/run.json"))
+    assert bench.segment(photos).ok == 4  # the same command does the missing shard again
+    assert bench.done == names(photos)
+
+
+def test_a_part_with_the_wrong_rows_fails_the_run(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows as images, but one image twice and one not at all."""
+    photos = image_folder(4)
+    reconcile = engine_run.reconcile
+
+    def twice(*arguments: Any) -> Any:
+        first, second, *_ = part_paths(bench.dest)
+        shutil.copy(first, second)
+        return reconcile(*arguments)
+
+    monkeypatch.setattr(engine_run, "reconcile", twice)
+    with pytest.raises(ReconciliationError, match=r"1 have none, for example '.*0001\.png'"):
+        bench.segment(photos, shard_size=1)
+
+
+def test_a_manifest_in_parquet_with_its_own_etags(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    """The listed etag is outdated: the row has both, and the image is done under either."""
+    photos = image_folder(2)
+    manifest = photos.parent / "list.parquet"
+    uris = [f"file://{path}" for path in sorted(photos.iterdir())]
+    pq.write_table(pa.table({"uri": uris, "etag": ["yesterday", "yesterday"]}), manifest)
+    assert bench.segment(manifest).ok == 2
+    assert {row["listed_etag"] for row in rows_of(bench.dest)} == {"yesterday"}
+    assert bench.segment(manifest).planned == 0
+    assert bench.segment(photos).planned == 0
+
+
+def test_all_in_memory(memory_folder: str, semantic_model: Path) -> None:
+    """A SOURCE and a DEST that no other process can see."""
+    import fsspec
+    from handmade import encoded_image
+
+    files = fsspec.filesystem("memory")
+    for index in range(3):
+        files.pipe(f"{memory_folder}/photos/a b#{index}.png", encoded_image(index))
+    dest = f"{memory_folder}/dest"
+    settings: dict[str, Any] = {"source": f"{memory_folder}/photos", "dest": dest, "model": str(semantic_model)}
+    assert pipeline.segment(**settings, shard_size=2, threads=1).ok == 3
+    assert pipeline.segment(**settings).planned == 0
+    assert pipeline.connect(dest).sql("SELECT count(*) FROM images").fetchall() == [(3,)]
+    assert [row["state"] for row in pipeline.list_runs(dest)] == ["done"]
+
+
+@pytest.mark.s3
+def test_all_on_s3(s3_bucket: str, s3_client: object, semantic_model: Path) -> None:
+    from handmade import encoded_image
+
+    bucket = s3_bucket.removeprefix("s3://")
+    keys = ["a b.png", "it's.png", "100%.png", "deep/x#y?.png", "ünï.png"]
+    for index, key in enumerate(keys):
+        s3_client.put_object(Bucket=bucket, Key=f"photos/{key}", Body=encoded_image(index))  # type: ignore[attr-defined]
+    s3_client.put_object(Bucket=bucket, Key="photos/bad.png", Body=b"no picture")  # type: ignore[attr-defined]
+    settings: dict[str, Any] = {
+        "source": f"{s3_bucket}/photos",
+        "dest": f"{s3_bucket}/masks",
+        "model": str(semantic_model),
+    }
+    outcome = pipeline.segment(**settings, shard_size=2, threads=1)
+    assert (outcome.ok, outcome.errors_by_kind) == (5, {"not_an_image": 1})
+    rows = pipeline.connect(f"{s3_bucket}/masks").sql("SELECT image_uri FROM images WHERE status = 'ok'").fetchall()
+    assert sorted(uri for (uri,) in rows) == sorted(f"{s3_bucket}/photos/{key}" for key in keys)
+    assert pipeline.segment(**settings).planned == 0
+    s3_client.put_object(Bucket=bucket, Key="photos/a b.png", Body=encoded_image(99))  # type: ignore[attr-defined]
+    assert pipeline.segment(**settings).planned == 1

@@ -1,0 +1,219 @@
+"""Whole runs with SOURCE and DEST on S3: the answers of local disk, through kills, faults, an outage and changes of the corpus."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos.faultproxy import FaultProxy
+from harness import (
+    Answer,
+    Command,
+    in_process,
+    part_count,
+    terminal_rows,
+    upload,
+    wait_until,
+    write_images,
+    write_tiny_model,
+)
+
+import pipeline
+from pipeline import cli
+from pipeline.engine.run import Event, Outcome
+from pipeline.storage import bucket as bucket_storage
+
+pytestmark = pytest.mark.s3
+
+IMAGES = 24
+SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32"}
+FLAGS = ("--engine", "local", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--lease-ttl", "4")
+
+
+class Case:
+    """One corpus, one model, and what an undisturbed run on local disk makes of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = write_images(folder / "images", IMAGES)
+        self.model = write_tiny_model(folder / "tiny.safetensors", task="instance")
+        self.segment(str(self.images), str(folder / "calm"), shard_size=7)
+        self.calm: dict[str, Answer] = terminal_rows(folder / "calm")
+
+    def segment(self, source: str, dest: str, **changes: Any) -> Outcome:
+        """The local engine, with its worker in this process."""
+        settings = {"shard_size": 3, "lease_ttl_s": 4, "max_error_rate": 0.0} | SHAPE | changes
+        with in_process():
+            return pipeline.segment(source=source, dest=dest, model=str(self.model), engine="local", **settings)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    case = Case(tmp_path_factory.mktemp("case"))
+    assert len(case.calm) == IMAGES
+    assert len({answer.crc32 for answer in case.calm.values()}) > 1, "one mask for all proves nothing"
+    return case
+
+
+@pytest.fixture
+def source(case: Case, s3_bucket: str, s3_client: Any) -> str:
+    """`s3://bucket/photos` with the corpus."""
+    return upload(s3_client, case.images, f"{s3_bucket}/photos")
+
+
+@pytest.fixture
+def dest(s3_bucket: str) -> str:
+    return f"{s3_bucket}/masks"
+
+
+def test_the_command_is_killed_and_run_again(case: Case, source: str, dest: str, s3_client: Any) -> None:
+    command = (source, dest, "--model", case.model, "--shard-size", "1", *FLAGS)
+    first = Command(*command)
+    wait_until(lambda: part_count(dest, s3_client) >= 3, what="three Parts", poll_s=0.02)
+    first.kill()
+    assert part_count(dest, s3_client) < IMAGES, "the driver was to die in the middle"
+    outcome = Command(*command).outcome()
+    assert outcome["ok"] == IMAGES and outcome["errors"] == 0
+    assert terminal_rows(dest) == case.calm
+
+
+def test_only_what_is_new_or_replaced_is_processed(case: Case, source: str, dest: str, s3_client: Any) -> None:
+    first = case.segment(source, dest)
+    assert (first.ok, first.images) == (IMAGES, IMAGES)
+    assert terminal_rows(dest) == case.calm
+
+    parts = part_count(dest, s3_client)
+    again = case.segment(source, dest)
+    assert (again.planned, again.skipped, again.runs) == (0, IMAGES, [])
+    assert part_count(dest, s3_client) == parts
+
+    names = sorted(case.calm)
+    bucket = source.split("/")[2]
+    s3_client.put_object(Bucket=bucket, Key=f"photos/{names[3]}", Body=(case.images / names[5]).read_bytes())
+    s3_client.put_object(Bucket=bucket, Key="photos/new.png", Body=(case.images / names[7]).read_bytes())
+    changed = case.segment(source, dest)
+    assert (changed.planned, changed.ok, changed.skipped) == (2, 2, IMAGES - 1)
+    assert changed.work is not None and (changed.work.changed, changed.work.new) == (1, 1)
+    rows = pipeline.connect(dest).execute("SELECT image_uri, mask_crc32 FROM images").fetchall()
+    latest = {uri.rpartition("/")[2]: crc32 for uri, crc32 in rows}
+    expected = {name: answer.crc32 for name, answer in case.calm.items()}
+    expected |= {names[3]: expected[names[5]], "new.png": expected[names[7]]}
+    assert latest == expected
+
+
+def test_objects_that_are_not_there_are_rows(
+    case: Case, source: str, dest: str, s3_client: Any, tmp_path: Path
+) -> None:
+    """One key of the manifest never was, and one object goes away between listing and reading."""
+    names = sorted(case.calm)
+    uris = [f"{source}/{name}" for name in [*names, "never.jpg"]]
+    manifest = tmp_path / "list.txt"
+    manifest.write_text("\n".join(uris))
+    bucket = source.split("/")[2]
+
+    def delete_once_planned(event: Event) -> None:
+        if event.text.startswith("run "):
+            s3_client.delete_object(Bucket=bucket, Key=f"photos/{names[0]}")
+
+    outcome = case.segment(str(manifest), dest, listen=delete_once_planned)
+    assert (outcome.ok, outcome.errors_by_kind) == (IMAGES - 1, {"missing": 2})
+    rows = terminal_rows(dest)
+    assert {rows.pop(names[0]).error_kind, rows.pop("never.jpg").error_kind} == {"missing"}
+    assert rows == {name: answer for name, answer in case.calm.items() if name != names[0]}
+
+    # Missing is a failure of the world: once the object is there, the next run takes it up.
+    s3_client.put_object(Bucket=bucket, Key=f"photos/{names[0]}", Body=(case.images / names[0]).read_bytes())
+    outcome = case.segment(str(manifest), dest)
+    assert (outcome.ok, outcome.errors_by_kind) == (1, {"missing": 1})
+    rows = terminal_rows(dest)
+    assert rows.pop("never.jpg").error_kind == "missing"
+    assert rows == case.calm
+
+
+def test_local_source_and_s3_dest(case: Case, dest: str) -> None:
+    assert case.segment(str(case.images), dest).ok == IMAGES
+    assert terminal_rows(dest) == case.calm
+
+
+#: What strikes, and how often. A flipped byte can be noticed where the store gives a digest: in whole objects.
+_WHOLE_OBJECTS = r"GET /[^?]*/(photos|masks/runs)/"
+_FAULTS: dict[str, dict[str, Any]] = {
+    "unavailable": {"probability": 0.2},
+    "error": {"probability": 0.1},
+    "reset_before": {"probability": 0.1},
+    "reset_after": {"probability": 0.1},
+    "truncate": {"probability": 0.1},
+    "flip": {"probability": 0.2, "match": _WHOLE_OBJECTS},
+}
+
+
+@pytest.mark.parametrize("kinds", [[kind] for kind in _FAULTS] + [list(_FAULTS)], ids=lambda kinds: "+".join(kinds))
+def test_faults_change_nothing(
+    case: Case, source: str, dest: str, fault_proxy: FaultProxy, kinds: list[Any]
+) -> None:
+    for kind in kinds:
+        share = 1.0 if len(kinds) == 1 else 0.4
+        settings = _FAULTS[kind]
+        fault_proxy.inject(kind, **settings | {"probability": settings["probability"] * share})
+    outcome = case.segment(source, dest)
+    hits = dict(fault_proxy.hits)
+    fault_proxy.clear()
+    assert hits and set(hits) <= set(kinds)
+    assert (outcome.ok, outcome.errors) == (IMAGES, 0)
+    assert terminal_rows(dest) == case.calm
+    assert case.segment(source, dest).planned == 0
+
+
+def test_every_write_whose_answer_is_lost_counts_once(
+    case: Case, source: str, dest: str, fault_proxy: FaultProxy
+) -> None:
+    fault_proxy.inject("reset_after", match="PUT ")
+    outcome = case.segment(source, dest)
+    writes = [request for request in fault_proxy.requests if request.startswith("PUT ")]
+    assert fault_proxy.hits["reset_after"] == len(writes) >= outcome.parts
+    fault_proxy.clear()
+    assert outcome.ok == IMAGES
+    assert terminal_rows(dest) == case.calm
+
+
+def test_an_outage_in_the_middle(
+    case: Case,
+    source: str,
+    dest: str,
+    fault_proxy: FaultProxy,
+    s3_client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bucket_storage, "_RETRIES_PER_REQUEST", 1)  # the patience itself is not what is tested
+    arguments = [source, dest, "--model", str(case.model), "--shard-size", "1", *FLAGS, "--json"]
+    monkeypatch.setattr("sys.argv", ["maskmill", "segment", *arguments])
+
+    def maskmill() -> int:
+        with in_process(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    def cut_off() -> None:
+        wait_until(lambda: part_count(dest, s3_client) >= 3, what="three Parts")
+        fault_proxy.inject("refuse")
+
+    fault_proxy.inject("latency", match=_WHOLE_OBJECTS, seconds=0.1)  # so that there is a middle
+    cutter = threading.Thread(target=cut_off)
+    cutter.start()
+    status = maskmill()
+    cutter.join()
+    told = capsys.readouterr()
+    assert status == 1
+    assert told.out == "" and "Traceback" not in told.err
+    assert "failed: could not write 's3://" in told.err
+    kept = part_count(dest, s3_client)
+    assert 3 <= kept < IMAGES
+
+    fault_proxy.clear()
+    assert maskmill() == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["ok"] == IMAGES and part_count(dest, s3_client) == IMAGES
+    assert terminal_rows(dest) == case.calm

@@ -1,0 +1,258 @@
+"""The stream with a stand-in model at its seam: no torch, real decoding, real rows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from models.architectures import untrained_card
+from models.card import Card
+from models.masks import decode_mask_png
+from models.segmenter import Prediction
+from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.errors import StorageError
+from pipeline.storage import Blob, open_storage
+from pipeline.table.schema import WORK
+
+
+class Threshold:
+    """A model that is one comparison: class 1 where the image is bright. Records the batches that it is given."""
+
+    def __init__(self, *, multiple: int = 32, before: Callable[[np.ndarray, np.ndarray], None] | None = None) -> None:
+        self.card: Card = untrained_card("threshold")
+        self._multiple = multiple
+        self._before = before
+        self.shapes: list[tuple[int, ...]] = []
+        self.filled: list[int] = []
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        step = self._multiple
+        return -(-height // step) * step, -(-width // step) * step
+
+    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> Any:
+        if self._before:
+            self._before(images_NHWC, sizes_N2)
+        self.shapes.append(images_NHWC.shape)
+        self.filled.append(int((sizes_N2[:, 0] > 0).sum()))
+        return [
+            (image[:height, :width, 0] > 128).astype(np.uint8)
+            for image, (height, width) in zip(images_NHWC.copy(), sizes_N2.tolist(), strict=True)
+            if height
+        ]
+
+    def finish(self, pending: Any) -> list[Prediction]:
+        return [
+            Prediction(ids, np.bincount(ids.reshape(-1), minlength=2).astype(np.int64), np.array([0.5, 0.5]), 0.5, 0.1, None)
+            for ids in pending
+        ]
+
+    def postprocess(self, prediction: Prediction) -> tuple[np.ndarray, list[Any]]:
+        return prediction.class_ids, []
+
+
+def write(folder: Path, sizes: list[tuple[int, int]]) -> list[str]:
+    random = np.random.default_rng(0)
+    uris = []
+    for i, (height, width) in enumerate(sizes):
+        path = folder / f"{i:04d}.png"
+        cv2.imwrite(str(path), random.integers(0, 255, (height, width, 3)).astype(np.uint8))
+        uris.append(f"file://{path}")
+    return uris
+
+
+def refs(uris: list[str]) -> pa.Table:
+    count = len(uris)
+    columns = {"uri": uris, "etag": ["e"] * count, "size_bytes": [1] * count, "modified": [None] * count, "attempt": [1] * count}
+    return pa.table(columns, schema=WORK)
+
+
+def run(model: Any, lists: list[list[str]], *, fetch: Any = None, **config: Any) -> list[dict[str, Any]]:
+    stream = Stream(
+        model, fetch=fetch or open_storage("file:///").get, config=StreamConfig(**config), stamp={"task": "semantic"}
+    )
+    rows: list[dict[str, Any]] = []
+    try:
+        for future in [stream.submit(refs(uris), rows.extend) for uris in lists]:
+            future.result(timeout=60)
+    finally:
+        stream.close()
+    return rows
+
+
+def masks(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    return {row["image_uri"]: row["mask"]["bytes"] for row in rows}
+
+
+SIZES = [(40, 50), (64, 64), (33, 64), (10, 10), (64, 64), (40, 50), (96, 32), (1, 1)] * 5
+
+
+def test_every_image_becomes_one_true_row(tmp_path: Path) -> None:
+    uris = write(tmp_path, SIZES)
+    rows = run(Threshold(), [uris], batch_size=4)
+    assert sorted(row["image_uri"] for row in rows) == sorted(uris)
+    for row in rows:
+        pixels = cv2.imread(row["image_uri"].removeprefix("file://"))[:, :, ::-1]
+        truth = (pixels[:, :, 0] > 128).astype(np.uint8)
+        assert np.array_equal(decode_mask_png(row["mask"]["bytes"]), truth)
+        assert (row["height"], row["width"]) == truth.shape
+        assert sum(one["pixels"] for one in row["classes"]) == truth.size
+        assert row["foreground_fraction"] == pytest.approx(truth.mean())
+
+
+@pytest.mark.parametrize("config", [{"batch_size": 1}, {"batch_size": 3, "threads": 1}, {"batch_size": 16, "fetch_threads": 4}])
+def test_batching_changes_no_mask(tmp_path: Path, config: dict[str, int]) -> None:
+    uris = write(tmp_path, SIZES)
+    assert masks(run(Threshold(), [uris], **config)) == masks(run(Threshold(), [uris[::-1]], batch_size=4))
+
+
+def test_batches_have_the_frozen_shape_even_when_short(tmp_path: Path) -> None:
+    model = Threshold()
+    run(model, [write(tmp_path, [(64, 64)] * 6)], batch_size=4)
+    assert set(model.shapes) == {(4, 64, 64, 3)}
+    assert sum(model.filled) == 6
+
+
+def test_batch_pixels_bound_the_batch_of_large_images(tmp_path: Path) -> None:
+    model = Threshold()
+    run(model, [write(tmp_path, [(64, 64), (320, 320), (320, 320)])], batch_size=8, batch_pixels=64 * 64 * 4)
+    assert set(model.shapes) == {(4, 64, 64, 3), (1, 320, 320, 3)}
+
+
+def test_lists_share_batches_but_not_rows(tmp_path: Path) -> None:
+    uris = write(tmp_path, [(64, 64)] * 20)
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(batch_size=8), stamp={})
+    first: list[dict[str, Any]] = []
+    second: list[dict[str, Any]] = []
+    futures = [stream.submit(refs(uris[:7]), first.extend), stream.submit(refs(uris[7:]), second.extend)]
+    for future in futures:
+        future.result(timeout=30)
+    stream.close()
+    assert {row["image_uri"] for row in first} == set(uris[:7])
+    assert {row["image_uri"] for row in second} == set(uris[7:])
+
+
+def test_memory_is_bounded_and_a_larger_image_goes_alone(tmp_path: Path) -> None:
+    """The budget holds two small batches; the large image is five times the budget. All come through, never too much at once."""
+    budget = 2 * 4 * 64 * 64 * 3
+    uris = write(tmp_path, [(64, 64)] * 40 + [(64 * 8, 64 * 4)] + [(32, 64)] * 40)
+    seen: list[int] = []
+    stream: Stream
+
+    def note(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        seen.append(stream._in_use_bytes)
+        time.sleep(0.002)
+
+    stream = Stream(
+        Threshold(before=note),
+        fetch=open_storage("file:///").get,
+        config=StreamConfig(batch_size=4, memory_bytes=budget, threads=3),
+        stamp={},
+    )
+    rows: list[dict[str, Any]] = []
+    stream.submit(refs(uris), rows.extend).result(timeout=60)
+    stream.close()
+    assert len(rows) == len(uris)
+    large = 4 * 512 * 256 * 3
+    assert max(seen) == large, "the large image was never in flight, or not alone"
+    assert all(bytes_in_use <= budget or bytes_in_use == large for bytes_in_use in seen)
+
+
+def test_many_canvases_within_a_small_budget_do_not_stop_the_stream(tmp_path: Path) -> None:
+    sizes = [(32 * (1 + i % 9), 32 * (1 + i % 7)) for i in range(120)]
+    rows = run(Threshold(), [write(tmp_path, sizes)], batch_size=8, memory_bytes=8 * 288 * 224 * 3, threads=4)
+    assert len(rows) == 120 and all(row["status"] == "ok" for row in rows)
+
+
+def test_failures_are_rows_and_cost_no_neighbour(tmp_path: Path) -> None:
+    uris = write(tmp_path, [(64, 64)] * 12)
+    Path(uris[2].removeprefix("file://")).write_bytes(b"")
+    Path(uris[3].removeprefix("file://")).write_bytes(b"hello, I am a text")
+    good = Path(uris[4].removeprefix("file://")).read_bytes()
+    Path(uris[4].removeprefix("file://")).write_bytes(good[: len(good) // 2])
+    uris.append(f"file://{tmp_path}/nothing.png")
+    rows = {row["image_uri"]: row for row in run(Threshold(), [uris], batch_size=4)}
+    assert len(rows) == 13
+    kinds = {uri: row["error_kind"] for uri, row in rows.items() if row["status"] == "error"}
+    assert kinds == {uris[2]: "empty", uris[3]: "not_an_image", uris[4]: "truncated", uris[12]: "missing"}
+    assert all(rows[uri]["error_message"] for uri in kinds)
+
+
+def test_too_large_is_said_before_decoding(tmp_path: Path) -> None:
+    (row,) = run(Threshold(), [write(tmp_path, [(100, 100)])], max_pixels=9_999)
+    assert (row["status"], row["error_kind"]) == ("error", "too_large")
+
+
+def test_a_poisoned_image_fails_alone_in_its_batch(tmp_path: Path) -> None:
+    uris = write(tmp_path, [(64, 64)] * 7)
+    poison = Path(uris[5].removeprefix("file://"))
+    cv2.imwrite(str(poison), np.full((64, 64, 3), 7, np.uint8))
+
+    def before(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        for image, (height, _) in zip(images_NHWC, sizes_N2.tolist(), strict=True):
+            if height and (image == 7).all():
+                raise RuntimeError("poison")
+
+    rows = {row["image_uri"]: row for row in run(Threshold(before=before), [uris], batch_size=4)}
+    assert rows[uris[5]]["error_kind"] == "model_failed" and "poison" in rows[uris[5]]["error_message"]
+    assert [rows[uri]["status"] for uri in uris if uri != uris[5]] == ["ok"] * 6
+
+
+def test_running_out_of_memory_is_the_worlds_fault(tmp_path: Path) -> None:
+    def before(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate everything")
+
+    (row,) = run(Threshold(before=before), [write(tmp_path, [(64, 64)])])
+    assert row["error_kind"] == "out_of_memory"
+
+
+def test_the_world_is_failing_after_enough_failures_only(tmp_path: Path) -> None:
+    def fetch(uri: str) -> Blob:
+        raise StorageError("the store is away", kind="fetch_failed")
+
+    stream = Stream(Threshold(), fetch=fetch, config=StreamConfig(breaker_images=10), stamp={})
+    rows: list[dict[str, Any]] = []
+    stream.submit(refs([f"file:///{i}" for i in range(9)]), rows.extend).result(timeout=30)
+    assert not stream.world_is_failing()
+    stream.submit(refs(["file:///9"]), rows.extend).result(timeout=30)
+    assert stream.world_is_failing()
+    stream.close()
+    assert {row["error_kind"] for row in rows} == {"fetch_failed"}
+
+
+def test_bytes_faults_never_stop_a_run(tmp_path: Path) -> None:
+    uris = [f"file://{tmp_path}/{i}.png" for i in range(20)]
+    for uri in uris:
+        Path(uri.removeprefix("file://")).write_bytes(b"no image")
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(breaker_images=10), stamp={})
+    stream.submit(refs(uris), lambda rows: None).result(timeout=30)
+    assert not stream.world_is_failing()
+    stream.close()
+
+
+def test_a_bug_in_the_sink_reaches_the_caller(tmp_path: Path) -> None:
+    def sink(rows: Any) -> None:
+        raise KeyError("bug")
+
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(), stamp={})
+    with pytest.raises(KeyError, match="bug"):
+        stream.submit(refs(write(tmp_path, [(64, 64)])), sink).result(timeout=30)
+    stream.close()
+
+
+def test_close_ends_every_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(fetch_threads=4), stamp={})
+    stream.submit(refs(write(tmp_path, [(64, 64)] * 9)), lambda rows: None).result(timeout=30)
+    stream.close()
+    deadline_s = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert threading.active_count() == before

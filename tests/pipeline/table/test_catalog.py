@@ -1,0 +1,219 @@
+"""SQL over DEST: the views, and what other people's readers see."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import CREATED_AT, make_list, make_part, make_plan, make_record, make_row
+
+from pipeline.engine.ledger import Ledger, Plan, WorkCounts
+from pipeline.errors import BYTES_KINDS, WORLD_KINDS, UsageError
+from pipeline.storage import join_uri, local_path, normalize_uri, open_storage
+from pipeline.table.catalog import TERMINAL, connect, part_uris
+
+HOUR = dt.timedelta(hours=1)
+
+
+class Table:
+    """A DEST that is written run by run."""
+
+    def __init__(self, dest: str) -> None:
+        self.ledger = Ledger(open_storage(dest), dest)
+        self.dest = dest
+        self.runs = 0
+
+    def run(self, *rows: dict[str, Any], state: str = "done", changed: int = 0, **changes: Any) -> Plan:
+        """A run with one Part of these rows, an hour after the last; `state` `open` leaves it open."""
+        self.runs += 1
+        at = CREATED_AT + self.runs * HOUR
+        counts = WorkCounts(images=len(rows), left=len(rows), changed=changed, planned=len(rows))
+        force = changes.pop("force", False)
+        run_id = f"{at:%Y%m%dT%H%M%SZ}-{self.runs:06x}"
+        plan = make_plan(self.dest, run_id=run_id, sequence=self.runs, created_at=at, counts=counts, shard_size=100)
+        plan = plan.model_copy(update=changes | {"command": plan.command.model_copy(update={"force": force})})
+        stamp = {"run_id": plan.run_id, "model_version": plan.model_version, "processed_at": at}
+        assert self.ledger.freeze(plan, make_list([row["image_uri"] for row in rows]))
+        own = {"settings_digest": plan.settings_digest}
+        self.ledger.storage.put_new(plan.part_uri(0), make_part([row | stamp | own for row in rows]))
+        if state != "open":
+            self.ledger.close(make_record(plan, state=state, ok=len(rows)))
+        return plan
+
+    def ask(self, sql: str) -> list[tuple[Any, ...]]:
+        return list(connect(self.dest).sql(sql).fetchall())
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    return Table(normalize_uri(str(tmp_path / "dest")))
+
+
+def test_terminal_means_ok_or_about_the_bytes(table: Table) -> None:
+    rows = [make_row(kind, "e1", kind) for kind in BYTES_KINDS | WORLD_KINDS]
+    table.run(make_row("fine", "e1"), *rows)
+    terminal = {uri for (uri,) in table.ask(f"SELECT image_uri FROM segments WHERE {TERMINAL}")}
+    assert terminal == {"fine"} | BYTES_KINDS
+    assert {uri for (uri,) in table.ask("SELECT image_uri FROM images")} == terminal
+    assert {uri for (uri,) in table.ask("SELECT image_uri FROM errors")} == BYTES_KINDS | WORLD_KINDS
+
+
+def test_all_views_work_and_have_the_path_keys(table: Table) -> None:
+    cell = {"class_id": 1, "name": "cell", "pixels": 7, "fraction": 0.5, "mean_confidence": 0.5, "regions": 2}
+    instance = {"class_id": 1, "name": "cell", "score": 0.5, "bbox": [0.0, 1.0, 2.0, 3.0], "area": 6,
+                "rle": {"size": [3, 4], "counts": b"x"}}  # fmt: skip
+    plan = table.run(make_row("a", "e1", classes=[cell, cell | {"class_id": 0}], instances=[instance] * 3))
+    assert table.ask("SELECT model, version, date FROM segments") == [
+        (plan.model_name, plan.model_version, plan.run_date)
+    ]
+    assert table.ask("SELECT image_uri, class_id, name, pixels FROM classes ORDER BY class_id") == [
+        ("a", 0, "cell", 7),
+        ("a", 1, "cell", 7),
+    ]
+    assert table.ask("SELECT count(*), sum(area), max(bbox[4]) FROM instances") == [(3, 18, 3.0)]
+    assert table.ask("SELECT run_id, state, ok FROM runs") == [(plan.run_id, "done", 1)]
+
+
+def test_views_work_before_the_first_part(table: Table) -> None:
+    plan = make_plan(table.dest)
+    table.ledger.freeze(plan, make_list(["a"]))
+    for view in ("segments", "images", "classes", "instances", "errors"):
+        assert table.ask(f"SELECT * FROM {view}") == []
+    assert table.ask("SELECT sum(area) FROM instances WHERE date = DATE '2026-01-01'") == [(None,)]
+    assert table.ask("SELECT run_id, state, ok FROM runs") == [(plan.run_id, "open", None)]
+
+
+def test_a_changed_image_shows_its_newest_row_only(table: Table) -> None:
+    table.run(make_row("a", "e1"), make_row("b", "e1"))
+    table.run(make_row("a", "e2"), changed=1)
+    assert sorted(table.ask("SELECT image_uri, image_etag FROM images")) == [("a", "e2"), ("b", "e1")]
+    assert table.ask("SELECT count(*) FROM segments") == [(3,)]
+
+
+def test_an_image_replaced_by_an_older_file_shows_what_was_read_last(table: Table) -> None:
+    """`mv` and `rsync -t` keep a file's time: what is there now may be older than what was there before."""
+    table.run(make_row("a", "new", image_modified=CREATED_AT))
+    table.run(make_row("a", "old", image_modified=CREATED_AT - 100 * HOUR), changed=1)
+    assert table.ask("SELECT image_etag FROM images") == [("old",)]
+
+
+@pytest.mark.parametrize("state", ["open", "abandoned"])
+def test_rows_of_a_run_that_never_ended_well_repeat_no_image(table: Table, state: str) -> None:
+    table.run(make_row("a", "e1"))
+    table.run(make_row("a", "e2"), changed=1, state=state)
+    assert table.ask("SELECT image_etag FROM images") == [("e2",)]
+
+
+def test_a_forced_repeat_shows_its_newest_row_only(table: Table) -> None:
+    table.run(make_row("a", "e1", mask_crc32=1))
+    table.run(make_row("a", "e1", mask_crc32=2), force=True)
+    assert table.ask("SELECT mask_crc32 FROM images") == [(2,)]
+
+
+def test_images_follow_the_version_and_settings_of_the_last_closed_run(table: Table) -> None:
+    old, new = {"model_version": "0" * 12}, {"model_version": "f" * 12}
+    table.run(make_row("a", "e1"), **old)
+    table.run(make_row("a", "e1"), **new)
+    assert table.ask("SELECT version FROM images") == [("f" * 12,)]
+    table.run(make_row("b", "e1"), **old)  # rolled back, and one new image
+    assert sorted(table.ask("SELECT image_uri, version FROM images")) == [("a", "0" * 12), ("b", "0" * 12)]
+    table.run(make_row("a", "e1"), **new, state="open")
+    assert {version for (version,) in table.ask("SELECT version FROM images")} == {"0" * 12}
+    table.run(make_row("a", "e1"), **old, settings_digest="another")
+    assert table.ask("SELECT image_uri, settings_digest FROM images") == [("a", "another")]
+
+
+def test_each_model_has_its_own_current_version(table: Table) -> None:
+    table.run(make_row("a", "e1"), model_name="street", model_version="1" * 12)
+    table.run(make_row("a", "e1"), model_name="nuclei", model_version="2" * 12)
+    assert sorted(table.ask("SELECT model, version FROM images")) == [("nuclei", "2" * 12), ("street", "1" * 12)]
+
+
+def test_a_version_of_digits_only_stays_text(table: Table) -> None:
+    table.run(make_row("a", "e1"), model_version="012345678901")
+    assert table.ask("SELECT version FROM images") == [("012345678901",)]
+
+
+@pytest.mark.parametrize("name", ["it's here", "a[1]", "st*r", "q?", 'say "so"', "100%", "model=x/date=2020-01-01"])
+def test_awkward_names_of_dest(tmp_path: Path, name: str) -> None:
+    table = Table(normalize_uri(str(tmp_path / name)))
+    plan = table.run(make_row("a", "e1"))
+    assert table.ask("SELECT image_uri, model, version, date FROM images") == [
+        ("a", plan.model_name, plan.model_version, plan.run_date)
+    ]
+
+
+def test_wild_cards_in_a_remote_dest_are_only_names(memory_folder: str) -> None:
+    table = Table(f"{memory_folder}/a[1]*")
+    table.run(make_row("it's", "e1"))
+    assert table.ask("SELECT image_uri FROM images") == [("it's",)]
+
+
+def test_foreign_parquet_and_debris_are_left_alone(table: Table) -> None:
+    plan = table.run(make_row("a", "e1"))
+    folder = Path(local_path(plan.part_uri(0))).parent
+    (folder / "export.parquet").write_bytes(b"PAR1 not really")
+    (folder / f"{plan.run_id}-000001.parquet.part").write_bytes(b"half")
+    Path(local_path(table.dest), "_tmp").mkdir(exist_ok=True)
+    Path(local_path(table.dest), "_tmp", "0123").write_bytes(b"half")
+    for name in ("runs/mine/plan.json", "runs/notes.txt", "runs/_log/x.json"):
+        table.ledger.storage.put(join_uri(table.dest, name), b"not ours")
+    assert part_uris(table.ledger.storage, join_uri(table.dest, "segments")) == [plan.part_uri(0)]
+    assert table.ask("SELECT image_uri FROM images") == [("a",)]
+    assert table.ask("SELECT run_id FROM runs") == [(plan.run_id,)]
+
+
+def test_a_plan_that_lost_is_no_run(table: Table) -> None:
+    plan = table.run(make_row("a", "e1"))
+    loser = make_plan(table.dest, run_id="20990101T000000Z-000000", sequence=1)
+    table.ledger.storage.put_new(table.ledger.uri(loser.run_id, "plan.json"), loser.model_dump_json().encode())
+    assert table.ask("SELECT run_id FROM runs") == [(plan.run_id,)]
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_no_table_is_a_usage_error(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "dest")
+    with pytest.raises(UsageError, match="holds no Maskmill table"):
+        connect(str(tmp_path / "dest"))
+
+
+@pytest.mark.s3
+def test_views_on_s3(s3_bucket: str) -> None:
+    table = Table(f"{s3_bucket}/deep/it's here")
+    table.run(make_row("s3://photos/a b.jpg", "e1"), make_row("s3://photos/c.jpg", "e1", "corrupt"))
+    table.run(make_row("s3://photos/a b.jpg", "e2"), changed=1)
+    assert sorted(table.ask("SELECT image_uri, image_etag, model FROM images WHERE date = DATE '2026-01-02'")) == [
+        ("s3://photos/a b.jpg", "e2", "tiny-semantic"),
+        ("s3://photos/c.jpg", "", "tiny-semantic"),
+    ]
+    assert table.ask("SELECT count(*) FROM runs") == [(2,)]
+
+
+def test_other_peoples_readers_open_dest_as_it_is(table: Table) -> None:
+    """pandas, pyarrow.dataset, Polars and DuckDB, one line each and none of our code, with debris lying beside."""
+    import duckdb
+    import pandas
+    import polars
+    import pyarrow.dataset
+
+    table.run(make_row("a", "e1", width=5), make_row("b", "e1", "corrupt"))
+    table.run(make_row("c", "e1", width=7), run_date=dt.date(2026, 1, 3), model_version="9" * 12)
+    dest = local_path(table.dest)
+    for debris in ("_tmp/5f0c", "_tmp/model=x/part.parquet"):
+        Path(dest, debris).parent.mkdir(parents=True, exist_ok=True)
+        Path(dest, debris).write_bytes(b"PAR1 half a fi")
+
+    frames = {
+        "pandas": pandas.read_parquet(f"{dest}/segments"),
+        "pyarrow": pyarrow.dataset.dataset(f"{dest}/segments", partitioning="hive").to_table().to_pandas(),
+        "polars": polars.scan_parquet(f"{dest}/segments", hive_partitioning=True).collect().to_pandas(),
+        "duckdb": duckdb.sql(f"FROM read_parquet('{dest}/segments/**/*.parquet', hive_partitioning = true)").to_arrow_table().to_pandas(),
+    }
+    for reader, frame in frames.items():
+        rows = sorted(zip(frame["image_uri"], frame["status"], frame["date"].astype(str).str[:10], strict=True))
+        expected = [("a", "ok", "2026-01-02"), ("b", "error", "2026-01-02"), ("c", "ok", "2026-01-03")]
+        assert rows == expected, reader
+        assert frame["width"].sum() == 12, reader
+        assert set(frame["model"]) == {"tiny-semantic"}, reader
