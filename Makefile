@@ -46,4 +46,4 @@ clean: ## remove what the demo and the tools wrote; .venv stays
 	@$(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "Python's venv is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet 'pip>=24'
-	@echo "Installing into .venv. PyTorch brings its CUDA libraries, about 5 GB on disk: this takes minutes, once."
+	@echo "Installing into .venv. PyTorch brings its CUDA libraries, about 6 GB on disk: this takes minutes, once."

@@ -5,23 +5,29 @@ Exit status: 0 done; 1 infrastructure failed; 2 wrong usage; 3 done with too man
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import pipeline
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
@@ -29,6 +35,15 @@ from pipeline.errors import MaskmillError, UsageError
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 _LINE_EVERY_S = 30.0
+_BATCH_ROWS = 2048
+#: Options that are not named as their field of SegmentConfig.
+_FIELD_OPTIONS = {
+    "source": "SOURCE",
+    "dest": "DEST",
+    "memory_bytes": "--memory-mb",
+    "suffixes": "--suffix",
+    "lease_ttl_s": "--lease-ttl",
+}
 
 app = typer.Typer(
     help="Images in object storage in, one Parquet row per image out.",
@@ -40,7 +55,10 @@ models_app = typer.Typer(help="Models that a name can reach: list, show.", no_ar
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 
-DestProfile = Annotated[str | None, typer.Option("--dest-profile", help="AWS profile for DEST.")]
+Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `maskmill runs list` shows it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME", help="AWS profile for DEST.")]
 
 
 class _Screen:
@@ -59,9 +77,9 @@ class _Screen:
         if event.kind == "progress":
             self._progress(event.progress, event.total)
         elif event.kind == "warning":
-            self.console.print(f"[yellow]warning:[/] {escape(event.text)}")
+            self.console.print(Text.assemble(("warning:", "yellow"), " ", _plain(event.text)))
         elif not self._quiet:
-            self.console.print(escape(event.text), style="dim")
+            self.console.print(Text(_plain(event.text), style="dim"))
 
     def _progress(self, progress: Any, total: int) -> None:
         now_s = time.monotonic()
@@ -74,10 +92,8 @@ class _Screen:
                     TextColumn("{task.completed}/{task.total} images"),
                     BarColumn(),
                     TextColumn("{task.fields[rate]:.1f}/s"),
-                    TimeElapsedColumn(),
-                    TextColumn("left"),
                     TimeRemainingColumn(),
-                    TextColumn("{task.fields[errors]} errors, {task.fields[actors]} actors"),
+                    TextColumn("left, {task.fields[errors]} errors, {task.fields[actors]} actors"),
                     console=self.console,
                 )
                 self._bar.start()
@@ -122,59 +138,100 @@ def _interruptible(console: Console) -> Iterator[Any]:
             signal.signal(number, handler)
 
 
+def _option(help_text: str, *names: str, panel: str = "Options", metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+
+
+_WHICH, _HOW, _WHERE = "Which images", "How they are processed", "Where the work is done"
+
+
 @app.command()
-def segment(
-    source: Annotated[str, typer.Argument(help="A folder, a glob, one file, a URL, or a manifest of URIs.")],
-    dest: Annotated[str, typer.Argument(help="Where the table lives: a folder or a URL.")],
-    model: Annotated[
-        str, typer.Option(help="A name, name@alias, name@version, or a .safetensors path or URL.")
+def segment(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder, a glob, one file, a URL, or a manifest of URIs.")
     ],
-    engine: Annotated[str, typer.Option(help="auto, local or ray.")] = "auto",
+    dest: Dest,
+    model: Annotated[
+        str,
+        _option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF"),
+    ],
+    max_error_rate: Annotated[float, _option("Above this share of errors: exit status 3.", metavar="SHARE")] = 0.05,
+    dry_run: Annotated[bool, _option("Only print the plan.", "--dry-run")] = False,
+    wait: Annotated[bool, _option("Wait for a run that another live driver holds.", "--wait")] = False,
+    as_json: Annotated[bool, _option("Print exactly one JSON object on stdout.", "--json")] = False,
+    limit: Annotated[
+        int | None, _option("At most this many of the images that are left.", panel=_WHICH, metavar="N")
+    ] = None,
+    canary: Annotated[
+        int | None,
+        _option("So many first; go on only if their error rate is fine.", panel=_WHICH, metavar="N"),
+    ] = None,
+    retry_errors: Annotated[
+        bool, _option("Take up again all images that failed.", "--retry-errors", panel=_WHICH)
+    ] = False,
+    force: Annotated[bool, _option("Process every image again.", "--force", panel=_WHICH)] = False,
+    suffix: Annotated[
+        list[str] | None,
+        _option("A file ending that counts as an image; may be repeated.", panel=_WHICH, metavar="TEXT"),
+    ] = None,
+    precision: Annotated[
+        str,
+        _option("auto: bf16 where the device has it.", panel=_HOW, metavar="auto|fp32|bf16|fp16"),
+    ] = "auto",
+    batch_size: Annotated[
+        int | None, _option("Images per forward pass, at most. Frozen in the run.", panel=_HOW, metavar="N")
+    ] = None,
+    shard_size: Annotated[
+        int | None, _option("Images per shard, and so per Parquet file.", panel=_HOW, metavar="N")
+    ] = None,
+    max_pixels: Annotated[
+        int, _option("Larger images become `too_large` rows.", panel=_HOW, metavar="N")
+    ] = 200_000_000,
+    run_date: Annotated[
+        dt.datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d"],
+            help="Date that the run files under. Default: today, UTC.",
+            rich_help_panel=_HOW,
+            metavar="YYYY-MM-DD",
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        _option("auto: ray for a Ray address or several GPUs.", panel=_WHERE, metavar="auto|local|ray"),
+    ] = "auto",
     actors: Annotated[
-        int | None, typer.Option(help="Workers at most. Default: one per GPU, or one per CPU node.")
+        int | None,
+        _option("Workers at most. Default: one per GPU, or one per CPU node.", panel=_WHERE, metavar="N"),
     ] = None,
     gpus_per_actor: Annotated[
-        float | None, typer.Option(help="GPUs of each actor; fractions share one.")
+        float | None, _option("GPUs of each actor; fractions share one.", panel=_WHERE, metavar="X")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per forward pass at most. Frozen in the run.")
-    ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Images per shard, and so per Parquet file.")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each worker's network. Frozen in the run.")
+        int | None,
+        _option("CPU threads of each worker's network. Frozen in the run.", panel=_WHERE, metavar="N"),
     ] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Process at most this many of the images left.")] = None,
-    canary: Annotated[
-        int | None, typer.Option(help="Process this many first; go on only if they are fine.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Take up again all images that failed.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Process every image again.")] = False,
-    max_error_rate: Annotated[float, typer.Option(help="Above this share of errors: exit status 3.")] = 0.05,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for a run that another driver holds.")] = False,
-    ray_address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    memory_mb: Annotated[
+        int, _option("Decoded pixels in flight in one worker, in MB.", panel=_WHERE, metavar="N")
+    ] = 1024,
+    ray_address: Annotated[str | None, _option("A running Ray cluster.", panel=_WHERE, metavar="ADDRESS")] = None,
     shared_filesystem: Annotated[
-        bool, typer.Option("--shared-filesystem", help="Local paths mean the same on every node.")
+        bool, _option("Local paths mean the same on every node.", "--shared-filesystem", panel=_WHERE)
     ] = False,
-    source_profile: Annotated[str | None, typer.Option(help="AWS profile for SOURCE.")] = None,
-    dest_profile: DestProfile = None,
-    suffix: Annotated[
-        list[str] | None, typer.Option(help="File ending that counts as an image; may be repeated.")
-    ] = None,
-    max_pixels: Annotated[int, typer.Option(help="Larger images become `too_large` rows.")] = 200_000_000,
-    memory_mb: Annotated[int, typer.Option(help="Decoded pixels in flight in one worker, in MB.")] = 1024,
-    run_date: Annotated[
-        dt.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Date that the run files under.")
-    ] = None,
+    source_profile: Annotated[str | None, _option("AWS profile for SOURCE.", panel=_WHERE, metavar="NAME")] = None,
+    dest_profile: Annotated[str | None, _option("AWS profile for DEST.", panel=_WHERE, metavar="NAME")] = None,
     lease_ttl: Annotated[
-        float, typer.Option(help="Seconds after which a lease that stands still is dead.")
+        float,
+        _option("A driver silent for this long is taken for dead.", panel=_WHERE, metavar="SECONDS"),
     ] = 30.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
-    """Bring the table at DEST up to date with SOURCE: one row per image. The same command again continues or does only what is new."""
+    """Bring the table at DEST up to date with SOURCE: one row per image.
+
+    The same command again continues what was stopped, and does only what is new.
+
+    Exit status: 0 done; 1 infrastructure failed, what was committed is kept; 2 wrong usage;
+    3 done, but too many errors; 130 interrupted.
+    """
     config = SegmentConfig(
         source=source, dest=dest, model=model, engine=engine, actors=actors, gpus_per_actor=gpus_per_actor,
         batch_size=batch_size, shard_size=shard_size, threads=threads, precision=precision, limit=limit, canary=canary,
@@ -216,12 +273,8 @@ def _print_outcome(outcome: Any, dest: str) -> None:
             f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"
         )
         return
-    word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[
-        outcome.state
-    ]
-    out.print(
-        f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}"
-    )
+    word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[outcome.state]
+    out.print(f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(
         "images",
@@ -251,14 +304,15 @@ def _print_plan(outcome: Any, dest: str) -> None:
     table.add_row("held", f"{work.held} by open runs")
     for run_id, number in work.held_by.items():
         table.add_row(
-            "", f"{number} by {run_id}: its own command continues it; maskmill runs abandon {dest} {run_id}"
+            "",
+            Text(f"{number} by {run_id}: its own command continues it; maskmill runs abandon {_plain(dest)} {run_id}"),
         )
     table.add_row(
-        "left", f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
+        "left",
+        f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
+        + (f", {work.repeated} forced again" if work.repeated else ""),
     )
-    table.add_row(
-        "planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards"
-    )
+    table.add_row("planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards")
     if outcome.estimate:
         estimate = outcome.estimate
         table.add_row(
@@ -287,9 +341,7 @@ def _size(size_bytes: int | None) -> str:
 
 
 @runs_app.command("list")
-def runs_list(
-    dest: str, dest_profile: DestProfile = None, as_json: Annotated[bool, typer.Option("--json")] = False
-) -> None:
+def runs_list(dest: Dest, dest_profile: DestProfile = None, as_json: Json = False) -> None:
     """Every run of DEST, newest first; running ones too."""
     rows = pipeline.list_runs(dest, profile=dest_profile)
     if as_json:
@@ -302,26 +354,26 @@ def runs_list(
         speed = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
         table.add_row(
             row["run_id"], row["state"], row["model"], row["model_version"], f"{row['rows']}/{row['planned']}",
-            str(row["errors"]), speed, row["holder"] or "", escape(row["source"]),
+            str(row["errors"]), speed, row["holder"] or "", Text(_plain(row["source"])),
         )  # fmt: skip
     _stdout().print(table)
 
 
 @runs_app.command("show")
-def runs_show(dest: str, run_id: str, dest_profile: DestProfile = None) -> None:
+def runs_show(dest: Dest, run_id: RunId, dest_profile: DestProfile = None) -> None:
     """One run whole, as JSON: settings, counts, devices, times, outcome."""
     print(json.dumps(pipeline.show_run(dest, run_id, profile=dest_profile), indent=2))
 
 
 @runs_app.command("abandon")
-def runs_abandon(dest: str, run_id: str, dest_profile: DestProfile = None) -> None:
+def runs_abandon(dest: Dest, run_id: RunId, dest_profile: DestProfile = None) -> None:
     """Give an open run up. What it committed stays; its other images are free for the next run."""
     row = pipeline.abandon_run(dest, run_id, profile=dest_profile)
     print(f"run {row['run_id']} is {row['state']}: {row['rows']} of {row['planned']} rows are committed")
 
 
 @models_app.command("list")
-def models_list(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def models_list(as_json: Json = False) -> None:
     """Models that a name can reach."""
     lines = pipeline.models()
     if as_json:
@@ -331,12 +383,14 @@ def models_list(as_json: Annotated[bool, typer.Option("--json")] = False) -> Non
     for column in ("name", "version", "aliases", "file"):
         table.add_column(column, overflow="fold")
     for line in lines:
-        table.add_row(line.name, line.version, ", ".join(line.aliases), escape(line.origin))
+        table.add_row(line.name, line.version, ", ".join(line.aliases), Text(_plain(line.origin)))
     _stdout().print(table)
 
 
 @models_app.command("show")
-def models_show(reference: str) -> None:
+def models_show(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="A name, name@alias, name@version, path or URL.")],
+) -> None:
     """A model's card, as JSON."""
     from pipeline.registry import resolve
 
@@ -347,14 +401,17 @@ def models_show(reference: str) -> None:
 
 @app.command()
 def query(
-    dest: str,
-    sql: str,
+    dest: Dest,
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One statement, in DuckDB's SQL.")],
     output: Annotated[
-        str, typer.Option("--format", help="table, csv, json or parquet (to stdout).")
+        str, typer.Option("--format", metavar="table|csv|json|parquet", help="What to print on stdout.")
     ] = "table",
     dest_profile: DestProfile = None,
 ) -> None:
-    """Run SQL over the views segments, images, classes, instances, errors and runs of DEST."""
+    """Run SQL over the views segments, images, classes, instances, errors and runs of DEST.
+
+    Example: maskmill query masks "SELECT image_uri, foreground_fraction FROM images ORDER BY 2 DESC LIMIT 9"
+    """
     import duckdb
 
     if output not in ("table", "csv", "json", "parquet"):
@@ -367,8 +424,8 @@ def query(
         if output == "table":
             _print_rows(relation)
         else:
-            _write_rows(relation.to_arrow_table(), output)
-    except duckdb.Error as error:
+            _write_rows(relation, output)
+    except (duckdb.Error, pa.ArrowInvalid) as error:
         raise UsageError(f"the query failed: {error}") from error
 
 
@@ -377,82 +434,112 @@ def _print_rows(relation: Any) -> None:
     rows = relation.limit(limit + 1).fetchall()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in relation.columns:
-        table.add_column(escape(column), overflow="fold")
+        table.add_column(Text(_plain(column)), overflow="fold")
     for row in rows[:limit]:
-        table.add_row(*(escape(_cell(value)) for value in row))
+        table.add_row(*(Text(_cell(value)) for value in row))
     console = _stdout()
     console.print(table)
-    console.print(
-        f"({limit} rows of more shown)" if len(rows) > limit else f"({len(rows)} rows)", style="dim"
-    )
+    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else f"{len(rows)} rows"
+    console.print(Text(f"({shown})", style="dim"))
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else str(value)
+    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else _plain(str(value))
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _write_rows(table: Any, output: str) -> None:
-    import pyarrow.csv
-    import pyarrow.parquet
-
+def _write_rows(relation: Any, output: str) -> None:
+    """All rows, batch by batch: the result need not fit into memory."""
     if output == "csv":
-        pyarrow.csv.write_csv(table, sys.stdout.buffer)
+        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
+        relation = relation.project(
+            ", ".join(_flat(*column) for column in zip(relation.columns, relation.types, strict=True))
+        )
+    reader = relation.to_arrow_reader(_BATCH_ROWS)
+    out = sys.stdout.buffer
+    if output == "csv":
+        with pa.csv.CSVWriter(out, reader.schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch)
     elif output == "parquet":
-        pyarrow.parquet.write_table(table, sys.stdout.buffer)
+        with pq.ParquetWriter(out, reader.schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_batch(batch)
     else:
-        print(json.dumps(table.to_pylist(), default=_json_value))
+        separator = b"["
+        for batch in reader:
+            for row in batch.to_pylist():
+                out.write(separator + json.dumps(_json_value(row), allow_nan=False).encode())
+                separator = b",\n"
+        out.write(b"]\n" if separator != b"[" else b"[]\n")
 
 
-def _json_value(value: object) -> object:
+def _flat(name: str, kind: Any) -> str:
+    quoted = '"' + name.replace('"', '""') + '"'
+    if kind.id == "blob":
+        return f"to_base64({quoted}) AS {quoted}"
+    return f"to_json({quoted})::VARCHAR AS {quoted}" if kind.id in ("list", "struct", "map", "array") else quoted
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
     if isinstance(value, bytes):
-        import base64
-
         return base64.b64encode(value).decode()
-    return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _plain(text: str) -> str:
+    """`text` with every character that would steer a terminal shown as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def main() -> None:
     """The entry point: errors become one sentence and an exit status, never a traceback (MASKMILL_DEBUG=1 shows it)."""
-    level = logging.DEBUG if os.environ.get("MASKMILL_DEBUG") else logging.ERROR
+    debug = bool(os.environ.get("MASKMILL_DEBUG"))
     logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.DEBUG if debug else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
-    console = Console(stderr=True, highlight=False)
     try:
         # Outside its standalone mode Typer returns the code of `typer.Exit`, and None where nothing was raised.
         status = app(standalone_mode=False) or OK
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except ValidationError as error:
-        first = error.errors()[0]
-        console.print(f"[red]error:[/] {escape('.'.join(map(str, first['loc'])))}: {escape(first['msg'])}")
-        status = USAGE
-    except UsageError as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        status = USAGE
-    except MaskmillError as error:
-        console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nobody is left to be told. As click does it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = INFRASTRUCTURE
-    except Exception as error:  # the last boundary: a person sees a sentence
-        status = _last_words(error, console)
-    sys.stdout.flush()
+    except Exception as error:  # noqa: BLE001 - the last boundary: a person sees a sentence
+        if debug:
+            traceback.print_exc()
+        word, text, status = _last_words(error)
+        line = Text.assemble((f"{word}:", "red"), " ", _plain(text))
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(status)
 
 
-def _last_words(error: Exception, console: Console) -> int:
-    # Typer's usage errors (a missing option, an unknown command) know how to say so themselves.
+def _last_words(error: Exception) -> tuple[str, str, int]:
+    if isinstance(error, UsageError):
+        return "error", str(error), USAGE
+    if isinstance(error, MaskmillError):
+        return "failed", str(error), INFRASTRUCTURE
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        option = _FIELD_OPTIONS.get(str(first["loc"][0]), f"--{first['loc'][0]}".replace("_", "-"))
+        return "error", f"{option} is {first['input']!r}: {first['msg'].lower()}", USAGE
+    # Typer's own usage errors (a missing option, an unknown command) know how to say so.
     if hasattr(error, "format_message"):
-        console.print(f"[red]error:[/] {escape(error.format_message())}", soft_wrap=True)
-        return USAGE
-    if os.environ.get("MASKMILL_DEBUG"):
-        raise error
-    console.print(
-        f"[red]failed:[/] {escape(type(error).__name__)}: {escape(str(error))} (MASKMILL_DEBUG=1 shows where)", soft_wrap=True
-    )
-    return INFRASTRUCTURE
+        return "error", error.format_message() or "nothing asked; see --help", USAGE
+    return "failed", f"{type(error).__name__}: {error} (MASKMILL_DEBUG=1 shows where)", INFRASTRUCTURE
 
 
 if __name__ == "__main__":

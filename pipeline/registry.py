@@ -1,17 +1,18 @@
 """A model's name, alias, path or URL → its file. Owns: where models are looked for.
 Must not know: what a network is; training; promotion.
 
-A registry is a folder or URL (`MASKMILL_REGISTRY`) that holds `<name>/<version>.safetensors` and, per name, `aliases.json`
-(`{"champion": "<version>"}`). The models that ship with Maskmill are found after it.
+A registry is a folder or URL (`MASKMILL_REGISTRY`) that holds `<name>/<version>.safetensors` and, per name,
+`aliases.json` (`{"champion": "<version>"}`). The models that ship with Maskmill are found after it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib import resources
 from typing import NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from models.card import Card
 from models.file import ModelFileError, model_version, read_card
@@ -19,6 +20,7 @@ from pipeline.errors import ModelError, StorageError
 from pipeline.storage import join_uri, normalize_uri, open_storage
 
 _NAME = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:@(?P<which>[A-Za-z0-9_-]+))?")
+_ALIASES = TypeAdapter(dict[str, str])
 DEFAULT_ALIAS = "champion"
 
 
@@ -47,17 +49,18 @@ def registry_uri() -> str | None:
 
 
 def resolve(reference: str, *, profile: str | None = None) -> Model:
-    """Reads the model that `reference` names: `name`, `name@alias`, `name@version`, or a path or URL of a `.safetensors` file.
+    """Reads the model that `reference` names.
 
-    A name without a suffix means its `champion`, or its only version. Raises ModelError with one sentence.
+    That is `name`, `name@alias`, `name@version`, or the path or URL of a `.safetensors` file. A name without
+    a suffix means its `champion`, or its only version. Raises ModelError with one sentence.
     """
     if reference.endswith(".safetensors") or "/" in reference:
         return _read(normalize_uri(reference), profile)
     found = _NAME.fullmatch(reference)
     if not found:
         raise ModelError(
-            f"{reference!r} is neither a model name ([a-z][a-z0-9-]*, perhaps with @alias or @version) nor a path that ends "
-            "in .safetensors"
+            f"{reference!r} is neither a model name ([a-z][a-z0-9-]*, perhaps with @alias or @version) nor a path "
+            "that ends in .safetensors"
         )
     name, which = found["name"], found["which"]
     known = [line for line in listings(profile=profile) if line.name == name]
@@ -84,13 +87,11 @@ def listings(*, profile: str | None = None) -> list[Listing]:
         try:
             uris = [uri for batch in storage.list(registry) for uri in batch["uri"].to_pylist()]
         except StorageError as error:
-            raise ModelError(
-                f"the registry {registry} (MASKMILL_REGISTRY) cannot be read: {error}"
-            ) from error
+            raise ModelError(f"the registry {registry} (MASKMILL_REGISTRY) cannot be read: {error}") from error
         for uri in uris:
             name, _, file = uri.removeprefix(registry.rstrip("/") + "/").rpartition("/")
             if file == "aliases.json":
-                aliases[name] = json.loads(storage.get(uri).data)
+                aliases[name] = _aliases(bytes(storage.get(uri).data), uri)
             elif file.endswith(".safetensors"):
                 files.append((name, file.removesuffix(".safetensors"), uri))
         for name, version, uri in sorted(files):
@@ -105,6 +106,15 @@ def listings(*, profile: str | None = None) -> list[Listing]:
                 uri = join_uri(normalize_uri(str(zoo)), entry.name)
                 found.append(Listing(name, model_version(entry.read_bytes()), (DEFAULT_ALIAS,), uri))
     return found
+
+
+def _aliases(data: bytes, uri: str) -> dict[str, str]:
+    try:
+        return _ALIASES.validate_json(data)
+    except ValidationError as error:
+        raise ModelError(
+            f"{uri} must be a JSON object of aliases and versions: {error.errors()[0]['msg'].lower()}"
+        ) from error
 
 
 def _read(uri: str, profile: str | None) -> Model:

@@ -1,5 +1,5 @@
-"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that nothing was
-lost or repeated. Must not know: which fault is being tested.
+"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that nothing
+was lost or repeated. Must not know: which fault is being tested.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _buffer(data: bytes) -> Any:
 
 
 def part_count(dest: str | Path, client: Any = None) -> int:
-    """Parts under DEST now. On S3 by a boto3 `client`, which may reach the store where the environment leads to a fault proxy."""
+    """Parts under DEST now. On S3 by a boto3 `client`: it reaches the store even where the environment leads to a proxy."""
     if "://" not in str(dest):
         return sum(1 for _ in Path(dest).glob("segments/**/*.parquet"))
     bucket, _, prefix = str(dest).removeprefix("s3://").partition("/")

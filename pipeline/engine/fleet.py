@@ -202,13 +202,14 @@ class Fleet:
     def _settle(self, seat: _Seat, again: deque[ShardTask], on_receipt: Callable[[Receipt], None]) -> None:
         if seat.starting is not None and seat.starting.done():
             self._started(seat)
-        for future in [future for future in seat.tasks if future.done()]:
+        done = [future for future in seat.tasks if future.done()]
+        for future in [future for future in done if future.exception() is None]:
+            del seat.tasks[future]
+            self._receive(seat, future.result())
+            on_receipt(future.result())
+        for future in [future for future in done if future.exception() is not None]:
             error = future.exception()
-            if error is None:
-                del seat.tasks[future]
-                self._receive(seat, future.result())
-                on_receipt(future.result())
-            elif isinstance(error, WorkerDiedError):
+            if isinstance(error, WorkerDiedError):
                 lost = list(seat.tasks.values())
                 self._died(seat, error)
                 for task in lost:
@@ -222,6 +223,7 @@ class Fleet:
                         again.append(task)
                 return
             else:
+                assert error is not None
                 raise error
 
     def _started(self, seat: _Seat) -> None:

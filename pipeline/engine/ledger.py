@@ -221,11 +221,12 @@ class Ledger:
             ("manifest.parquet", manifest),
             ("plan.json", plan.model_dump_json(indent=1).encode()),
         ):
-            if not self.storage.put_new(self.uri(plan.run_id, name), data):
+            uri = self.uri(plan.run_id, name)
+            # After an answer that was lost on its way, "already there" may be our own file.
+            if not self.storage.put_new(uri, data) and self.storage.get(uri).data != data:
                 raise InfrastructureError(f"run id {plan.run_id} is taken in {self.dest}: run the command again")
         entry = json.dumps({"run_id": plan.run_id}).encode()
         created = self.storage.put_new(self._log_uri(plan.sequence), entry)
-        # After an answer that was lost on its way, "already there" may be our own entry.
         if created or self._logged(plan.sequence) == plan.run_id:
             return True
         for name in ("plan.json", "manifest.parquet"):

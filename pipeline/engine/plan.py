@@ -36,7 +36,7 @@ _SORTED_IMAGES = 2_000_000
 
 
 class Question(NamedTuple):
-    """What planning needs to know. `corpus_path`: a Parquet file of MANIFEST_SCHEMA. `held`: open runs and their lists."""
+    """What planning needs to know. `corpus_path`: Parquet of MANIFEST_SCHEMA. `held`: open runs and their lists."""
 
     corpus_path: Path
     corpus_is_distinct: bool

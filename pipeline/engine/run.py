@@ -154,6 +154,9 @@ class _Segmentation:
             if ours and not config.dry_run and (config.limit or config.force or config.retry_errors):
                 return self._outcome("done", model, ours[-1].counts, ours[-1])
             return self._plan_and_work(model)
+        except InterruptedFleetError:
+            # Before there was a run to drain: nothing is left behind.
+            return self._outcome("interrupted", model, WorkCounts(), None)
         finally:
             if self._fleet:
                 self._fleet.close()
@@ -189,6 +192,8 @@ class _Segmentation:
             profile=self._config.source_profile,
         )
         for _ in range(_PLANNING_TRIES):
+            if self._should_stop():
+                raise InterruptedFleetError("stopped before anything was planned")
             sequence = self._ledger.last_sequence() + 1
             plan, counts, list_path = self._plan(model, corpus, sequence)
             if self._config.dry_run:

@@ -1,4 +1,4 @@
-"""Runs as people ask about them, from any shell, while they run too. Owns: `runs list`, `show`, `abandon` as plain calls.
+"""Runs as people ask about them, from any shell, while they run too. Owns: `list`, `show`, `abandon` as plain calls.
 Must not know: how they are printed.
 """
 

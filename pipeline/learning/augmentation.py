@@ -23,13 +23,17 @@ class AugmentationConfig(BaseModel):
     #: Pixels, a multiple of the canvas.
     crop_px: int = Field(default=256, ge=32)
     #: Factors of the size, drawn log-uniformly.
-    scale: tuple[float, float] = (0.7, 1.5)
+    scale: tuple[float, float] = (0.6, 1.7)
     #: Probability of a rotation by any angle; otherwise by a multiple of 90 degrees.
     rotate_probability: float = 0.3
     #: Probability of 255 - x: teaches both polarities (fluorescence, bright field).
     invert_probability: float = 0.15
     #: Gain of each channel and gamma of all: factors up to 1 ± this.
     tone: float = 0.25
+    #: Probability of a smooth veil of stray light, and its highest standard deviation in units of the image's
+    #: own.
+    veil_probability: float = 0.3
+    veil: float = 2.0
     #: Highest standard deviation of Gaussian noise, in units of the image's own standard deviation.
     noise: float = 0.15
     #: Probability of a Gaussian blur of up to 1.5 pixels.
@@ -88,6 +92,8 @@ def random_crop(
     if random.random() < config.blur_probability:
         inputs = cv2.GaussianBlur(inputs, (0, 0), random.uniform(0.4, 1.5)).astype(np.float32)
     inputs = (inputs - np.float32(mean)) / np.float32(max(std, std_floor))
+    if random.random() < config.veil_probability:
+        inputs = _veiled(inputs, random.uniform(0, config.veil), random)
     noise = random.uniform(0, config.noise)
     inputs += np.float32(noise) * random.standard_normal(inputs.shape, dtype=np.float32)
     if task == "semantic":
@@ -144,6 +150,17 @@ def _warp(
 def _sampled(array: NDArray[Any], to_image: NDArray[np.float64], size: int, interpolation: int) -> NDArray[Any]:
     flags = interpolation | cv2.WARP_INVERSE_MAP
     return np.asarray(cv2.warpAffine(array, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101))
+
+
+def _veiled(inputs: NDArray[np.float32], strength: float, random: np.random.Generator) -> NDArray[np.float32]:
+    """Adds a field that varies over thirds of the crop, and restores the deviation that normalisation would
+    give.
+    """
+    size = inputs.shape[:2]
+    coarse = random.standard_normal((3, 3), dtype=np.float32)
+    field = np.asarray(cv2.resize(coarse, (size[1], size[0]), interpolation=cv2.INTER_CUBIC))
+    field = np.float32(strength) * (field - field.mean()) / max(float(field.std()), 1e-6)
+    return (inputs + field[:, :, None]) / np.float32((1 + strength**2) ** 0.5)
 
 
 def _tone_curves(config: AugmentationConfig, random: np.random.Generator) -> NDArray[np.float64]:

@@ -34,6 +34,7 @@ from pipeline.learning.augmentation import AugmentationConfig, make_example
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
 from pipeline.learning.sampling import Batch, Sampler, sampling_chances, stream
+from pipeline.learning.tuning import tune_watershed
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TrainingConfig(BaseModel):
     #: Measured once, after training; nothing is chosen by it.
     val_split: str | None = "val"
     encoder: str = "resnet18"
-    decoder_channels: tuple[int, ...] = (128, 64, 32, 16)
+    decoder_channels: tuple[int, ...] = (96, 48, 32, 16)
     #: The end of training: a number of steps, or minutes of wall time, of which the schedule is then a
     #: function.
     steps: int | None = Field(default=None, ge=1)
@@ -113,6 +114,11 @@ def train(config: TrainingConfig) -> Path:
     state = {
         name: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for name, tensor in averaged.items()
     }
+    if config.task == "instance":
+        module.load_state_dict(averaged)
+        segmenter = Segmenter(module, card, device=device, precision=precision)
+        card = card.model_copy(update={"postprocessing": tune_watershed(segmenter, dataset)})
+        log.info("post-processing chosen on %s: %s", config.train_split, card.postprocessing)
     save_model(config.out, state, card)
     if config.val_split is not None:
         metrics = measure(config.out, Dataset(config.dataset, config.val_split), device=device)

@@ -3,8 +3,8 @@ writing, with retries and digest checks. Must not know: images, Parts, Runs, or 
 are for.
 
 `uris` what a URI is; `blob` the values, the `Storage` protocol and the digest check; `disk` file://;
-`bucket` s3:// and gs://, with `aws` for what only boto3 does, `failures` for what errors mean and
-`parallel` for listings; `remote` everything else through fsspec."""
+`bucket` s3:// and gs://, with `aws` for what only boto3 does, `failures` for what errors mean, `parallel`
+for listings and `bucket_files` for DuckDB; `remote` everything else through fsspec."""
 
 from __future__ import annotations
 

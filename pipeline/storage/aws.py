@@ -1,6 +1,6 @@
 """What only AWS's own library does. Owns: finding credentials, endpoint and region the way every AWS tool
-does, keys that obstore cannot name, one level of a listing, and the s3fs file system for DuckDB. Must not
-know: obstore's clients, retries of whole operations.
+does, keys that obstore cannot name, and one level of a listing. Must not know: obstore's clients, retries of
+whole operations.
 
 boto3's errors leave this module as OSError: FileNotFoundError, PermissionError, or OSError with the store's
 code in its text."""
@@ -14,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.errors import StorageError
 from pipeline.storage.blob import Blob, ObjectInfo, listing_batch
 from pipeline.storage.uris import clean_etag
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _DENIED_CODES = {
@@ -220,22 +217,6 @@ class AwsAccess:
                     return Level(_concat(found), prefixes)
                 prefix = prefixes[0]
         return Level(_concat(found), [prefix])
-
-    # -- DuckDB
-
-    def filesystem(self) -> AbstractFileSystem:
-        """An s3fs file system with the same credentials, endpoint and profile."""
-        import s3fs
-
-        endpoint = self._client.meta.endpoint_url
-        options: dict[str, Any] = {} if _is_amazon(endpoint) else {"endpoint_url": endpoint}
-        return s3fs.S3FileSystem(
-            profile=self._profile,
-            anon=_anonymous(),
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            **options,
-        )
 
 
 def _anonymous() -> bool:

@@ -268,11 +268,30 @@ class BucketStorage:
     # -- access for others
 
     def filesystem(self) -> AbstractFileSystem:
-        if self._access is not None:
-            return self._access.filesystem()
-        import fsspec
+        """As `Storage.filesystem`: read-only, with the retries of this store, and the digest check for small files."""
+        from pipeline.storage.bucket_files import BucketFiles, Reads
 
-        return fsspec.filesystem(self._scheme)
+        return BucketFiles(self._scheme, Reads(self.head, lambda uri: self.get(uri).data, self._get_part, self._level))
+
+    def _get_part(self, uri: str, start: int, stop: int) -> bytes:
+        bucket, key = self._split(uri)
+
+        def read() -> bytes:
+            return bytes(obstore.get_range(self._store(bucket), key, start=start, end=stop))
+
+        return self._call("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
+
+    def _level(self, prefix_uri: str) -> tuple[list[tuple[str, int]], list[str]]:
+        """Files with their sizes, and folders, right below `prefix_uri`."""
+        bucket, prefix = self._split(prefix_uri, folder=True)
+        try:
+            found = obstore.list_with_delimiter(self._store(bucket), prefix.rstrip("/") or None)
+        except (BaseError, OSError) as error:
+            raise failure("list", prefix_uri, error) from error
+        base = f"{self._scheme}://{bucket}/"
+        return [(base + one["path"], one["size"]) for one in found["objects"]], [
+            base + p for p in found["common_prefixes"]
+        ]
 
     # -- plumbing
 

@@ -8,7 +8,8 @@ Needs Ceph's daemons, version 16 or newer, and no privileges beyond a folder. On
     with CephStore() as store:
         ...                 # S3 at store.endpoint, path style, keys CephStore.ACCESS_KEY and CephStore.SECRET_KEY
 
-Starting takes 10 to 30 s. Nothing is replicated and there is no manager daemon, so `ceph health` warns; data goes away with `stop`.
+Starting takes 10 to 30 s. Nothing is replicated and there is no manager daemon, so `ceph health` warns. The data goes away
+with `stop`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 _PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool", "radosgw", "radosgw-admin")
@@ -164,15 +166,16 @@ class CephStore:
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self._folder / "log" / f"{program}.out").open("wb") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    [program, "-c", str(self._configuration), *arguments, "-f"],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                )  # fmt: skip
+            daemon = subprocess.Popen(
+                [program, "-c", str(self._configuration), *arguments, "-f"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+        self._daemons.append(daemon)
 
-    def _wait_for(self, what: str, ready: object) -> None:
-        assert callable(ready)
+    def _wait_for(self, what: str, ready: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + _START_LIMIT_S
         while not ready():
             ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]

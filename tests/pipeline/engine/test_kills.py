@@ -15,6 +15,7 @@ import pytest
 from harness import Answer, Command, kill_all, part_count, terminal_rows, wait_until, write_images, write_tiny_model
 
 import pipeline
+from pipeline.errors import UsageError
 
 IMAGES = 48
 #: The frozen batch shape and thread count under which masks must be equal bit for bit.
@@ -122,7 +123,7 @@ def test_an_image_that_kills_its_process_is_one_row(
     assert rows == {name: answer for name, answer in case.calm.items() if name != victim}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[Any]:
     """Three nodes with a pretend GPU each; whatever it leaves behind is killed by process id."""
     import ray
@@ -149,6 +150,16 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 def _actors() -> list[psutil.Process]:
     return [p for p in psutil.process_iter() if any("ray::Host" in part for part in _cmdline(p))]
+
+
+@pytest.mark.ray
+def test_local_paths_are_refused_on_a_cluster_of_several_nodes(case: Case, tmp_path: Path, ray_cluster: Any) -> None:
+    cluster, _ = ray_cluster
+    with pytest.raises(UsageError, match="local disk.*3 nodes.*--shared-filesystem"):
+        pipeline.segment(
+            source=str(case.source), dest=str(tmp_path / "out"), model=str(case.model), ray_address=cluster.address, **SHAPE
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ray

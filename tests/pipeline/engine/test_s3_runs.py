@@ -1,4 +1,4 @@
-"""Whole runs with SOURCE and DEST on S3: the answers of local disk, through kills, faults, an outage and changes of the corpus."""
+"""Whole runs with SOURCE and DEST on S3: the answers of local disk, through kills, faults and changes."""
 
 from __future__ import annotations
 
@@ -149,10 +149,8 @@ _FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kinds", [[kind] for kind in _FAULTS] + [list(_FAULTS)], ids=lambda kinds: "+".join(kinds))
-def test_faults_change_nothing(
-    case: Case, source: str, dest: str, fault_proxy: FaultProxy, kinds: list[Any]
-) -> None:
+@pytest.mark.parametrize("kinds", [[kind] for kind in _FAULTS] + [list(_FAULTS)], ids="+".join)
+def test_faults_change_nothing(case: Case, source: str, dest: str, fault_proxy: FaultProxy, kinds: list[Any]) -> None:
     for kind in kinds:
         share = 1.0 if len(kinds) == 1 else 0.4
         settings = _FAULTS[kind]
@@ -208,7 +206,7 @@ def test_an_outage_in_the_middle(
     told = capsys.readouterr()
     assert status == 1
     assert told.out == "" and "Traceback" not in told.err
-    assert "failed: could not write 's3://" in told.err
+    assert told.err.count("failed: could not ") == 1 and f"'{dest}/segments/" in told.err
     kept = part_count(dest, s3_client)
     assert 3 <= kept < IMAGES
 

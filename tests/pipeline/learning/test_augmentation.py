@@ -7,7 +7,14 @@ from models.preprocessing import image_statistics
 from pipeline.learning.augmentation import AugmentationConfig, instance_targets, make_example, random_crop
 
 PLAIN = AugmentationConfig(
-    crop_px=64, scale=(1.0, 1.0), rotate_probability=0, invert_probability=0, tone=0, noise=0, blur_probability=0
+    crop_px=64,
+    scale=(1.0, 1.0),
+    rotate_probability=0,
+    invert_probability=0,
+    tone=0,
+    noise=0,
+    blur_probability=0,
+    veil_probability=0,
 )
 
 

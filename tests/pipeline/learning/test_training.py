@@ -69,7 +69,9 @@ def test_equal_configs_give_equal_weights(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_learns_to_find_discs(folder: Path, tmp_path: Path, task: str) -> None:
     changes = {"task": task, "steps": 40, "batch_size": 4, "learning_rate": 5e-3, "ema_decay": 0.8}
-    plain = AugmentationConfig(crop_px=64, scale=(0.9, 1.1), rotate_probability=0, noise=0, blur_probability=0)
+    plain = AugmentationConfig(
+        crop_px=64, scale=(0.9, 1.1), rotate_probability=0, noise=0, blur_probability=0, veil_probability=0
+    )
     out = train(tiny(folder, tmp_path / "discs", augmentation=plain, **changes))
     card, module = load_module(out.read_bytes())
     figures = evaluate(Segmenter(module, card, device="cpu", precision="fp32"), Dataset(folder, "train"))

@@ -209,7 +209,9 @@ def test_other_peoples_readers_open_dest_as_it_is(table: Table) -> None:
         "pandas": pandas.read_parquet(f"{dest}/segments"),
         "pyarrow": pyarrow.dataset.dataset(f"{dest}/segments", partitioning="hive").to_table().to_pandas(),
         "polars": polars.scan_parquet(f"{dest}/segments", hive_partitioning=True).collect().to_pandas(),
-        "duckdb": duckdb.sql(f"FROM read_parquet('{dest}/segments/**/*.parquet', hive_partitioning = true)").to_arrow_table().to_pandas(),
+        "duckdb": duckdb.sql(f"FROM read_parquet('{dest}/segments/**/*.parquet', hive_partitioning = true)")
+        .to_arrow_table()
+        .to_pandas(),
     }
     for reader, frame in frames.items():
         rows = sorted(zip(frame["image_uri"], frame["status"], frame["date"].astype(str).str[:10], strict=True))

@@ -1,0 +1,126 @@
+"""Time and peak memory of planning over 1, 10 and 20 million images, on Parts as a run leaves them.
+
+    python benchmarks/planning.py [--millions 1 10 20] [--scratch DIR] [--memory-gib 3]
+
+Three nights each: the first (nothing is done, all is frozen into a list), a quiet one (all is done), and a usual one (1 % new,
+1 % changed). What is measured is `work_left`, the whole question from listing file and Parts to counts and frozen list, in a
+process of its own. Making the inputs is not measured, nor listing a store (see benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import duckdb
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.engine.plan import Question, work_left
+from pipeline.storage import open_storage
+from pipeline.table.catalog import sql_text
+from pipeline.table.schema import SEGMENTS
+
+ROWS_PER_PART = 125_000
+DIGEST = "0123456789ab"
+
+
+def make_inputs(folder: Path, images: int) -> None:
+    """`corpus.parquet` (the listing of the first night), `usual.parquet` (2 % differ), and Parts in which all images are done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = duckdb.connect()
+    uri = "'s3://photos-of-the-fleet/2026/' || (i // 1000000)::VARCHAR || '/cam-' || (i % 97)::VARCHAR || '/' || lpad(i::VARCHAR, 12, '0') || '.jpg'"
+    etag = "md5(i::VARCHAR)"
+    rest = "(20000 + i % 50000)::BIGINT AS size_bytes, TIMESTAMPTZ '2026-01-01 00:00:00+00' AS modified"
+    connection.execute(
+        f"COPY (SELECT {uri} AS uri, {etag} AS etag, {rest} FROM range({images}) t(i)) "
+        f"TO {sql_text(str(folder / 'corpus.parquet'))} (FORMAT parquet, COMPRESSION zstd)"
+    )
+    connection.execute(
+        f"COPY (SELECT {uri} AS uri, CASE WHEN i % 100 = 7 THEN 'changed' || i ELSE {etag} END AS etag, {rest} "
+        f"FROM range({images // 100}, {images + images // 100}) t(i)) "
+        f"TO {sql_text(str(folder / 'usual.parquet'))} (FORMAT parquet, COMPRESSION zstd)"
+    )
+    given = {
+        "image_uri": uri, "image_etag": etag, "listed_etag": etag, "settings_digest": sql_text(DIGEST), "status": "'ok'",
+        "attempt": "1::SMALLINT", "width": "640::INT", "height": "480::INT", "run_id": "'20260101T000000Z-000000'",
+    }  # fmt: skip
+    types = {"string": "VARCHAR", "int16": "SMALLINT", "int32": "INT", "int64": "BIGINT", "float": "FLOAT"}
+    columns = ", ".join(
+        f"{given.get(field.name) or 'NULL::' + types.get(str(field.type), 'VARCHAR')} AS {field.name}"
+        for field in SEGMENTS
+        if field.name in given or str(field.type) in types
+    )
+    parts = folder / "segments"
+    parts.mkdir(exist_ok=True)
+    for ordinal, start in enumerate(range(0, images, ROWS_PER_PART)):
+        stop = min(images, start + ROWS_PER_PART)
+        connection.execute(
+            f"COPY (SELECT {columns} FROM range({start}, {stop}) t(i)) "
+            f"TO {sql_text(str(parts / f'20260101T000000Z-000000-{ordinal:06d}.parquet'))} "
+            "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192)"
+        )
+
+
+def plan_once(folder: Path, night: str, memory_bytes: int) -> dict[str, float]:
+    """Runs in the measured process."""
+    parts = [] if night == "first" else [f"file://{path}" for path in sorted((folder / "segments").iterdir())]
+    with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
+        question = Question(
+            corpus_path=folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), corpus_is_distinct=True,
+            part_uris=parts, held={}, settings_digest=DIGEST,
+        )  # fmt: skip
+        began_s = time.perf_counter()
+        counts = work_left(
+            question, open_storage(f"file://{folder}"), scratch=Path(scratch), list_path=Path(scratch, "work.parquet"),
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began_s
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return {"seconds": seconds, "peak_bytes": peak_bytes, "planned": counts.planned, "images": counts.images}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, nargs="+", default=[1, 10, 20])
+    parser.add_argument("--scratch", type=Path, default=None)
+    parser.add_argument("--memory-gib", type=float, default=3.0)
+    parser.add_argument("--once", nargs=2, metavar=("FOLDER", "NIGHT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    memory_bytes = int(options.memory_gib * (1 << 30))
+    if options.once:
+        print(json.dumps(plan_once(Path(options.once[0]), options.once[1], memory_bytes)))
+        return
+    table = Table(title=f"planning, {os.cpu_count()} cores, DuckDB limited to {options.memory_gib:g} GiB, load {os.getloadavg()[0]:.1f}")
+    for column in ("images", "night", "planned", "seconds", "peak memory"):
+        table.add_column(column, justify="left" if column == "night" else "right")
+    scratch = Path(tempfile.mkdtemp(prefix="maskmill-bench-", dir=options.scratch))
+    try:
+        for millions in options.millions:
+            images = int(millions * 1e6)
+            folder = scratch / str(images)
+            make_inputs(folder, images)
+            expected = {"first": images, "quiet": 0, "usual": images // 100 + sum(1 for i in range(images // 100, images) if i % 100 == 7)}
+            for night in ("first", "quiet", "usual"):
+                command = [sys.executable, __file__, "--once", str(folder), night, "--memory-gib", str(options.memory_gib)]
+                got = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                assert got["planned"] == expected[night], (night, got)
+                table.add_row(
+                    f"{images:,}", night, f"{int(got['planned']):,}", f"{got['seconds']:.1f}", f"{got['peak_bytes'] / 2**30:.2f} GiB"
+                )
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The fleet's decisions, with a crew at its seam whose workers die as told. Real processes die in test_kills."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.engine.crew import WorkerDiedError
+from pipeline.engine.fleet import Fleet, InterruptedFleetError
+from pipeline.engine.stream import StreamCounts
+from pipeline.engine.worker import Device, Receipt, ShardTask
+from pipeline.errors import InfrastructureError, StorageError
+from pipeline.table.schema import WORK
+
+
+class Diary:
+    """What happened, seen from the workers."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, list[str], bool]] = []
+        self.commits: set[int] = set()
+        self.crashed: dict[int, set[str]] = {}
+        self.started = 0
+        self.stopped = 0
+
+
+class ScriptedMember:
+    """Dies, for good, when `deadly(uris)` says so."""
+
+    def __init__(self, diary: Diary, deadly: Callable[[list[str]], bool], start_error: Exception | None) -> None:
+        self._diary = diary
+        self._deadly = deadly
+        self._start_error = start_error
+        self._dead = False
+        self._rows = 0
+        self._pool = ThreadPoolExecutor(4)
+        diary.started += 1
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return self._pool.submit(self._answer, method, *args)
+
+    def stop(self) -> None:
+        self._diary.stopped += 1
+        self._pool.shutdown(wait=False)
+
+    def _answer(self, method: str, *args: Any) -> Any:
+        if self._dead:
+            raise WorkerDiedError("gone")
+        if method == "describe":
+            if self._start_error:
+                raise self._start_error
+            return Device("here", "cpu", "cpu", False, 1, {})
+        if method == "load":
+            return None
+        if method == "counts":
+            return StreamCounts(self._rows, 0, 0.5, 1.0)
+        (task,) = args
+        uris = task.refs["uri"].to_pylist()
+        alive = [uri for i, uri in enumerate(uris) if i not in task.killers]
+        self._diary.runs.append((task.ordinal, alive, task.probe))
+        time.sleep(0.001)
+        if self._deadly(alive):
+            self._dead = True
+            raise WorkerDiedError("killed")
+        if not task.probe and task.ordinal not in self._diary.commits:
+            # Create-only, as Parts are: a second commit finds the first.
+            self._diary.commits.add(task.ordinal)
+            self._diary.crashed[task.ordinal] = {uris[i] for i in task.killers}
+        self._rows += len(uris)
+        return Receipt(task.ordinal, len(uris), 100, True, "here", StreamCounts(self._rows, 0, 0.5, 1.0))
+
+
+class ScriptedCrew:
+    label = "scripted"
+    default_actors = 1
+    threads = 1
+    has_gpus = False
+
+    def __init__(
+        self, deadly: Callable[[list[str]], bool] = lambda uris: False, start_errors: list[Exception | None] | None = None
+    ) -> None:
+        self.diary = Diary()
+        self._deadly = deadly
+        self._start_errors = start_errors or []
+
+    def start(self) -> ScriptedMember:
+        error = self._start_errors.pop(0) if self._start_errors else None
+        return ScriptedMember(self.diary, self._deadly, error)
+
+    def share(self, model: bytes) -> bytes:
+        return model
+
+    def close(self) -> None: ...
+
+
+def shards(count: int, size: int) -> list[ShardTask]:
+    tasks = []
+    for ordinal in range(count):
+        uris = [f"{ordinal}/{i}" for i in range(size)]
+        columns = {"uri": uris, "etag": ["e"] * size, "size_bytes": [1] * size, "modified": [None] * size, "attempt": [1] * size}
+        tasks.append(ShardTask(ordinal, pa.table(columns, schema=WORK), f"part-{ordinal}"))
+    return tasks
+
+
+def run(crew: ScriptedCrew, tasks: list[ShardTask], *, actors: int = 2, stop: Callable[[], bool] = lambda: False) -> list[Receipt]:
+    receipts: list[Receipt] = []
+    fleet = Fleet(crew, actors=actors, should_stop=stop, drain_timeout_s=5.0)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    try:
+        fleet.run(iter(tasks), on_receipt=receipts.append, on_progress=lambda progress: None)
+    finally:
+        fleet.close()
+    return receipts
+
+
+@pytest.mark.parametrize("actors", [1, 2, 5])
+def test_every_shard_is_done_once(actors: int) -> None:
+    crew = ScriptedCrew()
+    receipts = run(crew, shards(17, 3), actors=actors)
+    assert sorted(receipt.ordinal for receipt in receipts) == list(range(17))
+    assert crew.diary.started == crew.diary.stopped <= actors
+
+
+def test_a_death_costs_only_what_was_not_committed() -> None:
+    deaths = [True]
+
+    def deadly(uris: list[str]) -> bool:
+        return uris[0].startswith("5/") and bool(deaths) and deaths.pop()
+
+    crew = ScriptedCrew(deadly)
+    receipts = run(crew, shards(12, 2))
+    assert sorted(receipt.ordinal for receipt in receipts) == list(range(12))
+    assert crew.diary.started == 3
+    assert not any(crew.diary.crashed.values())
+
+
+@pytest.mark.parametrize("killers", [{"3/0"}, {"3/7"}, {"3/2", "3/5"}, {"3/1", "6/4"}])
+def test_killers_are_found_and_cost_nobody_else(killers: set[str]) -> None:
+    crew = ScriptedCrew(lambda uris: bool(killers & set(uris)))
+    receipts = run(crew, shards(8, 8))
+    assert sorted(receipt.ordinal for receipt in receipts) == list(range(8))
+    assert set().union(*crew.diary.crashed.values()) == killers
+
+
+def test_a_shard_set_aside_without_a_killer_is_committed_whole() -> None:
+    deaths = [True, True]
+
+    def deadly(uris: list[str]) -> bool:
+        return uris[0] == "2/0" and bool(deaths) and deaths.pop()
+
+    crew = ScriptedCrew(deadly)
+    run(crew, shards(4, 4), actors=1)
+    assert crew.diary.commits == {0, 1, 2, 3}
+    assert not any(crew.diary.crashed.values())
+
+
+def test_images_that_kill_only_together_end_as_crashed() -> None:
+    crew = ScriptedCrew(lambda uris: {"1/0", "1/3"} <= set(uris))
+    run(crew, shards(3, 4))
+    assert crew.diary.commits == {0, 1, 2}
+    assert crew.diary.crashed[1] == {"1/0", "1/1", "1/2", "1/3"}
+
+
+def test_a_worker_that_dies_at_the_start_is_replaced() -> None:
+    crew = ScriptedCrew(start_errors=[WorkerDiedError("no"), WorkerDiedError("no"), None])
+    assert len(run(crew, shards(3, 1), actors=1)) == 3
+
+
+def test_workers_that_never_come_up_are_the_worlds_failure() -> None:
+    crew = ScriptedCrew(start_errors=[WorkerDiedError("out of memory")] * 50)
+    with pytest.raises(InfrastructureError, match="died before they were ready.*out of memory"):
+        run(crew, shards(3, 1), actors=1)
+
+
+def test_a_refusal_at_the_start_is_not_retried() -> None:
+    crew = ScriptedCrew(start_errors=[InfrastructureError("other code on this node")])
+    with pytest.raises(InfrastructureError, match="other code on this node"):
+        run(crew, shards(3, 1), actors=1)
+    assert crew.diary.started == 1
+
+
+def test_a_failed_commit_ends_the_run() -> None:
+    def deadly(uris: list[str]) -> bool:
+        if uris[0] == "1/0":
+            raise StorageError("the disk is full", kind="fetch_failed")
+        return False
+
+    with pytest.raises(StorageError, match="disk is full"):
+        run(ScriptedCrew(deadly), shards(3, 1))
+
+
+def test_stopping_finishes_what_is_in_flight_and_starts_nothing_more() -> None:
+    crew = ScriptedCrew()
+    with pytest.raises(InterruptedFleetError):
+        run(crew, shards(500, 1), stop=lambda: len(crew.diary.commits) >= 5)
+    assert 5 <= len(crew.diary.commits) < 500
+    assert len(crew.diary.runs) == len(crew.diary.commits), "a shard was begun and not finished"
+
+
+def test_progress_counts_rows_and_says_who_is_busy() -> None:
+    crew = ScriptedCrew()
+    fleet = Fleet(crew, actors=2, should_stop=lambda: False)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    fleet.run(iter(shards(4, 3)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+    progress = fleet.progress()
+    assert progress.rows == 12
+    assert progress.busy_s / progress.active_s == pytest.approx(0.5)
+    fleet.close()

@@ -1,0 +1,363 @@
+"""The command `maskmill` as a person and as a script meet it: stdout, stderr, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from handmade import make_image, part_paths, rows_of
+
+from pipeline import cli
+from pipeline.engine import run as engine_run
+from pipeline.engine.crew import InlineCrew
+
+HOSTILE = '[red]it\'s[/red] "so" :bomb: %s \x1b[2J.png'
+SHOWN = '[red]it\'s[/red] "so" :bomb: %s \\x1b[2J.png'
+
+JSON_KEYS = {
+    "run_id", "images", "duplicates", "planned", "skipped", "held", "ok", "errors", "errors_by_kind", "parts",
+    "seconds", "images_per_s", "megapixels_per_s", "model_busy_fraction", "model_version",
+}  # fmt: skip
+
+
+class Said(NamedTuple):
+    """What one command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`maskmill(*arguments)` in this process, workers too."""
+    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(engine_run, "gpu_count", lambda: 0)
+    monkeypatch.delenv("MASKMILL_DEBUG", raising=False)
+
+    def run(*arguments: str | Path) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+class Place(NamedTuple):
+    """SOURCE, DEST and the options that every command here has."""
+
+    source: Path
+    dest: Path
+    options: tuple[str, ...]
+
+
+@pytest.fixture
+def place(tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]) -> Place:
+    options = ("--model", str(semantic_model), "--precision", "fp32", "--threads", "1")
+    return Place(image_folder(3), tmp_path / "dest", options)
+
+
+@pytest.fixture
+def done(place: Place, maskmill: Command) -> Place:
+    """The same, segmented, with an image of a hostile name and one that is none."""
+    make_image(place.source / HOSTILE, 5)
+    (place.source / "bad.jpg").write_bytes(b"no picture")
+    assert maskmill("segment", place.source, place.dest, *place.options).status == cli.TOO_MANY_ERRORS
+    return place
+
+
+# ── segment ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_json_is_exactly_one_object_with_all_keys(place: Place, maskmill: Command) -> None:
+    said = maskmill("segment", place.source, place.dest, *place.options, "--json")
+    assert said.status == 0
+    assert said.out.count("\n") == 1
+    body = json.loads(said.out)
+    assert body.keys() >= JSON_KEYS
+    assert (body["images"], body["ok"], body["errors"], body["planned"], body["skipped"]) == (3, 3, 0, 3, 0)
+    assert body["run_id"] == rows_of(place.dest)[0]["run_id"]
+    again = json.loads(maskmill("segment", place.source, place.dest, *place.options, "--json").out)
+    assert again.keys() == body.keys()
+    assert (again["run_id"], again["planned"], again["skipped"]) == (None, 0, 3)
+
+
+def test_what_a_person_reads(place: Place, maskmill: Command) -> None:
+    first = maskmill("segment", place.source, place.dest, *place.options)
+    assert "done: run " in first.out
+    assert "3 ok, 0 errors" in first.out
+    assert "engine local" in first.err
+    again = maskmill("segment", place.source, place.dest, *place.options)
+    assert again.out == "nothing to do: 3 images, 3 done before, 0 held by open runs\n"
+
+
+def test_too_many_errors_are_status_3_but_all_is_done(place: Place, maskmill: Command) -> None:
+    (place.source / "bad.jpg").write_bytes(b"no picture")
+    said = maskmill("segment", place.source, place.dest, *place.options, "--json")
+    assert said.status == cli.TOO_MANY_ERRORS == 3
+    assert json.loads(said.out)["errors_by_kind"] == {"not_an_image": 1}
+    assert len(rows_of(place.dest)) == 4
+
+
+def test_errors_below_the_limit_are_status_0(place: Place, maskmill: Command) -> None:
+    (place.source / "bad.jpg").write_bytes(b"no picture")
+    said = maskmill("segment", place.source, place.dest, *place.options, "--max-error-rate", "0.25")
+    assert said.status == 0
+    assert "1 errors (1 not_an_image)" in said.out
+
+
+def test_a_canary_that_fails_is_status_3_and_the_run_stays_open(place: Place, maskmill: Command) -> None:
+    for path in place.source.iterdir():
+        path.write_bytes(b"no picture")
+    said = maskmill("segment", place.source, place.dest, *place.options, "--canary", "2", "--shard-size", "2")
+    assert said.status == 3
+    assert "stopped after the canary" in said.out
+    assert "warning:" in said.err
+    assert len(rows_of(place.dest)) == 2
+
+
+def test_a_dry_run_prints_the_plan(place: Place, maskmill: Command) -> None:
+    said = maskmill("segment", place.source, place.dest, *place.options, "--dry-run", "--shard-size", "2")
+    assert said.status == 0
+    assert "3: 3 new, 0 changed, 0 failed before" in said.out
+    assert "in 2 shards" in said.out
+    assert "from a sample of" in said.out
+    body = json.loads(maskmill("segment", place.source, place.dest, *place.options, "--dry-run", "--json").out)
+    assert body["state"] == "planned"
+    assert body["work"]["new"] == 3
+    assert not place.dest.exists()
+
+
+WRONG_USAGE = [
+    (["segment", "{source}", "{dest}"], "--model"),
+    (["segment", "{source}"], "DEST"),
+    (["segmnet"], "segmnet"),
+    (["segment", "{source}", "{dest}", "--model", "no-such-model"], "no model is called 'no-such-model'"),
+    (["segment", "{source}", "{dest}", "--model", "Not A Name"], "'Not A Name' is neither"),
+    (["segment", "{source}", "{dest}", "--model", "gone.safetensors"], "gone.safetensors"),
+    (["segment", "{source}/nowhere", "{dest}", "--model", "{model}"], "nowhere"),
+    (["segment", "", "{dest}", "--model", "{model}"], "empty"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--batch-size", "0"], "--batch-size is 0"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--batch-size", "x"], "batch-size"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--precision", "fp8"], "--precision is 'fp8'"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--engine", "spark"], "--engine is 'spark'"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--max-error-rate", "5"], "--max-error-rate is 5.0"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--memory-mb", "0"], "--memory-mb is 0"),
+    (["segment", "{source}", "{dest}", "--model", "{model}", "--run-date", "today"], "run-date"),
+    (["segment", "nosuch://x/y", "{dest}", "--model", "{model}"], "nosuch"),
+    (["query", "{source}", "SELECT 1"], "holds no Maskmill table"),
+    (["query", "{source}", "SELECT 1", "--format", "xml"], "--format is 'xml'"),
+    (["runs", "list", "{dest}"], "holds no runs"),
+    (["runs", "show", "{dest}", "20260102T030405Z-abcdef"], "no run '20260102T030405Z-abcdef'"),
+    (["runs", "abandon", "{dest}", "x/../y"], "no run 'x/../y'"),
+    (["models", "show", "no-such-model"], "no-such-model"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), WRONG_USAGE, ids=[" ".join(case[0][:1] + case[0][-2:]) for case in WRONG_USAGE]
+)
+def test_wrong_usage_is_one_sentence_and_status_2(
+    place: Place, maskmill: Command, arguments: list[str], expected: str
+) -> None:
+    names = {"source": str(place.source), "dest": str(place.dest), "model": place.options[1]}
+    said = maskmill(*(argument.format(**names) for argument in arguments))
+    assert said.status == cli.USAGE == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert expected in said.err
+    assert not place.dest.exists()
+
+
+def test_failing_infrastructure_is_status_1(place: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.errors import StorageError
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise StorageError("could not list 's3://x': 503", kind="fetch_failed")
+
+    monkeypatch.setattr(engine_run, "read_source", fails)
+    said = maskmill("segment", place.source, place.dest, *place.options)
+    assert (said.status, said.err.splitlines()[-1]) == (1, "failed: could not list 's3://x': 503")
+
+
+def test_a_bug_is_a_sentence_too(place: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_run, "read_source", lambda *_, **__: 1 / 0)
+    said = maskmill("segment", place.source, place.dest, *place.options)
+    assert said.status == 1
+    assert "failed: ZeroDivisionError: division by zero" in said.err
+    assert "MASKMILL_DEBUG=1" in said.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["segment"], ["query"], ["runs"], ["runs", "list"], ["models"]])
+def test_help(maskmill: Command, arguments: list[str]) -> None:
+    said = maskmill(*arguments, "--help")
+    assert said.status == 0
+    assert "Usage: maskmill" in said.out
+
+
+# ── names from the corpus ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_hostile_name_is_shown_as_text(done: Place, maskmill: Command) -> None:
+    sql = f"SELECT image_uri[-{len(HOSTILE)}:] AS name FROM images ORDER BY 1"
+    said = maskmill("query", done.dest, sql)
+    assert said.status == 0
+    assert SHOWN in said.out
+    assert "\x1b" not in said.out
+    as_json = maskmill("query", done.dest, sql, "--format", "json").out
+    assert HOSTILE in [row["name"] for row in json.loads(as_json)]
+
+
+def test_a_hostile_name_in_an_error_or_a_source_is_shown_as_text(done: Place, maskmill: Command) -> None:
+    said = maskmill("segment", done.source / (HOSTILE + "x"), done.dest, *done.options)
+    assert said.status == 2
+    assert "[red]it" in said.err
+    assert "\x1b" not in said.err
+    maskmill("segment", done.source / HOSTILE, done.dest, *done.options, "--force")
+    listed = maskmill("runs", "list", done.dest)
+    assert "[red]it" in listed.out
+    assert "\x1b" not in listed.out
+
+
+def test_a_hostile_column_name(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, 'SELECT 1 AS "[bold]x""y"')
+    assert '[bold]x"y' in said.out
+
+
+# ── query ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_query_as_a_table(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT count(*) AS images, 1/3 AS third, NULL AS nothing FROM images")
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines == [["images", "third", "nothing"], ["5", "0.333333"], ["(1", "rows)"]]
+
+
+def test_query_as_json(done: Place, maskmill: Command) -> None:
+    sql = "SELECT *, 'nan'::FLOAT AS odd FROM images ORDER BY image_uri"
+    rows = json.loads(maskmill("query", done.dest, sql, "--format", "json").out)
+    assert len(rows) == 5
+    assert rows[0]["odd"] is None
+    good = next(row for row in rows if row["status"] == "ok")
+    assert good["mask"]["bytes"].startswith("iVBORw0KGgo")  # PNG in base64
+    assert good["classes"][0]["pixels"] > 0
+    assert maskmill("query", done.dest, "SELECT 1 WHERE false", "--format", "json").out == "[]\n"
+
+
+def test_query_as_csv_with_every_column(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT * FROM images ORDER BY image_uri", "--format", "csv")
+    assert said.status == 0
+    table = pyarrow.csv.read_csv(io.BytesIO(said.out.encode()))
+    assert table.num_rows == 5
+    good = next(row for row in table.to_pylist() if row["status"] == "ok")
+    assert json.loads(good["classes"])[0]["pixels"] > 0
+    assert Path(good["image_uri"]).name == "0000.jpg"
+
+
+def test_query_as_parquet(done: Place) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "query", str(done.dest), "FROM images", "--format", "parquet"]
+    table = pq.read_table(io.BytesIO(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+    assert table.num_rows == 5
+    assert str(table.schema.field("mask").type).startswith("struct<bytes: ")
+
+
+def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT colour FROM images")
+    assert said.status == 2
+    assert said.err.startswith("error: the query failed: ")
+    assert "colour" in said.err
+
+
+def test_long_results_are_cut_on_the_screen_and_say_so(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT range AS n FROM range(1500)")
+    assert "the first 1000 rows" in said.out
+    assert len(maskmill("query", done.dest, "FROM range(5000)", "--format", "csv").out.splitlines()) == 5001
+
+
+# ── runs and models ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_runs_list_show_abandon(done: Place, maskmill: Command) -> None:
+    (run,) = json.loads(maskmill("runs", "list", done.dest, "--json").out)
+    assert (run["state"], run["rows"], run["planned"]) == ("done", 5, 5)
+    table = maskmill("runs", "list", done.dest)
+    assert run["run_id"] in table.out
+    assert "5/5" in table.out
+    shown = json.loads(maskmill("runs", "show", done.dest, run["run_id"]).out)
+    assert (shown["ok"], shown["plan"]["run_id"]) == (4, run["run_id"])
+    said = maskmill("runs", "abandon", done.dest, run["run_id"])
+    assert said.out == f"run {run['run_id']} is done: 5 of 5 rows are committed\n"
+
+
+def test_models_list_and_show(
+    maskmill: Command, tmp_path: Path, semantic_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.file import model_version
+
+    version = model_version(semantic_model.read_bytes())
+    shelf = tmp_path / "registry" / "tiny-semantic"
+    shelf.mkdir(parents=True)
+    (shelf / f"{version}.safetensors").write_bytes(semantic_model.read_bytes())
+    monkeypatch.setenv("MASKMILL_REGISTRY", str(tmp_path / "registry"))
+    listed = json.loads(maskmill("models", "list", "--json").out)
+    assert ["tiny-semantic", version] in [[line["name"], line["version"]] for line in listed]
+    assert version in maskmill("models", "list").out
+    for reference in ("tiny-semantic", f"tiny-semantic@{version}", str(semantic_model)):
+        card = json.loads(maskmill("models", "show", reference).out)
+        assert (card["name"], card["version"], card["task"]) == ("tiny-semantic", version, "semantic")
+
+
+# ── a process of its own ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ctrl_c_drains_and_the_same_command_continues(tmp_path: Path, place: Place, maskmill: Command) -> None:
+    for index in range(60):
+        make_image(place.source / f"more-{index}.png", index)
+    command = [sys.executable, "-m", "pipeline.cli", "segment", place.source, place.dest, *place.options]
+    command += ["--shard-size", "1", "--engine", "local"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not part_paths(place.dest):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED == 130, err
+    assert "Traceback" not in err
+    assert "stopping" in err
+    assert "the same command continues" in out
+    committed = len(rows_of(place.dest))
+    assert 0 < committed < 63
+    said = maskmill("segment", place.source, place.dest, *place.options, "--shard-size", "1", "--json")
+    assert said.status == 0
+    assert len(json.loads(said.out)["runs"]) == 1
+    assert len({row["image_uri"] for row in rows_of(place.dest)}) == len(rows_of(place.dest)) == 63
+
+
+def test_a_reader_that_goes_away_gets_no_complaint(done: Place) -> None:
+    command = f'"{sys.executable}" -m pipeline.cli query "{done.dest}" "FROM range(200000)" --format csv | head -n 1'
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ('"range"\n', "")
