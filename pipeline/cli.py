@@ -268,6 +268,9 @@ def _as_json(outcome: Any) -> dict[str, Any]:
 
 def _print_outcome(outcome: Any, dest: str) -> None:
     out = _stdout()
+    if not outcome.runs and outcome.state == "interrupted":
+        out.print("interrupted before anything was planned: nothing was changed")
+        return
     if not outcome.runs:
         out.print(
             f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"

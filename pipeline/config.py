@@ -26,57 +26,31 @@ class SegmentConfig(BaseModel):
     model: str = Field(
         description="A model's name, name@version or name@alias, or the path or URL of a .safetensors file."
     )
-    engine: Engine = Field(
-        "auto", description="local: processes on this machine; ray: actors on a Ray cluster."
-    )
+    engine: Engine = Field("auto", description="local: processes on this machine; ray: actors on a Ray cluster.")
     actors: int | None = Field(
         None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU node."
     )
-    gpus_per_actor: float | None = Field(
-        None, ge=0, description="GPUs for each actor; fractions share a GPU."
-    )
-    batch_size: int | None = Field(
-        None, ge=1, description="Images per forward pass at most. Frozen in the run."
-    )
+    gpus_per_actor: float | None = Field(None, ge=0, description="GPUs for each actor; fractions share a GPU.")
+    batch_size: int | None = Field(None, ge=1, description="Images per forward pass at most. Frozen in the run.")
     shard_size: int | None = Field(None, ge=1, description="Images per shard, and so per Parquet file.")
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads of each worker's network. Frozen in the run."
-    )
-    precision: PrecisionChoice = Field(
-        "auto", description="auto: bf16 where the device has it in hardware, else fp32."
-    )
-    limit: int | None = Field(
-        None, ge=1, description="Process at most this many of the images that are left."
-    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of each worker's network. Frozen in the run.")
+    precision: PrecisionChoice = Field("auto", description="auto: bf16 where the device has it in hardware, else fp32.")
+    limit: int | None = Field(None, ge=1, description="Process at most this many of the images that are left.")
     canary: int | None = Field(
         None, ge=1, description="Process this many first; go on only if their error rate is fine."
     )
     dry_run: bool = Field(False, description="Only print the plan.")
     retry_errors: bool = Field(False, description="Take up again every image whose newest row is an error.")
     force: bool = Field(False, description="Process every image of SOURCE again.")
-    max_error_rate: float = Field(
-        0.05, ge=0, le=1, description="Above this share of errors the exit status is 3."
-    )
-    wait: bool = Field(
-        False, description="Wait for a run that another live driver holds, instead of giving up."
-    )
+    max_error_rate: float = Field(0.05, ge=0, le=1, description="Above this share of errors the exit status is 3.")
+    wait: bool = Field(False, description="Wait for a run that another live driver holds, instead of giving up.")
     ray_address: str | None = Field(None, description="Address of a running Ray cluster.")
     source_profile: str | None = Field(None, description="AWS profile for SOURCE.")
     dest_profile: str | None = Field(None, description="AWS profile for DEST.")
-    shared_filesystem: bool = Field(
-        False, description="Local paths mean the same on every node of the cluster."
-    )
-    suffixes: tuple[str, ...] = Field(
-        DEFAULT_SUFFIXES, description="File endings that count as images in a listing."
-    )
-    run_date: dt.date | None = Field(
-        None, description="The date that the run files under. Default: today, UTC."
-    )
+    shared_filesystem: bool = Field(False, description="Local paths mean the same on every node of the cluster.")
+    suffixes: tuple[str, ...] = Field(DEFAULT_SUFFIXES, description="File endings that count as images in a listing.")
+    run_date: dt.date | None = Field(None, description="The date that the run files under. Default: today, UTC.")
     max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large` rows.")
-    memory_bytes: int = Field(
-        1 << 30, ge=1 << 20, description="Decoded pixels in flight in one worker, at most."
-    )
+    memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Decoded pixels in flight in one worker, at most.")
     lease_ttl_s: float = Field(30.0, gt=0, description="A lease that stands still this long is dead.")
-    drain_timeout_s: float = Field(
-        30.0, ge=0, description="On Ctrl-C, how long shards in flight may take to finish."
-    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="On Ctrl-C, how long shards in flight may take to finish.")

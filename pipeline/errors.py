@@ -15,9 +15,7 @@ Must not know: anything else of the project.
 from __future__ import annotations
 
 #: About the image's bytes: the row is terminal.
-BYTES_KINDS = frozenset(
-    {"empty", "truncated", "not_an_image", "unsupported", "too_large", "corrupt", "model_failed"}
-)
+BYTES_KINDS = frozenset({"empty", "truncated", "not_an_image", "unsupported", "too_large", "corrupt", "model_failed"})
 #: About the world: retried in the run, recorded if it lasts, taken up again by the next run.
 WORLD_KINDS = frozenset({"missing", "denied", "fetch_failed", "out_of_memory", "crashed_worker"})
 #: World kinds that are taken up again however often they failed.

@@ -28,6 +28,7 @@ from pipeline.storage import Storage, join_uri
 from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name
 
 _T = TypeVar("_T", bound=BaseModel)
+_GETS_AT_ONCE = 16
 _LOG_NAME = re.compile(r"/(\d{8,})\.json\Z")
 
 
@@ -190,17 +191,13 @@ class Ledger:
         data = self._get(self.uri(run_id, "run.json"))
         return None if data is None else _parse(RunRecord, data, self.uri(run_id, "run.json"))
 
-    def records(self, *, model_name: str | None = None, newest: int | None = None) -> list[RunRecord]:
-        """Outcomes of closed runs, newest first."""
-        closed = [entry.run_id for entry in self.entries() if entry.closed][::-1]
-        found: list[RunRecord] = []
-        with ThreadPoolExecutor(16) as pool:
-            for record in pool.map(self.record, closed):
-                if record and (model_name is None or record.plan.model_name == model_name):
-                    found.append(record)
-                    if newest is not None and len(found) >= newest:
-                        break
-        return found
+    def records(self, *, model_name: str | None = None) -> list[RunRecord]:
+        """Outcomes of closed runs, newest first: in the order of the log, since two run ids may share a second."""
+        closed = [entry.run_id for entry in self.entries() if entry.closed]
+        with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
+            found = [record for record in pool.map(self.record, closed) if record]
+        wanted = [record for record in found if model_name is None or record.plan.model_name == model_name]
+        return sorted(wanted, key=lambda record: record.plan.sequence, reverse=True)
 
     def progress(self, run_id: str) -> dict[str, Any]:
         """The last progress a driver wrote, or nothing."""

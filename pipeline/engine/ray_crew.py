@@ -109,7 +109,9 @@ class RayCrew:
 
     def _connect(self, address: str | None) -> None:
         ray = self._ray
-        quiet = {"configure_logging": False, "log_to_driver": True}
+        # Workers' logs stay in Ray's own files: the driver's stdout belongs to results.
+        quiet = {"configure_logging": False, "log_to_driver": False}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             if address:
                 ray.init(address=address, **quiet)

@@ -124,10 +124,10 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     connection = open_duckdb(storage, temp_path=os.environ.get("TMPDIR", "/tmp"))
     connection.execute(f"CREATE VIEW segments AS SELECT * FROM {read_parts_sql(uris, hive=True)}")
     connection.register("_runs", pa.Table.from_pylist(records, schema=_RUNS))
-    connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY run_id")
+    connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY sequence")
     connection.execute(
-        "CREATE VIEW _current AS SELECT model, max_by(model_version, run_id) AS model_version, "
-        "max_by(settings_digest, run_id) AS settings_digest FROM _runs WHERE state = 'done' GROUP BY model"
+        "CREATE VIEW _current AS SELECT model, max_by(model_version, sequence) AS model_version, "
+        "max_by(settings_digest, sequence) AS settings_digest FROM _runs WHERE state = 'done' GROUP BY model"
     )
     # Of every run, whatever became of it: rows of an open or abandoned run are rows too.
     repeats = connection.execute(
@@ -159,6 +159,7 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
 _RUNS = pa.schema(
     [
         ("run_id", pa.string()),
+        ("sequence", pa.int64()),
         ("state", pa.string()),
         ("model", pa.string()),
         ("model_version", pa.string()),
@@ -213,6 +214,7 @@ def _record(plan: dict[str, Any], outcome: dict[str, Any] | None) -> dict[str, A
     outcome = outcome or {}
     found = {
         "run_id": plan["run_id"],
+        "sequence": plan["sequence"],
         "state": outcome.get("state", "open"),
         "model": plan["model_name"],
         "model_version": plan["model_version"],

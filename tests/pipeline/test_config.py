@@ -29,7 +29,8 @@ def test_every_field_is_explained(field: str) -> None:
     "wrong",
     [{"actors": 0}, {"gpus_per_actor": -1}, {"batch_size": 0}, {"shard_size": 0}, {"limit": 0}, {"canary": 0},
      {"threads": 0}, {"max_error_rate": 1.5}, {"max_error_rate": -0.1}, {"precision": "fp8"},
-     {"engine": "spark"}, {"lease_ttl_s": 0}, {"memory_bytes": 1}, {"max_pixels": 0}, {"colour": "red"}, {"run_date": "today"}],
+     {"engine": "spark"}, {"lease_ttl_s": 0}, {"memory_bytes": 1}, {"max_pixels": 0}, {"colour": "red"},
+     {"run_date": "today"}],
     ids=str,
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

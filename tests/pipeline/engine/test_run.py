@@ -296,6 +296,21 @@ def test_the_same_command_continues(bench: Bench, image_folder: Callable[..., Pa
     assert bench.segment(photos).planned == 0
 
 
+def test_stopping_before_there_is_a_plan_changes_nothing(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    outcome = bench.segment(image_folder(2), precision="auto", should_stop=lambda: True)
+    assert (outcome.state, outcome.run_id, outcome.runs) == ("interrupted", None, [])
+    assert not bench.dest.exists()
+
+
+def test_progress_ends_at_the_whole(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    (photos := image_folder(4)).joinpath("bad.jpg").write_bytes(b"no picture")
+    bench.interrupted(photos, after_parts=1, shard_size=1)
+    bench.segment(photos, shard_size=1)
+    last = [event for event in bench.told if event.kind == "progress"][-1]
+    assert last.progress is not None
+    assert (last.progress.rows, last.total) == (5, 5)
+
+
 def test_an_ad_hoc_run_beside_an_open_one_neither_loses_nor_repeats(
     bench: Bench, image_folder: Callable[..., Path]
 ) -> None:

@@ -125,6 +125,14 @@ def test_images_follow_the_version_and_settings_of_the_last_closed_run(table: Ta
     assert table.ask("SELECT image_uri, settings_digest FROM images") == [("a", "another")]
 
 
+def test_of_two_runs_of_one_second_the_log_says_which_is_last(table: Table) -> None:
+    at = "20260102T030405Z"
+    table.run(make_row("a", "e1"), model_version="0" * 12, run_id=f"{at}-ffffff")
+    table.run(make_row("a", "e1"), model_version="f" * 12, run_id=f"{at}-000000")
+    assert table.ask("SELECT version FROM images") == [("f" * 12,)]
+    assert table.ask("SELECT run_id FROM runs") == [(f"{at}-ffffff",), (f"{at}-000000",)]
+
+
 def test_each_model_has_its_own_current_version(table: Table) -> None:
     table.run(make_row("a", "e1"), model_name="street", model_version="1" * 12)
     table.run(make_row("a", "e1"), model_name="nuclei", model_version="2" * 12)
