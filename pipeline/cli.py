@@ -525,8 +525,9 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         word, text, status = _last_words(error)
-        line = Text.assemble((f"{word}:", "red"), " ", _plain(text))
-        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+        if text:  # none where a command without arguments has just shown its help
+            line = Text.assemble((f"{word}:", "red"), " ", _plain(text))
+            Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(status)
 
 
@@ -541,7 +542,7 @@ def _last_words(error: Exception) -> tuple[str, str, int]:
         return "error", f"{option} is {first['input']!r}: {first['msg'].lower()}", USAGE
     # Typer's own usage errors (a missing option, an unknown command) know how to say so.
     if hasattr(error, "format_message"):
-        return "error", error.format_message() or "nothing asked; see --help", USAGE
+        return "error", error.format_message(), USAGE
     return "failed", f"{type(error).__name__}: {error} (MASKMILL_DEBUG=1 shows where)", INFRASTRUCTURE
 
 

@@ -1,5 +1,5 @@
-"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that nothing
-was lost or repeated. Must not know: which fault is being tested.
+"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that
+nothing was lost or repeated. Must not know: which fault is being tested.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _buffer(data: bytes) -> Any:
 
 
 def part_count(dest: str | Path, client: Any = None) -> int:
-    """Parts under DEST now. On S3 by a boto3 `client`: it reaches the store even where the environment leads to a proxy."""
+    """Parts under DEST now. On S3 by a boto3 `client`, which may pass by the proxy that the environment leads to."""
     if "://" not in str(dest):
         return sum(1 for _ in Path(dest).glob("segments/**/*.parquet"))
     bucket, _, prefix = str(dest).removeprefix("s3://").partition("/")
@@ -145,6 +145,13 @@ class Command:
             return psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def until(self, condition: Callable[[], bool], *, what: str, poll_s: float = 0.005) -> None:
+        """Waits for `condition`; fails at once where the command ends before."""
+        wait_until(lambda: condition() or self.process.poll() is not None, what=what, poll_s=poll_s)
+        if self.process.returncode is not None and not condition():
+            _, err = self.process.communicate()
+            raise AssertionError(f"exit status {self.process.returncode} before {what}: {err[-3000:]}")
 
     def kill(self, *, family: bool = True) -> None:
         """SIGKILL to the driver, and afterwards, for tidiness, to what it leaves behind."""

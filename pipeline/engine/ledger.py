@@ -173,7 +173,12 @@ class Ledger:
 
     def open_plans(self) -> list[Plan]:
         """The plans of all open runs, oldest first. One whose log entry names another run never began."""
-        plans = [self.plan(entry.run_id) for entry in self.entries() if not entry.closed]
+        plans = []
+        for entry in self.entries():
+            uri = self.uri(entry.run_id, "plan.json")
+            # A plan that lost its race is taken away by its driver, perhaps since it was listed.
+            if not entry.closed and (data := self._get(uri)) is not None:
+                plans.append(_parse(Plan, data, uri))
         return [plan for plan in plans if self._logged(plan.sequence) == plan.run_id]
 
     def plan(self, run_id: str) -> Plan:

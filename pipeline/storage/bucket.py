@@ -38,6 +38,7 @@ from pipeline.storage.blob import (
     failure_text,
     wait_before_retry,
 )
+from pipeline.storage.bucket_files import BucketFiles, Folder, Reads
 from pipeline.storage.failures import failure, is_refusal, kind_of
 from pipeline.storage.parallel import merge
 from pipeline.storage.uris import clean_etag, join_uri
@@ -269,8 +270,6 @@ class BucketStorage:
 
     def filesystem(self) -> AbstractFileSystem:
         """As `Storage.filesystem`: read-only, with the retries of this store, and the digest check for small files."""
-        from pipeline.storage.bucket_files import BucketFiles, Reads
-
         return BucketFiles(self._scheme, Reads(self.head, lambda uri: self.get(uri).data, self._get_part, self._level))
 
     def _get_part(self, uri: str, start: int, stop: int) -> bytes:
@@ -281,7 +280,7 @@ class BucketStorage:
 
         return self._call("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
 
-    def _level(self, prefix_uri: str) -> tuple[list[tuple[str, int]], list[str]]:
+    def _level(self, prefix_uri: str) -> Folder:
         """Files with their sizes, and folders, right below `prefix_uri`."""
         bucket, prefix = self._split(prefix_uri, folder=True)
         try:

@@ -26,13 +26,20 @@ _KEPT_BYTES = 64 << 20
 _CHUNK_BYTES = 256 << 10
 
 
+class Folder(NamedTuple):
+    """What lies right below a URI: files with their sizes, and folders."""
+
+    files: list[tuple[str, int]]
+    folders: list[str]
+
+
 class Reads(NamedTuple):
     """What a store can do, for absolute URIs. All of it raises StorageError and is thread safe."""
 
     head: Callable[[str], ObjectInfo]
     whole: Callable[[str], bytes]
     part: Callable[[str, int, int], bytes]
-    level: Callable[[str], tuple[list[tuple[str, int]], list[str]]]
+    level: Callable[[str], Folder]
 
 
 class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
@@ -41,7 +48,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     Failures other than a missing file are StorageErrors, never an answer such as "does not exist"."""
 
     cachable = False
-    protocol = ("s3", "gs")
+    protocol: str | tuple[str, ...] = ("s3", "gs")
 
     def __init__(self, scheme: str, reads: Reads) -> None:
         super().__init__()

@@ -196,7 +196,12 @@ def _records(storage: Storage, dest: str) -> list[dict[str, Any]]:
 
     def record(run_id: str) -> dict[str, Any] | None:
         closed = f"{run_id}/run.json" in names
-        body = json.loads(storage.get(f"{prefix}{run_id}/{'run.json' if closed else 'plan.json'}").data)
+        try:
+            body = json.loads(storage.get(f"{prefix}{run_id}/{'run.json' if closed else 'plan.json'}").data)
+        except StorageError as error:
+            if error.kind == "missing":  # a plan that lost its race, taken away since it was listed
+                return None
+            raise
         plan = body["plan"] if closed else body
         if not closed:
             entry = f"_log/{plan['sequence']:08d}.json"

@@ -8,8 +8,8 @@ Needs Ceph's daemons, version 16 or newer, and no privileges beyond a folder. On
     with CephStore() as store:
         ...                 # S3 at store.endpoint, path style, keys CephStore.ACCESS_KEY and CephStore.SECRET_KEY
 
-Starting takes 10 to 30 s. Nothing is replicated and there is no manager daemon, so `ceph health` warns. The data goes away
-with `stop`.
+Starting takes 10 to 30 s. Nothing is replicated and there is no manager daemon, so `ceph health` warns. The data goes
+away with `stop`.
 """
 
 from __future__ import annotations

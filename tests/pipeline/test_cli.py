@@ -214,6 +214,13 @@ def test_help(maskmill: Command, arguments: list[str]) -> None:
     assert "Usage: maskmill" in said.out
 
 
+@pytest.mark.parametrize("arguments", [[], ["runs"], ["models"]])
+def test_a_command_without_arguments_shows_its_help(maskmill: Command, arguments: list[str]) -> None:
+    said = maskmill(*arguments)
+    assert (said.status, said.err) == (2, "")
+    assert "Usage: maskmill" in said.out
+
+
 # ── names from the corpus ────────────────────────────────────────────────────────────────────────────────────────────
 
 

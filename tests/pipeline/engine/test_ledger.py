@@ -99,6 +99,18 @@ def test_a_crash_before_the_log_leaves_nothing_that_counts(ledger: Ledger) -> No
     assert [plan.run_id for plan in ledger.open_plans()] == [SECOND]
 
 
+def test_a_plan_that_lost_may_vanish_while_others_read(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = a_plan(ledger, FIRST)
+    ledger.freeze(plan, make_list(["a"]))
+    loser = ledger.uri(SECOND, "plan.json")
+    ledger.storage.put_new(loser, a_plan(ledger, SECOND).model_dump_json().encode())
+    entries = ledger.entries()
+    assert [entry.run_id for entry in entries] == [FIRST, SECOND]
+    ledger.storage.delete(loser)
+    monkeypatch.setattr(ledger, "entries", lambda: entries)
+    assert ledger.open_plans() == [plan]
+
+
 def test_a_run_id_that_is_taken_is_an_error(ledger: Ledger) -> None:
     assert ledger.freeze(a_plan(ledger, FIRST), make_list(["a"]))
     with pytest.raises(InfrastructureError, match=FIRST):

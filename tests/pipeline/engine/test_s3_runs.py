@@ -71,7 +71,7 @@ def dest(s3_bucket: str) -> str:
 def test_the_command_is_killed_and_run_again(case: Case, source: str, dest: str, s3_client: Any) -> None:
     command = (source, dest, "--model", case.model, "--shard-size", "1", *FLAGS)
     first = Command(*command)
-    wait_until(lambda: part_count(dest, s3_client) >= 3, what="three Parts", poll_s=0.02)
+    first.until(lambda: part_count(dest, s3_client) >= 3, what="three Parts", poll_s=0.02)
     first.kill()
     assert part_count(dest, s3_client) < IMAGES, "the driver was to die in the middle"
     outcome = Command(*command).outcome()
@@ -140,7 +140,7 @@ def test_local_source_and_s3_dest(case: Case, dest: str) -> None:
 #: What strikes, and how often. A flipped byte can be noticed where the store gives a digest: in whole objects.
 _WHOLE_OBJECTS = r"GET /[^?]*/(photos|masks/runs)/"
 _FAULTS: dict[str, dict[str, Any]] = {
-    "unavailable": {"probability": 0.2},
+    "unavailable": {"probability": 0.15},
     "error": {"probability": 0.1},
     "reset_before": {"probability": 0.1},
     "reset_after": {"probability": 0.1},
@@ -149,34 +149,34 @@ _FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kinds", [[kind] for kind in _FAULTS] + [list(_FAULTS)], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [["unavailable", "error"], ["reset_before", "reset_after"], ["truncate", "flip"]],
+    ids="+".join,
+)
 def test_faults_change_nothing(case: Case, source: str, dest: str, fault_proxy: FaultProxy, kinds: list[Any]) -> None:
     for kind in kinds:
-        share = 1.0 if len(kinds) == 1 else 0.4
-        settings = _FAULTS[kind]
-        fault_proxy.inject(kind, **settings | {"probability": settings["probability"] * share})
+        fault_proxy.inject(kind, **_FAULTS[kind])
     outcome = case.segment(source, dest)
     hits = dict(fault_proxy.hits)
     fault_proxy.clear()
-    assert hits and set(hits) <= set(kinds)
+    assert set(hits) == set(kinds)
     assert (outcome.ok, outcome.errors) == (IMAGES, 0)
     assert terminal_rows(dest) == case.calm
     assert case.segment(source, dest).planned == 0
 
 
-def test_every_write_whose_answer_is_lost_counts_once(
-    case: Case, source: str, dest: str, fault_proxy: FaultProxy
-) -> None:
-    fault_proxy.inject("reset_after", match="PUT ")
+def test_writes_whose_answers_are_lost_count_once(case: Case, source: str, dest: str, fault_proxy: FaultProxy) -> None:
+    """Of the writes that create; a lease or progress that is never acknowledged is given up."""
+    fault_proxy.inject("reset_after", match=r"PUT .*(parquet|plan\.json|run\.json|_log/)")
     outcome = case.segment(source, dest)
-    writes = [request for request in fault_proxy.requests if request.startswith("PUT ")]
-    assert fault_proxy.hits["reset_after"] == len(writes) >= outcome.parts
+    assert fault_proxy.hits["reset_after"] >= outcome.parts + 4  # the list, the plan, the log, the record
     fault_proxy.clear()
     assert outcome.ok == IMAGES
     assert terminal_rows(dest) == case.calm
 
 
-def test_an_outage_in_the_middle(
+def test_an_outage_in_the_middle(  # noqa: PLR0917
     case: Case,
     source: str,
     dest: str,
