@@ -72,7 +72,9 @@ def street(seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     coarse = random.normal(size=(9, 12, CLASSES)).astype(np.float32)
     coarse += np.linspace(2, -2, 9)[:, None, None] * np.linspace(1, -1, CLASSES)
-    fine = np.dstack([cv2.resize(coarse[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(CLASSES)])
+    fine = np.dstack(
+        [cv2.resize(coarse[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(CLASSES)]
+    )
     fine += cv2.GaussianBlur(random.normal(size=fine.shape).astype(np.float32), (0, 0), 6)[..., :CLASSES] * 3
     return fine.argmax(-1).astype(np.uint8)
 
@@ -84,7 +86,9 @@ def write_images(folder: Path, count: int) -> list[Path]:
         path = folder / f"{i:06d}.jpg"
         if i < 64:
             random = np.random.default_rng(i)
-            noise = cv2.resize(random.integers(0, 255, (45, 60, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            noise = cv2.resize(
+                random.integers(0, 255, (45, 60, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
+            )
             grain = random.normal(0, 3, noise.shape)
             cv2.imwrite(str(path), np.clip(noise + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
         else:
@@ -111,7 +115,7 @@ class Throughput(NamedTuple):
     busy: float
 
 
-def whole_stream(load: Any, model: bytes, refs: pa.Table, folder: Path, threads: int, batch_size: int) -> Throughput:
+def whole_stream(load: Any, model: bytes, refs: pa.Table, folder: Path, *, threads: int, batch_size: int) -> Throughput:
     """One shard through a real Worker, from files to a committed Part; a short one before it warms up."""
     spec = WorkerSpec(
         code_digest=code_digest(), dest=f"file://{folder}", source_profile=None, dest_profile=None, model_name="bench",
@@ -206,7 +210,14 @@ def main() -> None:
         refs = work_table(write_images(folder / "images", options.images))
         for name, seconds, limit in (("sleeps 2 ms an image", 0.002, 500.0), ("costs nothing", 0.0, None)):
             runs = [
-                whole_stream(lambda spec, data, s=seconds: StandIn(s), b"", refs, folder, threads, options.batch_size)
+                whole_stream(
+                    lambda spec, data, s=seconds: StandIn(s),
+                    b"",
+                    refs,
+                    folder,
+                    threads=threads,
+                    batch_size=options.batch_size,
+                )
                 for _ in range(options.repeat)
             ]
             add(name, runs, limit)
@@ -218,7 +229,7 @@ def main() -> None:
             some = refs.slice(0, options.model_images)
             spent = stages_alone(some, model, options.batch_size)
             runs = [
-                whole_stream(load_segmenter, model.data, some, folder, threads, options.batch_size)
+                whole_stream(load_segmenter, model.data, some, folder, threads=threads, batch_size=options.batch_size)
                 for _ in range(options.repeat)
             ]
             add(model.card.name, runs, threads / sum(spent.values()))

@@ -2,9 +2,10 @@
 
     python benchmarks/planning.py [--millions 1 10 20] [--scratch DIR] [--memory-gib 3]
 
-Three nights each: the first (nothing is done, all is frozen into a list), a quiet one (all is done), and a usual one (1 % new,
-1 % changed). What is measured is `work_left`, the whole question from listing file and Parts to counts and frozen list, in a
-process of its own. Making the inputs is not measured, nor listing a store (see benchmarks/README.md).
+Three nights each: the first (nothing is done, all is frozen into a list), a quiet one (all is done), and a usual one
+(1 % new,
+1 % changed). What is measured is `work_left`, the whole question from listing file and Parts to counts and frozen
+list, in a process of its own. Making the inputs is not measured, nor listing a store (see benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ DIGEST = "0123456789ab"
 
 
 def make_inputs(folder: Path, images: int) -> None:
-    """`corpus.parquet` (the listing of the first night), `usual.parquet` (2 % differ), and Parts in which all images are done."""
+    """`corpus.parquet` (the listing of the first night), `usual.parquet` (2 % differ), and Parts in which all images
+    are done."""
     folder.mkdir(parents=True, exist_ok=True)
     connection = duckdb.connect()
-    uri = "'s3://photos-of-the-fleet/2026/' || (i // 1000000)::VARCHAR || '/cam-' || (i % 97)::VARCHAR || '/' || lpad(i::VARCHAR, 12, '0') || '.jpg'"
+    uri = (
+        "'s3://photos-of-the-fleet/2026/' || (i // 1000000)::VARCHAR || '/cam-' || (i % 97)::VARCHAR || '/' "
+        "|| lpad(i::VARCHAR, 12, '0') || '.jpg'"
+    )
     etag = "md5(i::VARCHAR)"
     rest = "(20000 + i % 50000)::BIGINT AS size_bytes, TIMESTAMPTZ '2026-01-01 00:00:00+00' AS modified"
     connection.execute(
@@ -50,8 +55,9 @@ def make_inputs(folder: Path, images: int) -> None:
         f"TO {sql_text(str(folder / 'usual.parquet'))} (FORMAT parquet, COMPRESSION zstd)"
     )
     given = {
-        "image_uri": uri, "image_etag": etag, "listed_etag": etag, "settings_digest": sql_text(DIGEST), "status": "'ok'",
-        "attempt": "1::SMALLINT", "width": "640::INT", "height": "480::INT", "run_id": "'20260101T000000Z-000000'",
+        "image_uri": uri, "image_etag": etag, "listed_etag": etag, "settings_digest": sql_text(DIGEST),
+        "status": "'ok'", "attempt": "1::SMALLINT", "width": "640::INT", "height": "480::INT",
+        "run_id": "'20260101T000000Z-000000'",
     }  # fmt: skip
     types = {"string": "VARCHAR", "int16": "SMALLINT", "int32": "INT", "int64": "BIGINT", "float": "FLOAT"}
     columns = ", ".join(
@@ -99,7 +105,9 @@ def main() -> None:
     if options.once:
         print(json.dumps(plan_once(Path(options.once[0]), options.once[1], memory_bytes)))
         return
-    table = Table(title=f"planning, {os.cpu_count()} cores, DuckDB limited to {options.memory_gib:g} GiB, load {os.getloadavg()[0]:.1f}")
+    table = Table(
+        title=f"planning, {os.cpu_count()} cores, DuckDB with {options.memory_gib:g} GiB, load {os.getloadavg()[0]:.1f}"
+    )
     for column in ("images", "night", "planned", "seconds", "peak memory"):
         table.add_column(column, justify="left" if column == "night" else "right")
     scratch = Path(tempfile.mkdtemp(prefix="maskmill-bench-", dir=options.scratch))
@@ -108,13 +116,29 @@ def main() -> None:
             images = int(millions * 1e6)
             folder = scratch / str(images)
             make_inputs(folder, images)
-            expected = {"first": images, "quiet": 0, "usual": images // 100 + sum(1 for i in range(images // 100, images) if i % 100 == 7)}
+            expected = {
+                "first": images,
+                "quiet": 0,
+                "usual": images // 100 + sum(1 for i in range(images // 100, images) if i % 100 == 7),
+            }
             for night in ("first", "quiet", "usual"):
-                command = [sys.executable, __file__, "--once", str(folder), night, "--memory-gib", str(options.memory_gib)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--once",
+                    str(folder),
+                    night,
+                    "--memory-gib",
+                    str(options.memory_gib),
+                ]
                 got = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 assert got["planned"] == expected[night], (night, got)
                 table.add_row(
-                    f"{images:,}", night, f"{int(got['planned']):,}", f"{got['seconds']:.1f}", f"{got['peak_bytes'] / 2**30:.2f} GiB"
+                    f"{images:,}",
+                    night,
+                    f"{int(got['planned']):,}",
+                    f"{got['seconds']:.1f}",
+                    f"{got['peak_bytes'] / 2**30:.2f} GiB",
                 )
             shutil.rmtree(folder)
     finally:

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 import pipeline
-from pipeline.engine.run import Event
+from pipeline.engine.outcome import Event
 from pipeline.errors import MaskmillError
 from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
 

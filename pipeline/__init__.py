@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.engine.run import Outcome
+    from pipeline.engine.outcome import Outcome
 
 __version__ = "0.1.0"
 __all__ = ["abandon_run", "connect", "list_runs", "models", "segment", "show_run"]
@@ -19,8 +19,8 @@ __all__ = ["abandon_run", "connect", "list_runs", "models", "segment", "show_run
 def segment(config: Any = None, /, **settings: Any) -> Outcome:
     """Brings the table at `dest` up to date with `source`: `segment(source=..., dest=..., model=..., ...)`.
 
-    The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen` and `should_stop`
-    are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
+    The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen` and
+    `should_stop` are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
     """
     from pipeline.config import SegmentConfig
     from pipeline.engine import run

@@ -513,7 +513,7 @@ def main() -> None:
     )
     try:
         # Outside its standalone mode Typer returns the code of `typer.Exit`, and None where nothing was raised.
-        status = app(standalone_mode=False) or OK
+        status = app(prog_name="maskmill", standalone_mode=False) or OK
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED

@@ -1,5 +1,5 @@
-"""Where workers live: in this process, in processes of this machine. Owns: starting them, calling them, noticing their death.
-Must not know: shards' order, retries, Ray (`ray_crew` is the same thing on a cluster).
+"""Where workers live: in this process, in processes of this machine. Owns: starting them, calling them, noticing
+their death. Must not know: shards' order, retries, Ray (`ray_crew` is the same thing on a cluster).
 
 A call is answered by a future. A worker that dies fails all its calls with WorkerDiedError.
 """
@@ -127,7 +127,8 @@ class InlineCrew:
 
 
 class ProcessMember:
-    """A worker in a process of its own, at the other end of a socket pair. When the parent dies, the child sees the end and exits."""
+    """A worker in a process of its own, at the other end of a socket pair. When the parent dies, the child sees the
+    end and exits."""
 
     def __init__(self) -> None:
         mine, theirs = Pipe(duplex=True)

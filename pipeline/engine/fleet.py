@@ -1,9 +1,10 @@
 """The fleet: shards over workers until every shard is committed. Owns: who does what, retries, replacement, bisection.
 Must not know: where workers live (a Crew does), what a shard holds, leases, planning.
 
-A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died twice is
-set aside; at the end it is bisected by probes that write nothing, and then committed once, under its own name, with the images
-that kill as `crashed_worker` rows.
+A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died
+twice is
+set aside; at the end it is bisected by probes that write nothing, and then committed once, under its own name, with
+the images that kill as `crashed_worker` rows.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class Fleet:
         on_receipt: Callable[[Receipt], None],
         on_progress: Callable[[FleetProgress], None],
     ) -> None:
-        """Does all tasks. Raises InterruptedFleetError after draining, InfrastructureError where the world fails for good.
+        """Does all tasks. Raises InterruptedFleetError after draining, InfrastructureError where the world fails for
+        good.
 
         Safe to call again with the tasks that are left.
         """
@@ -215,9 +217,7 @@ class Fleet:
                 for task in lost:
                     self._kills[task.ordinal] = self._kills.get(task.ordinal, 0) + 1
                     if self._kills[task.ordinal] >= _KILLS_TO_SET_ASIDE:
-                        log.warning(
-                            "shard %d has seen two workers die: set aside to be bisected", task.ordinal
-                        )
+                        log.warning("shard %d has seen two workers die: set aside to be bisected", task.ordinal)
                         self._aside.append(task)
                     else:
                         again.append(task)
@@ -275,7 +275,8 @@ class Fleet:
     # ── bisection ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _commit_without_killers(self, task: ShardTask) -> Receipt:
-        """Most shards that are set aside were only beside the one that kills: alone, they go through at the first try."""
+        """Most shards that are set aside were only beside the one that kills: alone, they go through at the first
+        try."""
         killers: set[int] = set(task.killers)
         for attempt in range(_BISECTIONS + 1):
             if attempt:
@@ -283,20 +284,17 @@ class Fleet:
             receipt = self._alone(task._replace(killers=frozenset(killers)))
             if receipt is not None:
                 return receipt
-        log.error(
-            "shard %d kills its workers in no single image: all its images are crashed_worker", task.ordinal
-        )
+        log.error("shard %d kills its workers in no single image: all its images are crashed_worker", task.ordinal)
         receipt = self._alone(task._replace(killers=frozenset(range(len(task.refs)))))
         if receipt is None:
-            raise InfrastructureError(
-                f"shard {task.ordinal} kills its worker without any image: see the workers' log"
-            )
+            raise InfrastructureError(f"shard {task.ordinal} kills its worker without any image: see the workers' log")
         return receipt
 
     def _killers(self, task: ShardTask, known: set[int]) -> set[int]:
         """Positions of images in whose sole company a worker dies twice, found by halving."""
         found: set[int] = set()
-        # The whole is known to kill; its halves are the first question. A span of nothing, or of known killers, asks none.
+        # The whole is known to kill; its halves are the first question. A span of nothing, or of known killers, asks
+        # none.
         spans = [(0, len(task.refs) // 2), (len(task.refs) // 2, len(task.refs))]
         while spans:
             start, stop = spans.pop()

@@ -40,10 +40,9 @@ class RayMember:
         elif isinstance(error, exceptions.RayTaskError):
             answer.set_exception(error.cause or error)
         elif isinstance(error, exceptions.RayError):
-            # ActorUnavailableError comes first when a node dies, ActorDiedError later: both mean that its shards start again.
-            answer.set_exception(
-                WorkerDiedError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            )
+            # ActorUnavailableError comes first when a node dies, ActorDiedError later: both mean that its shards
+            # start again.
+            answer.set_exception(WorkerDiedError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
         else:
             answer.set_exception(error)
 
@@ -54,8 +53,8 @@ class RayMember:
 class RayCrew:
     """A Ray cluster: the one at `address`, or one that is started on this machine and ended by `close`.
 
-    By default one actor per GPU where the cluster has GPUs, else one per node with all its CPUs. Raises UsageError where a
-    cluster of several nodes cannot see local paths, InfrastructureError where there is no cluster.
+    By default one actor per GPU where the cluster has GPUs, else one per node with all its CPUs. Raises UsageError
+    where a cluster of several nodes cannot see local paths, InfrastructureError where there is no cluster.
     """
 
     label = "Ray"
@@ -83,8 +82,8 @@ class RayCrew:
         if len(nodes) > 1 and local_paths:
             self.close()
             raise UsageError(
-                f"SOURCE or DEST is on local disk, and the Ray cluster has {len(nodes)} nodes: use object storage, or give "
-                "--shared-filesystem if the path means the same on all of them"
+                f"SOURCE or DEST is on local disk, and the Ray cluster has {len(nodes)} nodes: use object storage, "
+                "or give --shared-filesystem if the path means the same on all of them"
             )
         gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
         self.has_gpus = gpus > 0
@@ -100,7 +99,8 @@ class RayCrew:
         if actors and not self._gpus_per_actor and actors > len(able):
             share = [int(n["Resources"].get("CPU", 1)) // -(-actors // len(able)) for n in able]
         self.threads = threads or max(1, min(share))
-        self._actor = ray.remote(
+        remote: Any = ray.remote
+        self._actor = remote(
             num_gpus=self._gpus_per_actor,
             num_cpus=min(self.threads, max(1, min(share))),
             max_restarts=0,

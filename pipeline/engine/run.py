@@ -16,9 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal
 
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
@@ -26,20 +24,20 @@ from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
 from pipeline.engine.fleet import Fleet, FleetProgress, InterruptedFleetError
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Command, Ledger, Plan, RunRecord, WorkCounts, new_run_id
+from pipeline.engine.outcome import Estimate, Event, Listener, Outcome
 from pipeline.engine.plan import Question, choose_shard_size, shard_lists, work_left
+from pipeline.engine.reconciliation import Session, abandon, count_rows, reconcile
 from pipeline.engine.stream import StreamConfig
-from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec, code_digest
+from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
 from pipeline.errors import (
     InfrastructureError,
-    ReconciliationError,
     StorageError,
     SupersededError,
     UsageError,
 )
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
-from pipeline.table.catalog import open_duckdb, part_uris, read_parts_sql, sql_text
-from pipeline.table.parts import commit_empty
+from pipeline.table.catalog import part_uris
 
 log = logging.getLogger(__name__)
 
@@ -50,72 +48,15 @@ _REMOTE_FETCHES = 32
 _PROGRESS_EVERY_S = 5.0
 
 
-class Estimate(BaseModel):
-    """What a plan would cost. `basis` says where the figures come from."""
-
-    model_config = ConfigDict(frozen=True)
-
-    seconds: float | None
-    output_bytes: int | None
-    basis: str
-
-
-class Outcome(BaseModel):
-    """What a `segment` call came to. `run_id` is None where there was nothing to do."""
-
-    model_config = ConfigDict(frozen=True)
-
-    state: Literal["done", "planned", "interrupted", "canary_failed"]
-    run_id: str | None = None
-    runs: list[str] = []
-    engine: str = ""
-    images: int = 0
-    duplicates: int = 0
-    planned: int = 0
-    skipped: int = 0
-    held: int = 0
-    held_by: dict[str, int] = {}
-    ok: int = 0
-    errors: int = 0
-    errors_by_kind: dict[str, int] = {}
-    instances: int = 0
-    parts: int = 0
-    parts_bytes: int = 0
-    seconds: float = 0.0
-    images_per_s: float = 0.0
-    megapixels_per_s: float = 0.0
-    model_busy_fraction: float = 0.0
-    model_name: str = ""
-    model_version: str = ""
-    work: WorkCounts | None = None
-    shards: int = 0
-    estimate: Estimate | None = None
-
-    @property
-    def error_rate(self) -> float:
-        """Share of errors among this call's rows."""
-        return self.errors / max(1, self.ok + self.errors)
-
-
-class Event(NamedTuple):
-    """Something to tell people. `kind`: `note` (text), `warning` (text), `progress` (progress, total)."""
-
-    kind: Literal["note", "warning", "progress"]
-    text: str = ""
-    progress: FleetProgress | None = None
-    total: int = 0
-
-
-Listener = Callable[[Event], None]
-
-
 def segment(
     config: SegmentConfig, *, listen: Listener | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Outcome:
     """Brings the table at `config.dest` up to date with `config.source`, and says what that came to.
 
-    Guarantees: after state `done`, every image that was planned has exactly one row, counted from the Parts. Raises UsageError
-    (nothing changed), InfrastructureError (what was committed is kept). Safe to call again, after anything: it continues.
+    Guarantees: after state `done`, every image that was planned has exactly one row, counted from the Parts. Raises
+    UsageError
+    (nothing changed), InfrastructureError (what was committed is kept). Safe to call again, after anything: it
+    continues.
     """
     with tempfile.TemporaryDirectory(prefix="maskmill-") as scratch:
         return _Segmentation(
@@ -124,9 +65,7 @@ def segment(
 
 
 class _Segmentation:
-    def __init__(
-        self, config: SegmentConfig, scratch: Path, listen: Listener, should_stop: Callable[[], bool]
-    ) -> None:
+    def __init__(self, config: SegmentConfig, scratch: Path, listen: Listener, should_stop: Callable[[], bool]) -> None:
         self._config = config
         self._scratch = scratch
         self._listen = listen
@@ -179,9 +118,7 @@ class _Segmentation:
 
     def _is_long_dead(self, plan: Plan) -> bool:
         lease = read_lease(self._storage, self._ledger.uri(plan.run_id, "lease.json"))
-        touched_s = (
-            lease.get("at") or self._ledger.progress(plan.run_id).get("at") or plan.created_at.timestamp()
-        )
+        touched_s = lease.get("at") or self._ledger.progress(plan.run_id).get("at") or plan.created_at.timestamp()
         return time.time() - float(touched_s) > _DEAD_AFTER_S
 
     def _plan_and_work(self, model: Model) -> Outcome:
@@ -285,9 +222,7 @@ class _Segmentation:
         """The newest closed run of this model version."""
         if self._past_records is None:
             records = self._ledger.records(model_name=model.card.name)
-            self._past_records = [
-                r for r in records if r.plan.model_version == model.version and r.state == "done"
-            ]
+            self._past_records = [r for r in records if r.plan.model_version == model.version and r.state == "done"]
         return self._past_records[0] if self._past_records else None
 
     def _command(self, model: Model) -> Command:
@@ -388,9 +323,7 @@ class _Segmentation:
         """False where the canary's error rate is too high."""
         committed = set(self._ledger.committed(plan))
         bounds = plan.bounds()
-        already = sum(
-            bounds[ordinal][1] - bounds[ordinal][0] for ordinal in committed if ordinal < len(bounds)
-        )
+        already = sum(bounds[ordinal][1] - bounds[ordinal][0] for ordinal in committed if ordinal < len(bounds))
         tasks = (
             ShardTask(ordinal, refs, plan.part_uri(ordinal))
             for ordinal, refs in shard_lists(plan, self._frozen_list(plan), without=committed)
@@ -416,7 +349,7 @@ class _Segmentation:
                 if task.ordinal >= canary_shards:
                     break
             run(iter(first))
-            ok, errors = _count_rows(self._ledger, plan, set(range(canary_shards)))
+            ok, errors = count_rows(self._ledger, plan, set(range(canary_shards)))
             if errors > self._config.max_error_rate * (ok + errors):
                 self._listen(
                     Event(
@@ -480,9 +413,7 @@ class _Segmentation:
             self._fleet = Fleet(
                 self._the_crew(),
                 actors=self._wanted_actors(),
-                should_stop=lambda: (
-                    self._should_stop() or (self._superseded is not None and self._superseded.is_set())
-                ),
+                should_stop=lambda: self._should_stop() or (self._superseded is not None and self._superseded.is_set()),
                 drain_timeout_s=self._config.drain_timeout_s,
             )
         return self._fleet
@@ -512,7 +443,7 @@ class _Segmentation:
         parts, parts_bytes = sum(r.parts for r in closed), sum(r.parts_bytes for r in closed)
         if state in ("interrupted", "canary_failed") and plan is not None:
             committed = self._ledger.committed(plan)
-            some_ok, some_errors = _count_rows(self._ledger, plan, set(committed))
+            some_ok, some_errors = count_rows(self._ledger, plan, set(committed))
             ok, errors = ok + some_ok, errors + some_errors
             parts, parts_bytes = parts + len(committed), parts_bytes + sum(committed.values())
         # Rows of runs that were continued before this plan was made: done for the plan, but by this very call.
@@ -540,110 +471,12 @@ class _Segmentation:
             parts_bytes=parts_bytes,
             seconds=seconds,
             images_per_s=sum(r.images_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
-            megapixels_per_s=sum(r.megapixels_per_s * r.seconds for r in closed) / seconds
-            if seconds
-            else 0.0,
+            megapixels_per_s=sum(r.megapixels_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
             model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
             model_name=model.card.name,
             model_version=model.version,
             work=counts,
         )
-
-
-class Session(NamedTuple):
-    """One driver's share of a run: what it took, what its workers did, and what they ran on."""
-
-    seconds: float
-    progress: FleetProgress
-    devices: list[Device]
-
-
-def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
-    """Checks from the Parts themselves that every listed (uri, etag) of `plan` has its row, and sums them up.
-
-    Raises ReconciliationError where a row is missing or there is one too many; the run then stays open.
-    """
-    sizes = ledger.committed(plan)
-    shards = len(plan.bounds())
-    if set(sizes) != set(range(shards)):
-        raise ReconciliationError(
-            f"run {plan.run_id}: {len(set(range(shards)) - set(sizes))} of {shards} Parts are not there; the same command continues"
-        )
-    connection = open_duckdb(ledger.storage)
-    try:
-        rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
-        with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-            path = Path(folder, "manifest.parquet")
-            path.write_bytes(ledger.storage.get(ledger.uri(plan.run_id, "manifest.parquet")).data)
-            listed = f"read_parquet({sql_text(str(path))})"
-            missing = connection.execute(
-                f"SELECT count(*) FROM {listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag"
-            ).fetchone()[0]
-            first = connection.execute(
-                f"SELECT m.uri FROM {listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag LIMIT 1"
-            ).fetchone()
-        ok, errors, instances, megapixels, fetch, decode, infer, encode = connection.execute(
-            "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error'), "
-            "coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
-            "coalesce(sum(fetch_ms), 0), coalesce(sum(decode_ms), 0), coalesce(sum(infer_ms), 0), coalesce(sum(encode_ms), 0) "
-            f"FROM {rows}"
-        ).fetchone()
-        kinds = dict(
-            connection.execute(
-                f"SELECT error_kind, count(*) FROM {rows} WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1"
-            ).fetchall()
-        )
-    finally:
-        connection.close()
-    if missing or ok + errors != plan.counts.planned:
-        example = (
-            f"{missing} have none, for example {first[0]!r}" if missing else "some images have more than one"
-        )
-        raise ReconciliationError(
-            f"run {plan.run_id}: {ok + errors} rows for {plan.counts.planned} listed images; {example}"
-        )
-    seconds, progress = session.seconds, session.progress
-    images_per_s = progress.rows / seconds if seconds else 0.0
-    return RunRecord(
-        state="done",
-        closed_at=dt.datetime.now(dt.UTC),
-        plan=plan,
-        ok=ok,
-        errors=errors,
-        errors_by_kind=kinds,
-        parts=shards,
-        parts_bytes=sum(sizes.values()),
-        instances=instances,
-        megapixels=megapixels,
-        stage_ms={"fetch": fetch, "decode": decode, "infer": infer, "encode": encode},
-        seconds=seconds,
-        images_per_s=images_per_s,
-        megapixels_per_s=images_per_s * megapixels / max(1, ok + errors),
-        model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
-        workers=[device._asdict() for device in session.devices],
-    )
-
-
-def abandon(ledger: Ledger, plan: Plan, *, ttl_s: float) -> RunRecord:
-    """Gives a run up for good: takes every name that is still free, so that late workers find it taken, then closes it.
-
-    Raises HeldError where a live driver holds it. What was committed stays.
-    """
-    with Lease(ledger.storage, ledger.uri(plan.run_id, "lease.json"), ttl_s=ttl_s):
-        closed = ledger.record(plan.run_id)
-        if closed is not None:
-            return closed
-        for ordinal in sorted(set(range(len(plan.bounds()))) - set(ledger.committed(plan))):
-            commit_empty(ledger.storage, plan.part_uri(ordinal))
-        ok, errors = _count_rows(ledger, plan, set(range(len(plan.bounds()))))
-        sizes = ledger.committed(plan)
-        record = RunRecord(
-            state="abandoned", closed_at=dt.datetime.now(dt.UTC), plan=plan, ok=ok, errors=errors, errors_by_kind={},
-            parts=len(sizes), parts_bytes=sum(sizes.values()), instances=0, megapixels=0.0, stage_ms={}, seconds=0.0,
-            images_per_s=0.0, megapixels_per_s=0.0, model_busy_fraction=0.0, workers=[],
-        )  # fmt: skip
-        ledger.close(record)
-        return record
 
 
 def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Literal["local", "ray"], str]:
@@ -669,26 +502,11 @@ def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: st
             actors=config.actors,
             gpus_per_actor=config.gpus_per_actor,
             threads=config.threads,
-            local_paths=not config.shared_filesystem
-            and (source.startswith("file:") or dest.startswith("file:")),
+            local_paths=not config.shared_filesystem and (source.startswith("file:") or dest.startswith("file:")),
         )
     if source.startswith("memory:") or dest.startswith("memory:"):
         return InlineCrew(actors=config.actors or 1, threads=config.threads)
     return LocalCrew(actors=config.actors or 1, threads=config.threads)
-
-
-def _count_rows(ledger: Ledger, plan: Plan, ordinals: set[int]) -> tuple[int, int]:
-    if not ordinals:
-        return 0, 0
-    connection = open_duckdb(ledger.storage)
-    try:
-        ok, errors = connection.execute(
-            "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error') FROM "
-            + read_parts_sql([plan.part_uri(ordinal) for ordinal in sorted(ordinals)])
-        ).fetchone()
-        return int(ok), int(errors)
-    finally:
-        connection.close()
 
 
 def _chain(first: list[ShardTask], then: Iterator[ShardTask]) -> Iterator[ShardTask]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.engine.lease import process_start, read_lease, this_host
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
-from pipeline.engine.run import abandon
+from pipeline.engine.reconciliation import abandon
 from pipeline.errors import UsageError
 from pipeline.storage import normalize_uri, open_storage
 

@@ -3,10 +3,12 @@ Owns: the threads, the batches, the budget, what happens to one image. Must not 
 
     refs ─▶ window of fetches ─▶ decode ─▶ batch slots ─▶ model thread ─▶ encode ─▶ rows
 
-One pool of threads decodes and encodes, rows first: on few cores a second pool only fights the first for the interpreter.
-Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches (or, when nothing
-else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded pixels from the moment
-that they are opened until their rows are made.
+One pool of threads decodes and encodes, rows first: on few cores a second pool only fights the first for the
+interpreter.
+Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches (or, when
+nothing
+else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded pixels from
+the moment that they are opened until their rows are made.
 """
 
 from __future__ import annotations
@@ -24,35 +26,30 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.masks import Instance, count_regions_by_class, encode_mask_png, mask_crc32
+from models.masks import Instance
 from pipeline.corpus.decode import decode, image_statistics, peek
+from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import WORLD_KINDS, ImageError, StorageError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
 
 _CHUNK_IMAGES = 16
-_MESSAGE_CHARS = 500
 
 
 class StreamConfig(BaseModel):
-    """How a stream works. `batch_size` and `batch_pixels` are the frozen batch shape; the rest changes only the speed."""
+    """How a stream works. `batch_size` and `batch_pixels` are the frozen batch shape; the rest changes only the
+    speed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int = Field(8, ge=1, description="Slots of a batch, at most.")
-    batch_pixels: int = Field(
-        4 << 20, ge=1, description="Pixels of a batch, at most; a larger image goes alone."
-    )
-    memory_bytes: int = Field(
-        1 << 30, ge=1, description="Bytes of batches in flight; one larger batch goes alone."
-    )
+    batch_pixels: int = Field(4 << 20, ge=1, description="Pixels of a batch, at most; a larger image goes alone.")
+    memory_bytes: int = Field(1 << 30, ge=1, description="Bytes of batches in flight; one larger batch goes alone.")
     threads: int = Field(2, ge=1, description="Threads that decode and encode.")
     fetch_threads: int = Field(0, ge=0, description="Fetches in flight; 0: the decoding threads read by themselves.")
     max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large`.")
-    breaker_images: int = Field(
-        1000, ge=1, description="Outcomes over which failures of the world are watched."
-    )
+    breaker_images: int = Field(1000, ge=1, description="Outcomes over which failures of the world are watched.")
 
 
 class SegmenterLike(Protocol):
@@ -78,16 +75,16 @@ class Work(NamedTuple):
     left: list[int]
     done: Future[None]
 
+    def ref(self, row: int) -> Ref:
+        """One of its images."""
+        return Ref(self.uris[row], self.etags[row], self.attempts[row], self.sizes_bytes[row])
+
 
 class _Item(NamedTuple):
     work: Work
     row: int
     blob: Blob
-    height: int
-    width: int
-    image_format: str
-    brightness: float
-    contrast: float
+    picture: Picture
     timings: dict[str, float]
 
 
@@ -156,10 +153,7 @@ class Stream:
         self._segmenter = segmenter
         self._fetch = fetch
         self._config = config
-        self._stamp = dict(stamp)
-        self._classes = {c.id: c for c in segmenter.card.classes}
-        self._background_id = segmenter.card.background_id
-        self._palette = segmenter.card.palette
+        self._rows_of = RowMaker(segmenter, stamp)
 
         self._state = threading.Condition()
         self._feed: deque[tuple[Work, list[int]]] = deque()
@@ -192,7 +186,8 @@ class Stream:
             thread.start()
 
     def submit(self, refs: pa.Table, add_rows: Callable[[Sequence[Mapping[str, Any]]], None]) -> Future[None]:
-        """Takes up `refs` (schema `WORK`). `add_rows` gets every row once, one caller at a time; then the future is done.
+        """Takes up `refs` (schema `WORK`). `add_rows` gets every row once, one caller at a time; then the future is
+        done.
 
         The future carries an exception only where the stream itself broke: an image never breaks it.
         """
@@ -322,7 +317,7 @@ class Stream:
             failure = (error.kind, str(error))
         except MemoryError as error:
             failure = ("out_of_memory", f"no memory to decode: {error}")
-        except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
+        except Exception as error:
             log.warning("decoding %r failed in an unforeseen way", work.uris[index], exc_info=True)
             failure = ("corrupt", f"{type(error).__name__}: {error}")
         decoded_s = time.perf_counter()
@@ -330,18 +325,14 @@ class Stream:
         if failure is not None:
             if held is not None:
                 self._give_back(*held)
-            self._emit(work, [self._error_row(work, index, blob, *failure) | timings])
+            self._emit(work, [self._rows_of.error(work.ref(index), blob, *failure) | timings])
             return
         assert blob is not None
         item = _Item(
             work=work,
             row=index,
             blob=blob._replace(data=b""),
-            height=height,
-            width=width,
-            image_format=decoded.format,
-            brightness=brightness,
-            contrast=contrast,
+            picture=Picture(height, width, decoded.format, brightness, contrast),
             timings=timings,
         )
         with self._state:
@@ -363,7 +354,8 @@ class Stream:
         return max(1, min(self._config.batch_size, self._config.batch_pixels // (canvas[0] * canvas[1])))
 
     def _acquire(self, canvas: tuple[int, int]) -> tuple[_Batch, int]:
-        """A free slot for `canvas`. While opening one more batch would pass the budget, helps to make rows, or waits."""
+        """A free slot for `canvas`. While opening one more batch would pass the budget, helps to make rows, or
+        waits."""
         slots = self._slots(canvas)
         size_bytes = slots * canvas[0] * canvas[1] * 3
         waiting = False
@@ -510,13 +502,13 @@ class Stream:
                 try:
                     if isinstance(prediction, Exception):
                         raise prediction
-                    row = self._ok_row(item, prediction)
+                    row = self._rows_of.ok(item.work.ref(item.row), item.blob, item.picture, prediction)
                 except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
                     memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
                     kind = "out_of_memory" if memory else "model_failed"
                     message = f"{type(error).__name__}: {error}"
-                    row = self._error_row(item.work, item.row, item.blob, kind, message)
-                    row |= {"width": item.width, "height": item.height, "image_format": item.image_format}
+                    row = self._rows_of.error(item.work.ref(item.row), item.blob, kind, message)
+                    row |= item.picture._asdict()
                 row["processed_at"] = processed_at
                 row |= item.timings
                 row["infer_ms"] = answered.infer_ms
@@ -532,85 +524,6 @@ class Stream:
                 self._outstanding -= 1
                 self._spare.append(batch.images_NHWC)
                 self._state.notify_all()
-
-    def _ok_row(self, item: _Item, prediction: Any) -> dict[str, Any]:
-        class_ids, instances = self._segmenter.postprocess(prediction)
-        if class_ids is prediction.class_ids:
-            counted = zip(self._classes, prediction.pixels.tolist(), strict=True)
-        else:
-            counts = np.bincount(class_ids.reshape(-1), minlength=len(self._palette)).tolist()
-            counted = zip(self._classes, (counts[class_id] for class_id in self._classes), strict=True)
-        pixels = dict(counted)
-        regions = count_regions_by_class(class_ids)
-        total = class_ids.size
-        classes = [
-            {
-                "class_id": class_id,
-                "name": self._classes[class_id].name,
-                "pixels": count,
-                "fraction": count / total,
-                "mean_confidence": float(confidence) if np.isfinite(confidence) else None,
-                "regions": regions[class_id],
-            }
-            for (class_id, count), confidence in zip(pixels.items(), prediction.confidence, strict=True)
-            if count
-        ]
-        background = 0 if self._background_id is None else pixels[self._background_id]
-        instance_rows = [
-            {
-                "class_id": one.class_id,
-                "name": self._classes[one.class_id].name,
-                "score": one.score,
-                "bbox": list(one.bbox),
-                "area": one.area,
-                "rle": one.rle,
-            }
-            for one in instances
-        ]
-        row = self._row(item.work, item.row, item.blob)
-        row |= {
-            "width": item.width,
-            "height": item.height,
-            "image_format": item.image_format,
-            "status": "ok",
-            "mean_confidence": float(prediction.mean_confidence),
-            "mean_entropy": float(prediction.mean_entropy),
-            "foreground_fraction": 1.0 - background / total,
-            "brightness": item.brightness,
-            "contrast": item.contrast,
-            "classes": classes,
-            "mask": {"bytes": encode_mask_png(class_ids, self._palette), "path": None},
-            "mask_crc32": mask_crc32(class_ids, [one.rle for one in instances]),
-            "instances": instance_rows if self._stamp.get("task") == "instance" else None,
-        }
-        return row
-
-    def _row(self, work: Work, index: int, blob: Blob | None) -> dict[str, Any]:
-        row: dict[str, Any] = dict(self._stamp)
-        row["image_uri"] = work.uris[index]
-        row["listed_etag"] = work.etags[index]
-        row["attempt"] = work.attempts[index]
-        row["image_etag"] = blob.etag if blob else None
-        row["image_bytes"] = blob.size_bytes if blob else work.sizes_bytes[index]
-        row["image_modified"] = blob.modified if blob else None
-        return row
-
-    def _error_row(
-        self, work: Work, index: int, blob: Blob | None, kind: str, message: str
-    ) -> dict[str, Any]:
-        row = self._row(work, index, blob)
-        row["processed_at"] = dt.datetime.now(dt.UTC)
-        row |= {"status": "error", "error_kind": kind, "error_message": message[:_MESSAGE_CHARS]}
-        return row
-
-    def error_row(self, refs: pa.Table, index: int, kind: str, message: str) -> dict[str, Any]:
-        """The row of an image that must not be touched again (one that kills the process)."""
-        ref = refs.slice(index, 1).to_pylist()[0]
-        row = dict(self._stamp)
-        row |= {"image_uri": ref["uri"], "listed_etag": ref["etag"], "attempt": ref["attempt"]}
-        row |= {"image_bytes": ref["size_bytes"], "processed_at": dt.datetime.now(dt.UTC)}
-        row |= {"status": "error", "error_kind": kind, "error_message": message[:_MESSAGE_CHARS]}
-        return row
 
     def _emit(self, work: Work, rows: list[dict[str, Any]]) -> None:
         with work.lock:

@@ -1,5 +1,5 @@
-"""A worker: one process's Segmenter and Stream, fed with shards. Owns: a shard's way from references to a committed Part.
-Must not know: Ray, leases, planning, other workers.
+"""A worker: one process's Segmenter and Stream, fed with shards. Owns: a shard's way from references to a committed
+Part. Must not know: Ray, leases, planning, other workers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Precision
+from pipeline.engine.rows import Ref, RowMaker
 from pipeline.engine.stream import SegmenterLike, Stream, StreamConfig, StreamCounts
 from pipeline.errors import InfrastructureError
 from pipeline.storage import Blob, Storage, open_storage
@@ -90,7 +91,8 @@ class WorldFailingError(InfrastructureError):
 
 
 def code_digest() -> str:
-    """First 12 hex of the SHA-256 over this installation's `models` and `pipeline` sources: driver and actors must agree."""
+    """First 12 hex of the SHA-256 over this installation's `models` and `pipeline` sources: driver and actors must
+    agree."""
     digest = hashlib.sha256()
     for package in ("models", "pipeline"):
         root = resources.files(package)
@@ -117,31 +119,24 @@ def describe_device() -> Device:
     from models.segmenter import default_device, supports_bf16
 
     device = default_device()
-    name = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     software = {"python": platform.python_version()}
     for package in _SOFTWARE:
         try:
             software[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return Device(
-        socket.gethostname(), device, name, supports_bf16(device), len(os.sched_getaffinity(0)), software
-    )
+    return Device(socket.gethostname(), device, name, supports_bf16(device), len(os.sched_getaffinity(0)), software)
 
 
 class Worker:
     """One Segmenter, resident on its device, and the Stream around it.
 
-    `run` may be called from several threads; the shards then share batches and the pipeline never runs dry between them.
+    `run` may be called from several threads; the shards then share batches and the pipeline never runs dry between
+    them.
     """
 
-    def __init__(
-        self, spec: WorkerSpec, model: bytes, *, load: Callable[..., SegmenterLike] | None = None
-    ) -> None:
+    def __init__(self, spec: WorkerSpec, model: bytes, *, load: Callable[..., SegmenterLike] | None = None) -> None:
         here = code_digest()
         if here != spec.code_digest:
             raise InfrastructureError(
@@ -161,19 +156,23 @@ class Worker:
             "task": segmenter.card.task,
         }
         self._stores: dict[str, Storage] = {}
+        self._rows_of = RowMaker(segmenter, stamp)
         self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
 
     def run(self, task: ShardTask) -> Receipt:
-        """Does `task` and commits its Part. Raises StorageError where the commit fails, WorldFailingError where the world does.
+        """Does `task` and commits its Part. Raises StorageError where the commit fails, WorldFailingError where the
+        world does.
 
         Safe to retry: a Part is never replaced.
         """
         builder = PartBuilder(model_name=self._spec.model_name, card_json=self._card_json)
         refs = task.refs
         if task.killers:
+            message = "the process died each time that it touched this image"
             for index in sorted(task.killers):
-                message = "the process died each time that it touched this image"
-                builder.add([self._stream.error_row(refs, index, "crashed_worker", message)])
+                one = refs.slice(index, 1).to_pylist()[0]
+                ref = Ref(one["uri"], one["etag"], one["attempt"], one["size_bytes"])
+                builder.add([self._rows_of.error(ref, None, "crashed_worker", message)])
             refs = refs.take(pa.array([i for i in range(len(refs)) if i not in task.killers], pa.int64()))
         self._stream.submit(refs, builder.add).result()
         if task.probe:

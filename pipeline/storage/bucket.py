@@ -288,9 +288,8 @@ class BucketStorage:
         except (BaseError, OSError) as error:
             raise failure("list", prefix_uri, error) from error
         base = f"{self._scheme}://{bucket}/"
-        return [(base + one["path"], one["size"]) for one in found["objects"]], [
-            base + p for p in found["common_prefixes"]
-        ]
+        files = [(base + one["path"], one["size"]) for one in found["objects"]]
+        return Folder(files, [base + folder for folder in found["common_prefixes"]])
 
     # -- plumbing
 

@@ -1,14 +1,16 @@
 """kill -9 at random moments, again and again, over one corpus: the driver, its workers, Ray actors, whole Ray nodes.
 
-Whatever was killed, the same command is run again until it ends by itself. Afterwards each image has exactly one terminal
-row, masks equal those of an undisturbed run bit for bit, and no process is left behind. `MASKMILL_CHAOS_SEED` repeats a
-sequence of choices (moments are as exact as the machine's scheduling).
+Whatever was killed, the same command is run again until it ends by itself. Afterwards each image has exactly one
+terminal row, masks equal those of an undisturbed run bit for bit, and no process is left behind. `MASKMILL_CHAOS_SEED`
+repeats a sequence of choices (moments are as exact as the machine's scheduling).
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -79,15 +81,17 @@ def chance() -> random.Random:
 
 
 @pytest.fixture
-def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Set for all processes that the test starts; afterwards none of them may live. Their scratch files go to `tmp_path`."""
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """In the environment of all processes that the test starts, with a folder for what killed ones cannot remove."""
     mark = uuid.uuid4().hex
+    scratch = tempfile.mkdtemp(prefix="chaos-")  # not pytest's: Ray's sockets need a short path
     monkeypatch.setenv(MARK, mark)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", scratch)
     try:
         yield mark
     finally:
         kill_all(marked(mark))
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Moments:
@@ -132,7 +136,7 @@ def _report(moments: Moments, dest: Path, began_s: float, lives: int) -> None:
 
 
 def _end(command: Command) -> None:
-    """The command is to have ended well, or to end so now."""
+    """The command has ended well, or does so now."""
     assert command.outcome(timeout_s=200)["errors"] == 0
 
 
@@ -144,9 +148,7 @@ def test_drivers_and_workers(case: Case, tmp_path: Path, chance: random.Random, 
         command = Command(case.source, dest, "--model", case.model, "--engine", "local", *FLAGS)
         lives += 1
         worker_kills = 0
-        while moments.kills_left:
-            if not moments.wait(command):
-                break
+        while moments.kills_left and moments.wait(command):
             workers = [p for p in command.family() if _is(p, "pipeline.engine.crew")]
             if workers and worker_kills < KILLS_PER_LIFE and chance.random() < 0.4:
                 kill_all(workers)
@@ -158,10 +160,8 @@ def test_drivers_and_workers(case: Case, tmp_path: Path, chance: random.Random, 
             moments.struck("driver")
             wait_until(lambda: not marked(mark), what="the end of a dead driver's workers", poll_s=0.05)
             break
-        if command.process.returncode is None:
-            _end(command)
         else:
-            assert command.process.returncode in (0, -9), "only a kill ends a command otherwise than well"
+            _end(command)
     final = Command(case.source, dest, "--model", case.model, "--engine", "local", *FLAGS)
     _end(final)
     _report(moments, dest, began_s, lives + 1)
@@ -200,16 +200,7 @@ def test_ray_drivers_actors_and_nodes(
 ) -> None:
     dest, began_s, lives = tmp_path / "out", time.monotonic(), 0
     moments = Moments(chance, dest, RAY_KILLS)
-    flags = (
-        *FLAGS,
-        "--engine",
-        "ray",
-        "--ray-address",
-        cluster.address,
-        "--shared-filesystem",
-        "--max-error-rate",
-        "0",
-    )
+    flags = (*FLAGS, "--engine", "ray", "--ray-address", cluster.address, "--shared-filesystem")
 
     def actors() -> list[psutil.Process]:
         return [process for process in marked(mark) if _is(process, "ray::Host")]
@@ -233,10 +224,8 @@ def test_ray_drivers_actors_and_nodes(
                 break
             soft_kills += 1
             moments.struck(victim)
-        if command.process.returncode is None:
-            _end(command)
         else:
-            assert command.process.returncode in (0, -9), "only a kill ends a command otherwise than well"
+            _end(command)
     _end(Command(case.source, dest, "--model", case.model, *flags))
     _report(moments, dest, began_s, lives + 1)
     assert sum(moments.kills.values()) == RAY_KILLS and len(moments.kills) >= 2

@@ -82,7 +82,9 @@ class ScriptedCrew:
     has_gpus = False
 
     def __init__(
-        self, deadly: Callable[[list[str]], bool] = lambda uris: False, start_errors: list[Exception | None] | None = None
+        self,
+        deadly: Callable[[list[str]], bool] = lambda uris: False,
+        start_errors: list[Exception | None] | None = None,
     ) -> None:
         self.diary = Diary()
         self._deadly = deadly
@@ -102,12 +104,20 @@ def shards(count: int, size: int) -> list[ShardTask]:
     tasks = []
     for ordinal in range(count):
         uris = [f"{ordinal}/{i}" for i in range(size)]
-        columns = {"uri": uris, "etag": ["e"] * size, "size_bytes": [1] * size, "modified": [None] * size, "attempt": [1] * size}
+        columns = {
+            "uri": uris,
+            "etag": ["e"] * size,
+            "size_bytes": [1] * size,
+            "modified": [None] * size,
+            "attempt": [1] * size,
+        }
         tasks.append(ShardTask(ordinal, pa.table(columns, schema=WORK), f"part-{ordinal}"))
     return tasks
 
 
-def run(crew: ScriptedCrew, tasks: list[ShardTask], *, actors: int = 2, stop: Callable[[], bool] = lambda: False) -> list[Receipt]:
+def run(
+    crew: ScriptedCrew, tasks: list[ShardTask], *, actors: int = 2, stop: Callable[[], bool] = lambda: False
+) -> list[Receipt]:
     receipts: list[Receipt] = []
     fleet = Fleet(crew, actors=actors, should_stop=stop, drain_timeout_s=5.0)
     fleet.load(None, b"")  # type: ignore[arg-type]
@@ -173,7 +183,7 @@ def test_a_worker_that_dies_at_the_start_is_replaced() -> None:
 
 def test_workers_that_never_come_up_are_the_worlds_failure() -> None:
     crew = ScriptedCrew(start_errors=[WorkerDiedError("out of memory")] * 50)
-    with pytest.raises(InfrastructureError, match="died before they were ready.*out of memory"):
+    with pytest.raises(InfrastructureError, match=r"died before they were ready.*out of memory"):
         run(crew, shards(3, 1), actors=1)
 
 

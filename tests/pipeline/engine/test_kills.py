@@ -1,4 +1,5 @@
-"""kill -9, once each: the driver, a worker, a Ray actor, a Ray node. Afterwards the same command leaves one row per image."""
+"""kill -9, once each: the driver, a worker, a Ray actor, a Ray node. Afterwards the same command leaves one row per
+image."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ def test_a_paused_driver_that_wakes_up_adds_nothing(case: Case, tmp_path: Path) 
     finally:
         for process in everyone:
             process.send_signal(signal.SIGCONT)
-    out, err = first.process.communicate(timeout=60)
+    _, err = first.process.communicate(timeout=60)
     assert first.process.returncode in (0, 1), err
     assert part_count(dest) == before
     assert terminal_rows(dest) == case.calm
@@ -96,7 +97,8 @@ def test_a_paused_driver_that_wakes_up_adds_nothing(case: Case, tmp_path: Path) 
 def test_an_image_that_kills_its_process_is_one_row(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The killer is real: a sitecustomize in the workers' path makes the decoder of one image end the process by SIGKILL."""
+    """The killer is real: a sitecustomize in the workers' path makes the decoder of one image end the process by
+    SIGKILL."""
     poison = tmp_path / "site"
     poison.mkdir()
     victim = sorted(path.name for path in case.source.iterdir())[11]
@@ -155,9 +157,13 @@ def _actors() -> list[psutil.Process]:
 @pytest.mark.ray
 def test_local_paths_are_refused_on_a_cluster_of_several_nodes(case: Case, tmp_path: Path, ray_cluster: Any) -> None:
     cluster, _ = ray_cluster
-    with pytest.raises(UsageError, match="local disk.*3 nodes.*--shared-filesystem"):
+    with pytest.raises(UsageError, match=r"local disk.*3 nodes.*--shared-filesystem"):
         pipeline.segment(
-            source=str(case.source), dest=str(tmp_path / "out"), model=str(case.model), ray_address=cluster.address, **SHAPE
+            source=str(case.source),
+            dest=str(tmp_path / "out"),
+            model=str(case.model),
+            ray_address=cluster.address,
+            **SHAPE,
         )
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ from handmade import answers_of, make_image, part_paths, rows_of, touch_later
 import pipeline
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
-from pipeline.engine.run import Event, Outcome
+from pipeline.engine.outcome import Event, Outcome
 from pipeline.errors import BYTES_KINDS, HeldError, ModelError, ReconciliationError, UsageError
 
 

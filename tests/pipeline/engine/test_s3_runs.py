@@ -23,7 +23,7 @@ from harness import (
 
 import pipeline
 from pipeline import cli
-from pipeline.engine.run import Event, Outcome
+from pipeline.engine.outcome import Event, Outcome
 from pipeline.storage import bucket as bucket_storage
 
 pytestmark = pytest.mark.s3

@@ -50,7 +50,9 @@ class Threshold:
 
     def finish(self, pending: Any) -> list[Prediction]:
         return [
-            Prediction(ids, np.bincount(ids.reshape(-1), minlength=2).astype(np.int64), np.array([0.5, 0.5]), 0.5, 0.1, None)
+            Prediction(
+                ids, np.bincount(ids.reshape(-1), minlength=2).astype(np.int64), np.array([0.5, 0.5]), 0.5, 0.1, None
+            )
             for ids in pending
         ]
 
@@ -70,7 +72,13 @@ def write(folder: Path, sizes: list[tuple[int, int]]) -> list[str]:
 
 def refs(uris: list[str]) -> pa.Table:
     count = len(uris)
-    columns = {"uri": uris, "etag": ["e"] * count, "size_bytes": [1] * count, "modified": [None] * count, "attempt": [1] * count}
+    columns = {
+        "uri": uris,
+        "etag": ["e"] * count,
+        "size_bytes": [1] * count,
+        "modified": [None] * count,
+        "attempt": [1] * count,
+    }
     return pa.table(columns, schema=WORK)
 
 
@@ -107,7 +115,9 @@ def test_every_image_becomes_one_true_row(tmp_path: Path) -> None:
         assert row["foreground_fraction"] == pytest.approx(truth.mean())
 
 
-@pytest.mark.parametrize("config", [{"batch_size": 1}, {"batch_size": 3, "threads": 1}, {"batch_size": 16, "fetch_threads": 4}])
+@pytest.mark.parametrize(
+    "config", [{"batch_size": 1}, {"batch_size": 3, "threads": 1}, {"batch_size": 16, "fetch_threads": 4}]
+)
 def test_batching_changes_no_mask(tmp_path: Path, config: dict[str, int]) -> None:
     uris = write(tmp_path, SIZES)
     assert masks(run(Threshold(), [uris], **config)) == masks(run(Threshold(), [uris[::-1]], batch_size=4))
@@ -140,7 +150,8 @@ def test_lists_share_batches_but_not_rows(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_and_a_larger_image_goes_alone(tmp_path: Path) -> None:
-    """The budget holds two small batches; the large image is five times the budget. All come through, never too much at once."""
+    """The budget holds two small batches; the large image is five times the budget. All come through, never too much
+    at once."""
     budget = 2 * 4 * 64 * 64 * 3
     uris = write(tmp_path, [(64, 64)] * 40 + [(64 * 8, 64 * 4)] + [(32, 64)] * 40)
     seen: list[int] = []
