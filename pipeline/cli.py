@@ -1,41 +1,35 @@
-"""The command `maskmill`. Owns: the screen, signals, exit statuses. Must not know: how anything is done.
+"""The command `maskmill`. Owns: options, signals, exit statuses. Must not know: how anything is done, or how it looks.
 
 Exit status: 0 done; 1 infrastructure failed; 2 wrong usage; 3 done with too many errors; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import json
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from pipeline import screen
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.errors import MaskmillError, UsageError
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
-_LINE_EVERY_S = 30.0
-_BATCH_ROWS = 2048
 #: Options that are not named as their field of SegmentConfig.
 _FIELD_OPTIONS = {
     "source": "SOURCE",
@@ -59,64 +53,6 @@ Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `maskmill runs list` shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME", help="AWS profile for DEST.")]
-
-
-class _Screen:
-    """Everything that `segment` shows, on stderr: stdout belongs to results."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self._quiet = quiet
-        self._live = self.console.is_terminal and not quiet
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._told_s = time.monotonic()
-        self._seen: tuple[float, int] | None = None
-
-    def listen(self, event: Any) -> None:
-        if event.kind == "progress":
-            self._progress(event.progress, event.total)
-        elif event.kind == "warning":
-            self.console.print(Text.assemble(("warning:", "yellow"), " ", _plain(event.text)))
-        elif not self._quiet:
-            self.console.print(Text(_plain(event.text), style="dim"))
-
-    def _progress(self, progress: Any, total: int) -> None:
-        now_s = time.monotonic()
-        self._seen = self._seen or (now_s, progress.rows)
-        elapsed_s = now_s - self._seen[0]
-        rate = (progress.rows - self._seen[1]) / elapsed_s if elapsed_s > 0 else 0.0
-        if self._live:
-            if self._bar is None:
-                self._bar = Progress(
-                    TextColumn("{task.completed}/{task.total} images"),
-                    BarColumn(),
-                    TextColumn("{task.fields[rate]:.1f}/s"),
-                    TimeRemainingColumn(),
-                    TextColumn("left, {task.fields[errors]} errors, {task.fields[actors]} actors"),
-                    console=self.console,
-                )
-                self._bar.start()
-                self._task = self._bar.add_task("", total=total, rate=0.0, errors=0, actors=0)
-            self._bar.update(
-                self._task,
-                completed=progress.rows,
-                total=total,
-                rate=rate,
-                errors=progress.errors,
-                actors=progress.actors,
-            )
-        elif now_s - self._told_s >= _LINE_EVERY_S:
-            self._told_s = now_s
-            left_s = (total - progress.rows) / rate if rate else 0.0
-            self.console.print(
-                f"{progress.rows}/{total} images, {rate:.1f}/s, {left_s:.0f} s left, {progress.errors} errors, "
-                f"{progress.actors} actors"
-            )
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
 
 
 @contextmanager
@@ -240,107 +176,22 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
     )  # type: ignore[arg-type] # fmt: skip
-    screen = _Screen(quiet=as_json)
+    display = screen.Screen(quiet=as_json)
     try:
-        with _interruptible(screen.console) as should_stop:
-            outcome = pipeline.segment(config, listen=screen.listen, should_stop=should_stop)
+        with _interruptible(display.console) as should_stop:
+            outcome = pipeline.segment(config, listen=display.listen, should_stop=should_stop)
     finally:
-        screen.close()
+        display.close()
     if as_json:
-        print(json.dumps(_as_json(outcome)))
+        print(json.dumps(screen.as_json(outcome)))
     elif outcome.state == "planned":
-        _print_plan(outcome, dest)
+        screen.print_plan(outcome, dest)
     else:
-        _print_outcome(outcome, dest)
+        screen.print_outcome(outcome, dest)
     if outcome.state == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if outcome.state == "canary_failed" or outcome.error_rate > max_error_rate:
         raise typer.Exit(TOO_MANY_ERRORS)
-
-
-def _as_json(outcome: Any) -> dict[str, Any]:
-    body = outcome.model_dump(mode="json", exclude={"work", "estimate", "shards"})
-    if outcome.state == "planned":
-        body |= {"shards": outcome.shards, "work": outcome.work.model_dump(mode="json")}
-        body["estimate"] = outcome.estimate.model_dump(mode="json") if outcome.estimate else None
-    return dict(body)
-
-
-def _print_outcome(outcome: Any, dest: str) -> None:
-    out = _stdout()
-    if not outcome.runs and outcome.state == "interrupted":
-        out.print("interrupted before anything was planned: nothing was changed")
-        return
-    if not outcome.runs:
-        out.print(
-            f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"
-        )
-        return
-    word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[outcome.state]
-    out.print(f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row(
-        "images",
-        f"{outcome.images} ({outcome.skipped} done before, {outcome.held} held, {outcome.duplicates} duplicates)",
-    )
-    table.add_row("rows", f"{outcome.ok} ok, {outcome.errors} errors{_kinds(outcome.errors_by_kind)}")
-    if outcome.instances:
-        table.add_row("instances", str(outcome.instances))
-    table.add_row("parts", f"{outcome.parts} files, {_size(outcome.parts_bytes)}")
-    if outcome.seconds:
-        table.add_row(
-            "speed",
-            f"{outcome.images_per_s:.1f} images/s, {outcome.megapixels_per_s:.1f} Mpixel/s, {outcome.seconds:.1f} s, "
-            f"model busy {outcome.model_busy_fraction:.0%}",
-        )
-    out.print(table)
-    if outcome.state == "interrupted":
-        out.print("the same command continues where this one stopped")
-
-
-def _print_plan(outcome: Any, dest: str) -> None:
-    work = outcome.work
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("images", f"{work.images} ({work.duplicates} duplicate URIs)")
-    table.add_row("done", str(work.done))
-    table.add_row("given up", f"{work.exhausted} (failed too often; --retry-errors takes them up)")
-    table.add_row("held", f"{work.held} by open runs")
-    for run_id, number in work.held_by.items():
-        table.add_row(
-            "",
-            Text(f"{number} by {run_id}: its own command continues it; maskmill runs abandon {_plain(dest)} {run_id}"),
-        )
-    table.add_row(
-        "left",
-        f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
-        + (f", {work.repeated} forced again" if work.repeated else ""),
-    )
-    table.add_row("planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards")
-    if outcome.estimate:
-        estimate = outcome.estimate
-        table.add_row(
-            "estimate",
-            f"{estimate.seconds:.0f} s, {_size(estimate.output_bytes)} of Parquet, from {estimate.basis}",
-        )
-    _stdout().print(table)
-
-
-def _stdout() -> Console:
-    """Wide where nobody looks, so that scripts and logs get one line a row."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-
-
-def _kinds(kinds: dict[str, int]) -> str:
-    return " (" + ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ")" if kinds else ""
-
-
-def _size(size_bytes: int | None) -> str:
-    value = float(size_bytes or 0)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 @runs_app.command("list")
@@ -357,9 +208,9 @@ def runs_list(dest: Dest, dest_profile: DestProfile = None, as_json: Json = Fals
         speed = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
         table.add_row(
             row["run_id"], row["state"], row["model"], row["model_version"], f"{row['rows']}/{row['planned']}",
-            str(row["errors"]), speed, row["holder"] or "", Text(_plain(row["source"])),
+            str(row["errors"]), speed, row["holder"] or "", Text(screen.plain(row["source"])),
         )  # fmt: skip
-    _stdout().print(table)
+    screen.stdout().print(table)
 
 
 @runs_app.command("show")
@@ -386,8 +237,8 @@ def models_list(as_json: Json = False) -> None:
     for column in ("name", "version", "aliases", "file"):
         table.add_column(column, overflow="fold")
     for line in lines:
-        table.add_row(line.name, line.version, ", ".join(line.aliases), Text(_plain(line.origin)))
-    _stdout().print(table)
+        table.add_row(line.name, line.version, ", ".join(line.aliases), Text(screen.plain(line.origin)))
+    screen.stdout().print(table)
 
 
 @models_app.command("show")
@@ -400,6 +251,18 @@ def models_show(
     model = resolve(reference)
     body = {"version": model.version, "file": model.origin, "size_bytes": len(model.data)}
     print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def sheet(
+    dest: Dest,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.")],
+    dest_profile: DestProfile = None,
+) -> None:
+    """Draw the masks of DEST over their images, one tile each."""
+    from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
+
+    print(f"{out}: {draw_contact_sheet(dest, out, SheetConfig(dest_profile=dest_profile))} images")
 
 
 @app.command()
@@ -425,82 +288,11 @@ def query(
         if relation is None:
             return
         if output == "table":
-            _print_rows(relation)
+            screen.print_rows(relation)
         else:
-            _write_rows(relation, output)
+            screen.write_rows(relation, output)
     except (duckdb.Error, pa.ArrowInvalid) as error:
         raise UsageError(f"the query failed: {error}") from error
-
-
-def _print_rows(relation: Any) -> None:
-    limit = 1000
-    rows = relation.limit(limit + 1).fetchall()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in relation.columns:
-        table.add_column(Text(_plain(column)), overflow="fold")
-    for row in rows[:limit]:
-        table.add_row(*(Text(_cell(value)) for value in row))
-    console = _stdout()
-    console.print(table)
-    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else f"{len(rows)} rows"
-    console.print(Text(f"({shown})", style="dim"))
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else _plain(str(value))
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def _write_rows(relation: Any, output: str) -> None:
-    """All rows, batch by batch: the result need not fit into memory."""
-    if output == "csv":
-        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
-        relation = relation.project(
-            ", ".join(_flat(*column) for column in zip(relation.columns, relation.types, strict=True))
-        )
-    reader = relation.to_arrow_reader(_BATCH_ROWS)
-    out = sys.stdout.buffer
-    if output == "csv":
-        with pa.csv.CSVWriter(out, reader.schema) as writer:
-            for batch in reader:
-                writer.write_batch(batch)
-    elif output == "parquet":
-        with pq.ParquetWriter(out, reader.schema, compression="zstd") as writer:
-            for batch in reader:
-                writer.write_batch(batch)
-    else:
-        separator = b"["
-        for batch in reader:
-            for row in batch.to_pylist():
-                out.write(separator + json.dumps(_json_value(row), allow_nan=False).encode())
-                separator = b",\n"
-        out.write(b"]\n" if separator != b"[" else b"[]\n")
-
-
-def _flat(name: str, kind: Any) -> str:
-    quoted = '"' + name.replace('"', '""') + '"'
-    if kind.id == "blob":
-        return f"to_base64({quoted}) AS {quoted}"
-    return f"to_json({quoted})::VARCHAR AS {quoted}" if kind.id in ("list", "struct", "map", "array") else quoted
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_value(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(inner) for inner in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _plain(text: str) -> str:
-    """`text` with every character that would steer a terminal shown as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def main() -> None:
@@ -526,7 +318,7 @@ def main() -> None:
             traceback.print_exc()
         word, text, status = _last_words(error)
         if text:  # none where a command without arguments has just shown its help
-            line = Text.assemble((f"{word}:", "red"), " ", _plain(text))
+            line = Text.assemble((f"{word}:", "red"), " ", screen.plain(text))
             Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(status)
 

@@ -8,6 +8,7 @@ Must not know: anything else of the project.
     ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
     │   ├── StorageError      one storage call; carries `kind`
     │   ├── SupersededError   another driver took this run over
+    │   ├── StoppedError          the caller asked to stop (exit 130)
     │   └── ReconciliationError   a run whose rows do not add up
     └── ImageError            one image's own fault or fate; becomes a row, never an exit
 """
@@ -62,6 +63,10 @@ def _storage_error(message: str, kind: str) -> StorageError:
 
 class SupersededError(InfrastructureError):
     """Another driver took over this run's lease; this one adds nothing more."""
+
+
+class StoppedError(InfrastructureError):
+    """The caller asked to stop. What was committed is kept."""
 
 
 class ReconciliationError(InfrastructureError):

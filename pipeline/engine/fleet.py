@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from pipeline.engine.crew import Crew, Member, WorkerDiedError
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
-from pipeline.errors import InfrastructureError
+from pipeline.errors import InfrastructureError, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,6 @@ class FleetProgress(NamedTuple):
     actors: int
     busy_s: float
     active_s: float
-
-
-class InterruptedFleetError(InfrastructureError):
-    """The fleet was asked to stop and has drained."""
 
 
 class _Seat:
@@ -97,7 +93,7 @@ class Fleet:
                 self._seat_up_to(1)
                 seat = self._seats[0]
             if self._should_stop():
-                raise InterruptedFleetError("stopped before the first worker was up")
+                raise StoppedError("stopped before the first worker was up")
 
     def load(self, spec: WorkerSpec, model: bytes) -> None:
         """Tells which model to run and for which run; workers that are up load it again, others as they come."""
@@ -119,7 +115,7 @@ class Fleet:
         on_receipt: Callable[[Receipt], None],
         on_progress: Callable[[FleetProgress], None],
     ) -> None:
-        """Does all tasks. Raises InterruptedFleetError after draining, InfrastructureError where the world fails for
+        """Does all tasks. Raises StoppedError after draining, InfrastructureError where the world fails for
         good.
 
         Safe to call again with the tasks that are left.
@@ -139,7 +135,7 @@ class Fleet:
             if stopping and stopping_since_s is not None:
                 late = time.monotonic() - stopping_since_s > self._drain_timeout_s
                 if not working or late:
-                    raise InterruptedFleetError("stopped on request; what was committed is kept")
+                    raise StoppedError("stopped on request; what was committed is kept")
             elif exhausted and not again and not working:
                 break
             self._wait()
@@ -319,7 +315,7 @@ class Fleet:
         """Runs one task with nothing beside it; None where the worker died."""
         while True:
             if self._should_stop():
-                raise InterruptedFleetError("stopped on request; what was committed is kept")
+                raise StoppedError("stopped on request; what was committed is kept")
             self._seat_up_to(1)
             seat = next((seat for seat in self._seats if seat.loaded), None)
             if seat is not None:
@@ -332,7 +328,7 @@ class Fleet:
         while not future.done():
             wait([future], timeout=_POLL_S)
             if self._should_stop():
-                raise InterruptedFleetError("stopped on request; what was committed is kept")
+                raise StoppedError("stopped on request; what was committed is kept")
         error = future.exception()
         if isinstance(error, WorkerDiedError):
             self._died(seat, error)

@@ -12,10 +12,11 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import HeldError, StorageError
+from pipeline.errors import HeldError, StoppedError, StorageError
 from pipeline.storage import Storage, uri_name
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,20 @@ class Lease:
     `superseded` is set when another driver has taken it: stop working then.
     """
 
-    def __init__(self, storage: Storage, uri: str, *, ttl_s: float, wait: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        uri: str,
+        *,
+        ttl_s: float,
+        wait: bool = False,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
         self._storage = storage
         self._uri = uri
         self._ttl_s = ttl_s
         self._wait = wait
+        self._should_stop = should_stop or (lambda: False)
         self._holder = uuid.uuid4().hex
         self._beat = 0
         self._stop = threading.Event()
@@ -65,7 +75,9 @@ class Lease:
         self.superseded = threading.Event()
 
     def __enter__(self) -> Lease:
-        """Raises HeldError where a live driver holds the run (unless `wait`), StorageError where the store fails."""
+        """Raises HeldError where a live driver holds the run (unless `wait`), StoppedError where `should_stop` says so,
+        StorageError where the store fails.
+        """
         while True:
             self._outlive_holder()
             self._write()
@@ -94,6 +106,8 @@ class Lease:
             if time.monotonic() - since_s > self._ttl_s:
                 return
             time.sleep(min(0.5, self._ttl_s / 10))
+            if self._should_stop():
+                raise StoppedError("stopped while waiting for another driver's run")
             now = self._read()
             if now != seen:
                 if now and not self._wait:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
-from pipeline.engine.fleet import Fleet, FleetProgress, InterruptedFleetError
+from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Command, Ledger, Plan, RunRecord, WorkCounts, new_run_id
 from pipeline.engine.outcome import Estimate, Event, Listener, Outcome
@@ -31,6 +31,7 @@ from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
 from pipeline.errors import (
     InfrastructureError,
+    StoppedError,
     StorageError,
     SupersededError,
     UsageError,
@@ -93,7 +94,7 @@ class _Segmentation:
             if ours and not config.dry_run and (config.limit or config.force or config.retry_errors):
                 return self._outcome("done", model, ours[-1].counts, ours[-1])
             return self._plan_and_work(model)
-        except InterruptedFleetError:
+        except StoppedError:
             # Before there was a run to drain: nothing is left behind.
             return self._outcome("interrupted", model, WorkCounts(), None)
         finally:
@@ -130,7 +131,7 @@ class _Segmentation:
         )
         for _ in range(_PLANNING_TRIES):
             if self._should_stop():
-                raise InterruptedFleetError("stopped before anything was planned")
+                raise StoppedError("stopped before anything was planned")
             sequence = self._ledger.last_sequence() + 1
             plan, counts, list_path = self._plan(model, corpus, sequence)
             if self._config.dry_run:
@@ -297,7 +298,13 @@ class _Segmentation:
                 f"run {plan.run_id} was planned by other Maskmill code ({plan.code_digest}); going on with this one"
             )
         lease_uri = self._ledger.uri(plan.run_id, "lease.json")
-        with Lease(self._storage, lease_uri, ttl_s=self._config.lease_ttl_s, wait=self._config.wait) as lease:
+        with Lease(
+            self._storage,
+            lease_uri,
+            ttl_s=self._config.lease_ttl_s,
+            wait=self._config.wait,
+            should_stop=self._should_stop,
+        ) as lease:
             if self._ledger.record(plan.run_id) is not None:
                 return "done"
             self._superseded = lease.superseded
@@ -307,7 +314,7 @@ class _Segmentation:
             try:
                 if not self._run_shards(plan, fleet):
                     return "canary_failed"
-            except InterruptedFleetError:
+            except StoppedError:
                 if lease.superseded.is_set():
                     raise SupersededError(
                         f"run {plan.run_id} was taken over by another driver; this one has added nothing since"

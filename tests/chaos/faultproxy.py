@@ -39,6 +39,7 @@ Kind = Literal[
     "stall_body",  # half of the body, then nothing for `seconds`, then a reset
     "truncate",  # half of the body, then a clean end of the connection
     "flip",  # one bit of the body is wrong
+    "flip_request",  # one bit of the request's body is wrong
     "latency",  # the answer comes `seconds` later
 ]
 
@@ -176,14 +177,15 @@ class FaultProxy:
             await asyncio.sleep(fault.seconds)
             return _reset(writer)
 
+        if body and self._strikes(request, "flip_request"):
+            body = self._flipped(body)
         answer_head, answer = await self._ask_upstream(head, body)
         fault = self._strikes(request, "reset_after", *(("truncate", "flip", "stall_body") if answer else ()))
         kind = fault.kind if fault else None
         if kind == "reset_after":
             return _reset(writer)
         if kind == "flip":
-            place = self._random.randrange(len(answer))
-            answer = answer[:place] + bytes([answer[place] ^ (1 << self._random.randrange(8))]) + answer[place + 1 :]
+            answer = self._flipped(answer)
         writer.write(answer_head)
         writer.write(answer[: len(answer) // 2] if kind in ("truncate", "stall_body") else answer)
         await writer.drain()
@@ -191,6 +193,10 @@ class FaultProxy:
             await asyncio.sleep(fault.seconds)
             _reset(writer)
         return None
+
+    def _flipped(self, body: bytes) -> bytes:
+        place = self._random.randrange(len(body))
+        return body[:place] + bytes([body[place] ^ (1 << self._random.randrange(8))]) + body[place + 1 :]
 
     async def _ask_upstream(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream_port)

@@ -7,9 +7,11 @@ repeats a sequence of choices (moments are as exact as the machine's scheduling)
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -160,7 +162,7 @@ def test_drivers_and_workers(case: Case, tmp_path: Path, chance: random.Random, 
             moments.struck("driver")
             wait_until(lambda: not marked(mark), what="the end of a dead driver's workers", poll_s=0.05)
             break
-        else:
+        if command.process.returncode != -signal.SIGKILL:
             _end(command)
     final = Command(case.source, dest, "--model", case.model, "--engine", "local", *FLAGS)
     _end(final)
@@ -205,14 +207,16 @@ def test_ray_drivers_actors_and_nodes(
     def actors() -> list[psutil.Process]:
         return [process for process in marked(mark) if _is(process, "ray::Host")]
 
+    softer = itertools.cycle(chance.sample(["actor", "node"], 2))
     while moments.kills_left:
         command = Command(case.source, dest, "--model", case.model, *flags)
         lives += 1
-        soft_kills = 0
-        while moments.kills_left and moments.wait(command):
-            victim = chance.choice(["driver", "actor", "node"]) if soft_kills < KILLS_PER_LIFE else "driver"
-            if victim == "actor" and (living := actors()):
-                kill_all([chance.choice(living)])
+        victims = [*itertools.islice(softer, chance.randint(1, KILLS_PER_LIFE)), "driver"]
+        while victims and moments.kills_left and moments.wait(command):
+            victim = victims.pop(0)
+            if victim == "actor":
+                wait_until(lambda: bool(actors()), what="an actor", poll_s=0.1)
+                kill_all(chance.sample(actors(), 1))
             elif victim == "node":
                 workers = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
                 cluster.remove_node(chance.choice(workers), allow_graceful=False)
@@ -220,14 +224,11 @@ def test_ray_drivers_actors_and_nodes(
             else:
                 command.process.kill()
                 command.process.communicate()
-                moments.struck("driver")
-                break
-            soft_kills += 1
             moments.struck(victim)
-        else:
+        if command.process.returncode != -signal.SIGKILL:
             _end(command)
     _end(Command(case.source, dest, "--model", case.model, *flags))
     _report(moments, dest, began_s, lives + 1)
-    assert sum(moments.kills.values()) == RAY_KILLS and len(moments.kills) >= 2
+    assert sum(moments.kills.values()) == RAY_KILLS and set(moments.kills) == {"driver", "actor", "node"}
     assert terminal_rows(dest) == case.calm
     wait_until(lambda: not actors(), what="the end of all actors", poll_s=0.2)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.engine.crew import WorkerDiedError
-from pipeline.engine.fleet import Fleet, InterruptedFleetError
+from pipeline.engine.fleet import Fleet
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask
-from pipeline.errors import InfrastructureError, StorageError
+from pipeline.errors import InfrastructureError, StoppedError, StorageError
 from pipeline.table.schema import WORK
 
 
@@ -206,7 +206,7 @@ def test_a_failed_commit_ends_the_run() -> None:
 
 def test_stopping_finishes_what_is_in_flight_and_starts_nothing_more() -> None:
     crew = ScriptedCrew()
-    with pytest.raises(InterruptedFleetError):
+    with pytest.raises(StoppedError):
         run(crew, shards(500, 1), stop=lambda: len(crew.diary.commits) >= 5)
     assert 5 <= len(crew.diary.commits) < 500
     assert len(crew.diary.runs) == len(crew.diary.commits), "a shard was begun and not finished"

@@ -1,0 +1,237 @@
+"""What people and pipes see: the progress bar, tables, JSON, query results. Owns: wording and layout.
+Must not know: options, exit statuses, how anything is done.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_LINE_EVERY_S = 30.0
+_BATCH_ROWS = 2048
+
+
+class Screen:
+    """Everything that `segment` shows, on stderr: stdout belongs to results."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._quiet = quiet
+        self._live = self.console.is_terminal and not quiet
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._told_s = time.monotonic()
+        self._seen: tuple[float, int] | None = None
+
+    def listen(self, event: Any) -> None:
+        if event.kind == "progress":
+            self._progress(event.progress, event.total)
+        elif event.kind == "warning":
+            self.console.print(Text.assemble(("warning:", "yellow"), " ", plain(event.text)))
+        elif not self._quiet:
+            self.console.print(Text(plain(event.text), style="dim"))
+
+    def _progress(self, progress: Any, total: int) -> None:
+        now_s = time.monotonic()
+        self._seen = self._seen or (now_s, progress.rows)
+        elapsed_s = now_s - self._seen[0]
+        rate = (progress.rows - self._seen[1]) / elapsed_s if elapsed_s > 0 else 0.0
+        if self._live:
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.completed}/{task.total} images"),
+                    BarColumn(),
+                    TextColumn("{task.fields[rate]:.1f}/s"),
+                    TimeRemainingColumn(),
+                    TextColumn("left, {task.fields[errors]} errors, {task.fields[actors]} actors"),
+                    console=self.console,
+                )
+                self._bar.start()
+                self._task = self._bar.add_task("", total=total, rate=0.0, errors=0, actors=0)
+            self._bar.update(
+                self._task,
+                completed=progress.rows,
+                total=total,
+                rate=rate,
+                errors=progress.errors,
+                actors=progress.actors,
+            )
+        elif now_s - self._told_s >= _LINE_EVERY_S:
+            self._told_s = now_s
+            left_s = (total - progress.rows) / rate if rate else 0.0
+            self.console.print(
+                f"{progress.rows}/{total} images, {rate:.1f}/s, {left_s:.0f} s left, {progress.errors} errors, "
+                f"{progress.actors} actors"
+            )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def as_json(outcome: Any) -> dict[str, Any]:
+    body = outcome.model_dump(mode="json", exclude={"work", "estimate", "shards"})
+    if outcome.state == "planned":
+        body |= {"shards": outcome.shards, "work": outcome.work.model_dump(mode="json")}
+        body["estimate"] = outcome.estimate.model_dump(mode="json") if outcome.estimate else None
+    return dict(body)
+
+
+def print_outcome(outcome: Any, dest: str) -> None:
+    out = stdout()
+    if not outcome.runs and outcome.state == "interrupted":
+        out.print("interrupted before anything was planned: nothing was changed")
+        return
+    if not outcome.runs:
+        out.print(
+            f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"
+        )
+        return
+    word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[outcome.state]
+    out.print(f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row(
+        "images",
+        f"{outcome.images} ({outcome.skipped} done before, {outcome.held} held, {outcome.duplicates} duplicates)",
+    )
+    table.add_row("rows", f"{outcome.ok} ok, {outcome.errors} errors{_kinds(outcome.errors_by_kind)}")
+    if outcome.instances:
+        table.add_row("instances", str(outcome.instances))
+    table.add_row("parts", f"{outcome.parts} files, {_size(outcome.parts_bytes)}")
+    if outcome.seconds:
+        table.add_row(
+            "speed",
+            f"{outcome.images_per_s:.1f} images/s, {outcome.megapixels_per_s:.1f} Mpixel/s, {outcome.seconds:.1f} s, "
+            f"model busy {outcome.model_busy_fraction:.0%}",
+        )
+    out.print(table)
+    if outcome.state == "interrupted":
+        out.print("the same command continues where this one stopped")
+
+
+def print_plan(outcome: Any, dest: str) -> None:
+    work = outcome.work
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("images", f"{work.images} ({work.duplicates} duplicate URIs)")
+    table.add_row("done", str(work.done))
+    table.add_row("given up", f"{work.exhausted} (failed too often; --retry-errors takes them up)")
+    table.add_row("held", f"{work.held} by open runs")
+    for run_id, number in work.held_by.items():
+        table.add_row(
+            "",
+            Text(f"{number} by {run_id}: its own command continues it; maskmill runs abandon {plain(dest)} {run_id}"),
+        )
+    table.add_row(
+        "left",
+        f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
+        + (f", {work.repeated} forced again" if work.repeated else ""),
+    )
+    table.add_row("planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards")
+    if outcome.estimate:
+        estimate = outcome.estimate
+        table.add_row(
+            "estimate",
+            f"{estimate.seconds:.0f} s, {_size(estimate.output_bytes)} of Parquet, from {estimate.basis}",
+        )
+    stdout().print(table)
+
+
+def stdout() -> Console:
+    """Wide where nobody looks, so that scripts and logs get one line a row."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    return " (" + ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ")" if kinds else ""
+
+
+def _size(size_bytes: int | None) -> str:
+    value = float(size_bytes or 0)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def print_rows(relation: Any) -> None:
+    limit = 1000
+    rows = relation.limit(limit + 1).fetchall()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in relation.columns:
+        table.add_column(Text(plain(column)), overflow="fold")
+    for row in rows[:limit]:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console = stdout()
+    console.print(table)
+    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else f"{len(rows)} rows"
+    console.print(Text(f"({shown})", style="dim"))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else plain(str(value))
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def write_rows(relation: Any, output: str) -> None:
+    """All rows, batch by batch: the result need not fit into memory."""
+    if output == "csv":
+        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
+        relation = relation.project(
+            ", ".join(_flat(*column) for column in zip(relation.columns, relation.types, strict=True))
+        )
+    reader = relation.to_arrow_reader(_BATCH_ROWS)
+    out = sys.stdout.buffer
+    if output == "csv":
+        with pa.csv.CSVWriter(out, reader.schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+    elif output == "parquet":
+        with pq.ParquetWriter(out, reader.schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+    else:
+        separator = b"["
+        for batch in reader:
+            for row in batch.to_pylist():
+                out.write(separator + json.dumps(_json_value(row), allow_nan=False).encode())
+                separator = b",\n"
+        out.write(b"]\n" if separator != b"[" else b"[]\n")
+
+
+def _flat(name: str, kind: Any) -> str:
+    quoted = '"' + name.replace('"', '""') + '"'
+    if kind.id == "blob":
+        return f"to_base64({quoted}) AS {quoted}"
+    return f"to_json({quoted})::VARCHAR AS {quoted}" if kind.id in ("list", "struct", "map", "array") else quoted
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def plain(text: str) -> str:
+    """`text` with every character that would steer a terminal shown as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
