@@ -6,6 +6,7 @@ Must not know: how images are processed, how a terminal looks.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -30,6 +31,7 @@ from pipeline.engine.reconciliation import Session, abandon, count_rows, reconci
 from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
 from pipeline.errors import (
+    HeldError,
     InfrastructureError,
     StoppedError,
     StorageError,
@@ -82,18 +84,9 @@ class _Segmentation:
         self._past_records: list[RunRecord] | None = None
 
     def run(self) -> Outcome:
-        config = self._config
-        model = resolve(config.model)
+        model = resolve(self._config.model)
         try:
-            ours = self._settle_open_runs(model)
-            for plan in [] if config.dry_run else ours:
-                self._note(f"continuing run {plan.run_id} ({plan.counts.planned} images)")
-                state = self._work(plan, model)
-                if state != "done":
-                    return self._outcome(state, model, plan.counts, plan)
-            if ours and not config.dry_run and (config.limit or config.force or config.retry_errors):
-                return self._outcome("done", model, ours[-1].counts, ours[-1])
-            return self._plan_and_work(model)
+            return self._continue(model) or self._plan_and_work(model)
         except StoppedError:
             # Before there was a run to drain: nothing is left behind.
             return self._outcome("interrupted", model, WorkCounts(), None)
@@ -102,6 +95,22 @@ class _Segmentation:
                 self._fleet.close()
             if self._crew:
                 self._crew.close()
+
+    def _continue(self, model: Model) -> Outcome | None:
+        """Works on this command's own open runs. None where there is still something to plan."""
+        config = self._config
+        ours = self._settle_open_runs(model)
+        if config.dry_run or not ours:
+            return None
+        for plan in ours:
+            self._note(f"continuing run {plan.run_id} ({plan.counts.planned} images)")
+            state = self._work(plan, model)
+            if state != "done":
+                return self._outcome(state, model, plan.counts, plan)
+        # What these ask for is a certain amount of work, and that is done now.
+        if config.limit or config.force or config.retry_errors:
+            return self._outcome("done", model, ours[-1].counts, ours[-1])
+        return None
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -113,8 +122,9 @@ class _Segmentation:
             if plan.command == command:
                 ours.append(plan)
             elif not self._config.dry_run and self._is_long_dead(plan):
-                self._note(f"abandoning run {plan.run_id}: nobody has worked on it for a day")
-                abandon(self._ledger, plan, ttl_s=self._config.lease_ttl_s)
+                with contextlib.suppress(HeldError):  # somebody has come back to it
+                    abandon(self._ledger, plan, ttl_s=self._config.lease_ttl_s)
+                    self._note(f"abandoned run {plan.run_id}: nobody had worked on it for a day")
         return ours
 
     def _is_long_dead(self, plan: Plan) -> bool:
@@ -143,6 +153,9 @@ class _Segmentation:
                 self._note(f"run {plan.run_id}: {counts.planned} images in {len(plan.bounds())} shards")
                 return self._outcome(self._work(plan, model), model, counts, plan)
             self._note("another command planned at the same moment; planning again")
+            # It may have been this very command, started twice: then its run is held, or to be waited for.
+            if (outcome := self._continue(model)) is not None:
+                return outcome
         raise InfrastructureError(
             f"{_PLANNING_TRIES} other plans came first in {self._dest}: run the command again when it is quieter"
         )

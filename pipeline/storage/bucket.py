@@ -228,26 +228,32 @@ class BucketStorage:
         yield from merge([partial(self._list_prefix, bucket, p) for p in level.prefixes], parallel=parallel)
 
     def _list_prefix(self, bucket: str, prefix: str) -> Iterator[pa.RecordBatch]:
+        """obstore repeats requests, but not one whose body breaks off: then the listing goes on after its last key."""
         base = f"{self._scheme}://{bucket}/"
-        last = ""
-        if _NOT_FOR_OBSTORE.search(prefix.removesuffix("/")) is None or not prefix:
+        last, failures = "", 0
+        while _NOT_FOR_OBSTORE.search(prefix.removesuffix("/")) is None or not prefix:
             try:
                 stream = obstore.list(
                     self._store(bucket),
                     prefix.removesuffix("/") or None,
+                    offset=last or None,
                     chunk_size=_LIST_CHUNK,
                     return_arrow=True,
                 )
                 for chunk in stream:
                     batch = pa.record_batch(chunk)
-                    last = batch.column("path")[-1].as_py()
+                    last, failures = batch.column("path")[-1].as_py(), 0
                     batch = self._drop_markers(bucket, _listing_of(batch, base))
                     if batch.num_rows:
                         yield batch
                 return
-            except (BaseError, OSError, ValueError) as error:
-                if not isinstance(error, InvalidPathError | ValueError):
+            except (InvalidPathError, ValueError):
+                break
+            except (BaseError, OSError) as error:
+                failures += 1
+                if failures == _ATTEMPTS or kind_of(error) != "fetch_failed" or is_refusal(error):
                     raise failure("list", base + prefix, error) from error
+                wait_before_retry(failures)
         try:
             yield from self._aws(base + prefix).list(bucket, prefix, start_after=last)
         except OSError as error:
@@ -278,15 +284,17 @@ class BucketStorage:
         def read() -> bytes:
             return bytes(obstore.get_range(self._store(bucket), key, start=start, end=stop))
 
-        return self._call("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
+        return self._repeat("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
 
     def _level(self, prefix_uri: str) -> Folder:
         """Files with their sizes, and folders, right below `prefix_uri`."""
         bucket, prefix = self._split(prefix_uri, folder=True)
-        try:
-            found = obstore.list_with_delimiter(self._store(bucket), prefix.rstrip("/") or None)
-        except (BaseError, OSError) as error:
-            raise failure("list", prefix_uri, error) from error
+        folder = prefix.rstrip("/") or None
+
+        def read() -> Any:
+            return obstore.list_with_delimiter(self._store(bucket), folder)
+
+        found = self._repeat("list", prefix_uri, "", read, read)
         base = f"{self._scheme}://{bucket}/"
         files = [(base + one["path"], one["size"]) for one in found["objects"]]
         return Folder(files, [base + folder for folder in found["common_prefixes"]])
@@ -325,9 +333,9 @@ class BucketStorage:
         except (BaseError, OSError) as error:
             raise failure(what, uri, error) from error
 
-    def _repeat(self, what: str, uri: str, key: str, first: Callable[[], None], odd: Callable[[], None]) -> None:
-        """`_call` several times: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it
-        cannot know that these are safe to repeat.
+    def _repeat(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
+        """`_call` several times: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it cannot know
+        that these are safe to repeat, nor a body that breaks off.
         """
         for attempt in range(_ATTEMPTS):
             try:

@@ -17,6 +17,9 @@ _DENIED_TEXT = re.compile(
     r"|http://169\.254\.169\.254/|Unable to locate credentials|CredentialRetrievalError|redentials failed"
 )
 
+# Refusals (status 400) of what arrived, not of what was asked: a body that was damaged, cut off or too slow on its way.
+_DAMAGED_TEXT = re.compile(r"XAmzContentSHA256Mismatch|BadDigest|IncompleteBody|RequestTimeout\b")
+
 
 def status_of(error: BaseException | None) -> int:
     """The HTTP status that obstore names in its text, or 0."""
@@ -26,7 +29,8 @@ def status_of(error: BaseException | None) -> int:
 
 def is_refusal(error: BaseException | None) -> bool:
     """Whether the store understood the request and said no, so that asking again is no use."""
-    return 400 <= status_of(error) < 500 and status_of(error) not in (408, 429)
+    final = 400 <= status_of(error) < 500 and status_of(error) not in (408, 429)
+    return final and not _DAMAGED_TEXT.search(str(error))
 
 
 def kind_of(error: BaseException) -> str:

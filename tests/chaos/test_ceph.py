@@ -1,4 +1,4 @@
-"""Whole runs on a real S3 store, Ceph's RADOS gateway, behind a proxy that breaks things, with drivers killed on the way.
+"""Whole runs on a real S3 store, Ceph's RADOS gateway, behind a proxy that breaks things, with drivers killed as well.
 
 Skipped where Ceph is not installed: `apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw ceph-common`.
 `MASKMILL_CHAOS_SEED` repeats a sequence of choices (which request is struck depends on their order besides).

@@ -15,8 +15,11 @@ from awkward_corpus import make_awkward_corpus
 from handmade import answers_of, make_image, part_paths, rows_of, touch_later
 
 import pipeline
+from pipeline.config import SegmentConfig
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
+from pipeline.engine.lease import Lease
+from pipeline.engine.ledger import Ledger, Plan
 from pipeline.engine.outcome import Event, Outcome
 from pipeline.errors import BYTES_KINDS, HeldError, ModelError, ReconciliationError, UsageError
 
@@ -532,3 +535,31 @@ def test_all_on_s3(s3_bucket: str, s3_client: object, semantic_model: Path) -> N
     assert pipeline.segment(**settings).planned == 0
     s3_client.put_object(Bucket=bucket, Key="photos/a b.png", Body=encoded_image(99))  # type: ignore[attr-defined]
     assert pipeline.segment(**settings).planned == 1
+
+
+def test_the_same_command_started_twice_at_once_is_held_not_planned_again(
+    image_folder: Callable[..., Path], semantic_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one freezes its plan after this one has looked for open runs: the log tells, and its lease holds."""
+    source, dest = image_folder(4), tmp_path / "out"
+    config = SegmentConfig(
+        source=str(source), dest=str(dest), model=str(semantic_model), precision="fp32", lease_ttl_s=2.0
+    )
+    freeze = Ledger.freeze
+    leases: list[Lease] = []
+
+    def second(self: Ledger, plan: Plan, manifest: bytes) -> bool:
+        if not leases:
+            twin = plan.model_copy(update={"run_id": plan.run_id[:-6] + "abcdef"})
+            assert freeze(self, twin, manifest)
+            leases.append(Lease(self.storage, self.uri(twin.run_id, "lease.json"), ttl_s=2.0).__enter__())
+        return freeze(self, plan, manifest)
+
+    monkeypatch.setattr(Ledger, "freeze", second)
+    try:
+        with pytest.raises(HeldError, match="abcdef is being worked on"):
+            pipeline.segment(config)
+    finally:
+        leases[0].__exit__(None, None, None)
+    assert pipeline.segment(config).ok == 4
+    assert len(rows_of(dest)) == 4
