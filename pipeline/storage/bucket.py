@@ -39,7 +39,7 @@ from pipeline.storage.blob import (
     wait_before_retry,
 )
 from pipeline.storage.bucket_files import BucketFiles, Folder, Reads
-from pipeline.storage.failures import failure, is_refusal, kind_of
+from pipeline.storage.failures import failure, is_cut_off, is_refusal, kind_of
 from pipeline.storage.parallel import merge
 from pipeline.storage.uris import clean_etag, join_uri
 
@@ -60,7 +60,7 @@ class BucketStorage:
 
     Retries: each request up to 8 times inside obstore (5xx, refused and reset connections, and stalls of
     `timeout_s` for reads), the rest of a body from where it broke off; above that up to 5 attempts for
-    digests that do not match and for writes whose outcome is unknown.
+    digests that do not match, for listings and error answers that break off, and for writes whose outcome is unknown.
 
     Keys that end in `/` are folder markers: they can be read by name, but are not listed. (One that is not
     empty is listed by obstore without its slash, and is then `missing`.)
@@ -98,9 +98,7 @@ class BucketStorage:
                     "read", uri, key, lambda: self._get(bucket, key), lambda: self._aws(uri).get(bucket, key)
                 )
             except StorageError as error:
-                # boto3 repeats requests, but not one whose body breaks off.
-                broken_body = error.kind == "fetch_failed" and isinstance(error.__cause__, OSError)
-                if not broken_body or attempt + 1 == _ATTEMPTS:
+                if error.kind != "fetch_failed" or attempt + 1 == _ATTEMPTS or not is_cut_off(error.__cause__):
                     raise
             else:
                 if len(blob.data) == blob.size_bytes and attempts.accepts(blob.data, blob.etag):
@@ -120,7 +118,7 @@ class BucketStorage:
 
     def head(self, uri: str) -> ObjectInfo:
         bucket, key = self._split(uri)
-        return self._call(
+        return self._reread(
             "look at", uri, key, lambda: self._head(bucket, key), lambda: self._aws(uri).head(bucket, key)
         )
 
@@ -177,7 +175,7 @@ class BucketStorage:
         def write() -> None:
             obstore.put(self._store(bucket, upload_bytes=len(data)), key, data, use_multipart=False)
 
-        self._repeat("write", uri, key, write, lambda: self._aws(uri).put(bucket, key, data, new=False))
+        self._rewrite("write", uri, key, write, lambda: self._aws(uri).put(bucket, key, data, new=False))
 
     def delete(self, uri: str) -> None:
         bucket, key = self._split(uri)
@@ -186,7 +184,7 @@ class BucketStorage:
             obstore.delete(self._store(bucket), key)
 
         try:
-            self._repeat("delete", uri, key, remove, lambda: self._aws(uri).delete(bucket, key))
+            self._rewrite("delete", uri, key, remove, lambda: self._aws(uri).delete(bucket, key))
         except StorageError as error:
             if error.kind != "missing":
                 raise
@@ -251,7 +249,7 @@ class BucketStorage:
                 break
             except (BaseError, OSError) as error:
                 failures += 1
-                if failures == _ATTEMPTS or kind_of(error) != "fetch_failed" or is_refusal(error):
+                if failures == _ATTEMPTS or kind_of(error) != "fetch_failed" or not is_cut_off(error):
                     raise failure("list", base + prefix, error) from error
                 wait_before_retry(failures)
         try:
@@ -284,7 +282,7 @@ class BucketStorage:
         def read() -> bytes:
             return bytes(obstore.get_range(self._store(bucket), key, start=start, end=stop))
 
-        return self._repeat("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
+        return self._reread("read", uri, key, read, lambda: self._aws(uri).get(bucket, key).data[start:stop])
 
     def _level(self, prefix_uri: str) -> Folder:
         """Files with their sizes, and folders, right below `prefix_uri`."""
@@ -294,7 +292,7 @@ class BucketStorage:
         def read() -> Any:
             return obstore.list_with_delimiter(self._store(bucket), folder)
 
-        found = self._repeat("list", prefix_uri, "", read, read)
+        found = self._reread("list", prefix_uri, "", read, read)
         base = f"{self._scheme}://{bucket}/"
         files = [(base + one["path"], one["size"]) for one in found["objects"]]
         return Folder(files, [base + folder for folder in found["common_prefixes"]])
@@ -333,15 +331,32 @@ class BucketStorage:
         except (BaseError, OSError) as error:
             raise failure(what, uri, error) from error
 
-    def _repeat(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
-        """`_call` several times: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it cannot know
-        that these are safe to repeat, nor a body that breaks off.
+    def _reread(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
+        """`_call`, again where obstore does not repeat a read that broke off."""
+        return self._repeat(what, uri, key, first, odd, worthwhile=is_cut_off)
+
+    def _rewrite(self, what: str, uri: str, key: str, first: Callable[[], None], odd: Callable[[], None]) -> None:
+        """`_call`, again in any case: obstore does not repeat a PUT or DELETE whose outcome is unknown, since it cannot
+        know that these are safe to repeat.
         """
+        self._repeat(what, uri, key, first, odd, worthwhile=lambda error: not is_refusal(error))
+
+    def _repeat(
+        self,
+        what: str,
+        uri: str,
+        key: str,
+        first: Callable[[], T],
+        odd: Callable[[], T],
+        *,
+        worthwhile: Callable[[BaseException | None], bool],
+    ) -> T:
         for attempt in range(_ATTEMPTS):
             try:
                 return self._call(what, uri, key, first, odd)
             except StorageError as error:
-                if error.kind != "fetch_failed" or attempt + 1 == _ATTEMPTS or is_refusal(error.__cause__):
+                last = attempt + 1 == _ATTEMPTS
+                if error.kind != "fetch_failed" or last or not worthwhile(error.__cause__):
                     raise
             wait_before_retry(attempt)
         raise AssertionError("unreachable")

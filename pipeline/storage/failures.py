@@ -33,6 +33,11 @@ def is_refusal(error: BaseException | None) -> bool:
     return final and not _DAMAGED_TEXT.search(str(error))
 
 
+def is_cut_off(error: BaseException | None) -> bool:
+    """Whether a read broke in a way that obstore does not repeat by itself, such as in the middle of a body."""
+    return not is_refusal(error) and "max_retries" not in str(error)
+
+
 def kind_of(error: BaseException) -> str:
     """`missing`, `denied` or `fetch_failed`."""
     status = status_of(error)
