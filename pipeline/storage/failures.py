@@ -19,6 +19,7 @@ _DENIED_TEXT = re.compile(
 
 # Refusals (status 400) of what arrived, not of what was asked: a body that was damaged, cut off or too slow on its way.
 _DAMAGED_TEXT = re.compile(r"XAmzContentSHA256Mismatch|BadDigest|IncompleteBody|RequestTimeout\b")
+_RETRIES = re.compile(r"\bretries: (\d+),\s+max_retries: (\d+)")
 
 
 def status_of(error: BaseException | None) -> int:
@@ -35,7 +36,8 @@ def is_refusal(error: BaseException | None) -> bool:
 
 def is_cut_off(error: BaseException | None) -> bool:
     """Whether a read broke in a way that obstore does not repeat by itself, such as in the middle of a body."""
-    return not is_refusal(error) and "max_retries" not in str(error)
+    tried = _RETRIES.search(str(error))
+    return not is_refusal(error) and not (tried and int(tried[1]) >= int(tried[2]))
 
 
 def kind_of(error: BaseException) -> str:

@@ -16,6 +16,7 @@ BODY = bytes(range(256)) * 40
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     served = 0
+    received = b""
 
     def do_GET(self) -> None:
         type(self).served += 1
@@ -23,6 +24,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()
         self.wfile.write(BODY)
+
+    def do_PUT(self) -> None:
+        type(self).received = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         return
@@ -62,6 +69,13 @@ def test_flip_changes_one_bit(proxy: FaultProxy) -> None:
     _, body = ask(proxy.port)
     assert sum((a ^ b).bit_count() for a, b in zip(body, BODY, strict=True)) == 1
     assert ask(proxy.port) == (200, BODY)
+
+
+def test_flip_request_changes_one_bit_of_what_the_server_gets(proxy: FaultProxy) -> None:
+    proxy.inject("flip_request", limit=1)
+    for changed in (1, 0):
+        assert ask(proxy.port, "PUT", "sent") == (200, b"")
+        assert sum((a ^ b).bit_count() for a, b in zip(_Handler.received, b"sent", strict=True)) == changed
 
 
 @pytest.mark.parametrize(("kind", "status"), [("unavailable", 503), ("error", 500)])

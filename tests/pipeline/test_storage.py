@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chaos.faultproxy import FaultProxy
 
@@ -32,6 +34,7 @@ from pipeline.storage import (
     uri_scheme,
 )
 from pipeline.storage.blob import DigestCheck, failure_text
+from pipeline.storage.failures import is_refusal
 from pipeline.storage.parallel import merge
 
 ODD_NAMES = [
@@ -512,6 +515,21 @@ class TestRemote:
         assert connection.execute(f"select sum(x) from read_csv('{storage.root}/*.csv')").fetchall() == [(3,)]
 
 
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("status code: 400 Bad Request <Code>XAmzContentSHA256Mismatch</Code>", False),
+        ("status code: 400 Bad Request <Code>BadDigest</Code>", False),
+        ("status code: 400 Bad Request <Code>InvalidArgument</Code>", True),
+        ("status code: 429", False),
+        ("status code: 503", False),
+        ("connection reset", False),
+    ],
+)
+def test_what_is_worth_another_try(text: str, refused: bool) -> None:
+    assert is_refusal(OSError(text)) is refused
+
+
 @pytest.mark.s3
 class TestS3:
     @pytest.fixture
@@ -651,6 +669,30 @@ class TestS3:
         files = f"read_csv('{bucket.root}/segments/**/*.csv', hive_partitioning=true)"
         assert connection.execute(f"select sum(x), any_value(model) from {files}").fetchall() == [(3, "m")]
 
+    def test_duckdb_asks_little(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
+        import duckdb
+
+        uris = [f"{bucket.root}/a b/{n}.parquet" for n in range(4)]
+        for uri in uris:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.table({"n": range(1000)}), sink)
+            bucket.put(uri, sink.getvalue().to_pybytes())
+        connection = duckdb.connect()
+        connection.register_filesystem(open_storage(bucket.root).filesystem())
+        for _ in range(3):
+            assert connection.execute(f"select sum(n) from read_parquet({uris})").fetchone() == (4 * 499_500,)
+        asked = Counter(request.split(" ")[0] for request in fault_proxy.requests)
+        assert asked == {"PUT": 4, "HEAD": 4, "GET": 4}
+
+    def test_files_that_are_not_there(self, bucket: Storage) -> None:
+        files = bucket.filesystem()
+        assert files is not None
+        assert not files.exists(bucket.root + "/nothing")
+        with pytest.raises(FileNotFoundError):
+            files.open(bucket.root + "/nothing")
+        with pytest.raises(PermissionError, match="only be read"):
+            files.open(bucket.root + "/new", "wb")
+
     def test_a_store_that_ignores_the_condition_is_found_out(
         self, bucket: Storage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -752,6 +794,39 @@ class TestS3Faults:
         fault_proxy.inject(kind, limit=2, match="GET .*list-type", seconds=1)
         assert len(listed(bucket, bucket.root)) == 3
         assert fault_proxy.hits[kind] == 2
+
+    def test_a_long_listing_goes_on_where_it_broke_off(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: bucket.put(f"{bucket.root}/many/{n:04}", b"x"), range(1050)))  # a page has 1,000
+        fault_proxy.inject("truncate", limit=2, match="GET .*(start-after|continuation)", seconds=1)
+        batches = list(bucket.list(bucket.root + "/many", parallel=1))
+        uris = [uri for batch in batches for uri in batch["uri"].to_pylist()]
+        assert len(uris) == len(set(uris)) == 1050
+        assert fault_proxy.hits["truncate"] == 2
+
+    def test_no_such_object_is_missing_even_where_that_answer_is_cut(
+        self, bucket: Storage, fault_proxy: FaultProxy
+    ) -> None:
+        fault_proxy.inject("stall_body", limit=2, match="GET .*/nothing", seconds=1)
+        assert kind_of(lambda: bucket.get(bucket.root + "/nothing")) == "missing"
+        assert fault_proxy.hits["stall_body"] == 2
+
+    def test_files_for_duckdb_survive(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
+        large = os.urandom(3 << 20)
+        bucket.put(bucket.root + "/large", large)
+        fault_proxy.clear()
+        for kind in ("unavailable", "reset_after", "truncate"):
+            fault_proxy.inject(kind, limit=2)
+        fault_proxy.inject("flip", limit=1, match="GET .*/x")
+        files = bucket.filesystem()
+        assert files is not None
+        assert files.cat_file(bucket.root + "/x") == self.DATA
+        with files.open(bucket.root + "/large") as file:
+            file.seek(-8, os.SEEK_END)
+            assert file.read(8) == large[-8:]
+            file.seek(1 << 20)
+            assert file.read(1 << 20) == large[1 << 20 : 2 << 20]
+        assert sum(fault_proxy.hits.values()) == 7
 
     def test_one_in_ten_of_everything(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
         for kind in ("unavailable", "reset_before", "reset_after", "truncate", "flip"):

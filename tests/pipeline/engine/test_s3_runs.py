@@ -186,7 +186,7 @@ def test_an_outage_in_the_middle(  # noqa: PLR0917
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bucket_storage, "_RETRIES_PER_REQUEST", 1)  # the patience itself is not what is tested
-    arguments = [source, dest, "--model", str(case.model), "--shard-size", "1", *FLAGS, "--json"]
+    arguments = [source, dest, "--model", str(case.model), "--shard-size", "1", *FLAGS, "--lease-ttl", "1", "--json"]
     monkeypatch.setattr("sys.argv", ["maskmill", "segment", *arguments])
 
     def maskmill() -> int:
