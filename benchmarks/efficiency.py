@@ -75,21 +75,21 @@ def street(seed: int) -> np.ndarray:
     fine = np.dstack(
         [cv2.resize(coarse[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(CLASSES)]
     )
-    fine += cv2.GaussianBlur(random.normal(size=fine.shape).astype(np.float32), (0, 0), 6)[..., :CLASSES] * 3
+    fine += cv2.GaussianBlur(random.normal(size=fine.shape).astype(np.float32), (0, 0), 8)[..., :CLASSES] * 1.8
     return fine.argmax(-1).astype(np.uint8)
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """Distinct photo-like 480×360 JPEGs, quality 90."""
+    """Photo-like 480×360 JPEGs, quality 90: about 45 kB each, as street scenes of that size are."""
     paths = []
     for i in range(count):
         path = folder / f"{i:06d}.jpg"
         if i < 64:
             random = np.random.default_rng(i)
             noise = cv2.resize(
-                random.integers(0, 255, (45, 60, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
+                random.integers(0, 255, (30, 40, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
             )
-            grain = random.normal(0, 3, noise.shape)
+            grain = random.normal(0, 1.8, noise.shape)
             cv2.imwrite(str(path), np.clip(noise + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
         else:
             path.write_bytes(paths[i % 64].read_bytes())

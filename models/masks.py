@@ -13,20 +13,15 @@ from typing import Any, NamedTuple
 import cc3d
 import cv2
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_IHDR_END = 8 + 8 + 13 + 4
-# Measured on label maps: filter UP with strategy RLE is several times faster than zlib's levels, and smaller
-# than most.
-_PNG_SETTINGS = (
-    cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_FILTER_UP,
-    cv2.IMWRITE_PNG_STRATEGY,
-    cv2.IMWRITE_PNG_STRATEGY_RLE,
-)
+# Measured on label maps (docs/decisions/0006): five times faster than zlib's fastest, for a sixth more bytes.
+_DEFLATE_LEVEL = 1
+_FILTER_UP = 2
 
 
 class Instance(NamedTuple):
@@ -51,15 +46,20 @@ def encode_mask_png(class_ids: NDArray[np.uint8], palette: Sequence[tuple[int, i
     """
     if class_ids.dtype != np.uint8 or class_ids.ndim != 2 or class_ids.size == 0:
         raise ValueError(f"a mask is a non-empty uint8 [h, w] array, got {class_ids.dtype} {class_ids.shape}")
-    done, encoded = cv2.imencode(".png", class_ids, _PNG_SETTINGS)
-    if not done:
-        raise ValueError(f"a mask of {class_ids.shape} could not be encoded as PNG")
-    gray = encoded.tobytes()
-    # OpenCV writes 8-bit gray only. A palette image has the same pixel data, colour type 3 and a PLTE chunk.
-    header = b"IHDR" + gray[16:25] + b"\x03" + gray[26:29]
+    height, width = class_ids.shape
+    # Filter "up" (PNG, section 9.2): each row less the one above, modulo 256. Label maps repeat from row to row.
+    filtered = np.empty((height, width + 1), np.uint8)
+    filtered[:, 0] = _FILTER_UP
+    filtered[0, 1:] = class_ids[0]
+    np.subtract(class_ids[1:], class_ids[:-1], out=filtered[1:, 1:])
     colors = [*palette, *([(128, 128, 128)] * (int(class_ids.max()) + 1 - len(palette)))]
-    table = b"PLTE" + bytes(channel for color in colors for channel in color)
-    return b"".join((_PNG_SIGNATURE, _chunk(header), _chunk(table), gray[_IHDR_END:]))
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
+        b"PLTE" + bytes(channel for color in colors for channel in color),
+        b"IDAT" + isal_zlib.compress(filtered, _DEFLATE_LEVEL),
+        b"IEND",
+    )
+    return _PNG_SIGNATURE + b"".join(_chunk(chunk) for chunk in chunks)
 
 
 def decode_mask_png(data: bytes) -> NDArray[np.uint8]:
