@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model", default="nuclei-unet")
     parser.add_argument("--model-images", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=2, help="of the model; stand-ins get 32, as a GPU does")
     options = parser.parse_args()
     threads = cores()
     cv2.setNumThreads(1)
@@ -216,7 +216,7 @@ def main() -> None:
                     refs,
                     folder,
                     threads=threads,
-                    batch_size=options.batch_size,
+                    batch_size=32,
                 )
                 for _ in range(options.repeat)
             ]

@@ -31,7 +31,9 @@ class SegmentConfig(BaseModel):
         None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU node."
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="GPUs for each actor; fractions share a GPU.")
-    batch_size: int | None = Field(None, ge=1, description="Images per forward pass at most. Frozen in the run.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Images per forward pass at most (default 32 on a GPU, 2 on a CPU). Frozen."
+    )
     shard_size: int | None = Field(None, ge=1, description="Images per shard, and so per Parquet file.")
     threads: int | None = Field(None, ge=1, description="CPU threads of each worker's network. Frozen in the run.")
     precision: PrecisionChoice = Field("auto", description="auto: bf16 where the device has it in hardware, else fp32.")
