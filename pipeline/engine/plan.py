@@ -34,6 +34,8 @@ _SHARDS_PER_ACTOR = 4
 #: Up to here the frozen list is sorted by uri: neighbours stay together, and row groups get narrow statistics.
 _SORTED_IMAGES = 2_000_000
 
+_KEY = "hash({0}, {1}) AS key_a, hash({0} || ' ' || {1}) AS key_b"
+
 
 class Question(NamedTuple):
     """What planning needs to know. `corpus_path`: Parquet of MANIFEST_SCHEMA. `held`: open runs and their lists."""
@@ -88,39 +90,58 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         )
         images = number("SELECT count(*) FROM corpus")
 
-    if question.force or not question.part_uris:
-        connection.execute("CREATE VIEW undone AS SELECT * FROM corpus")
-    else:
-        final = "status = 'ok'" if question.retry_errors else TERMINAL
+    final = "status = 'ok'" if question.retry_errors else TERMINAL
+    asked = not question.force and bool(question.part_uris)
+    if asked:
+        # Keys are compared as 128 bits of hashes, a third of the time and memory of the strings. Two independent 64-bit
+        # hashes of the pair: at 20 million images a chance of one in 10^24 that an image is taken for another.
         connection.execute(
-            f"""CREATE TEMP TABLE undone AS SELECT c.* FROM corpus c
-            ANTI JOIN (SELECT image_uri, listed_etag FROM {rows} WHERE {final}) t
-                ON c.uri = t.image_uri AND c.etag = t.listed_etag
-            ANTI JOIN (SELECT image_uri, image_etag FROM {rows} WHERE {final} AND image_etag <> listed_etag) u
-                ON c.uri = u.image_uri AND c.etag = u.image_etag"""
+            f"""CREATE TEMP TABLE undone AS SELECT uri, etag, size_bytes, modified FROM
+                (SELECT *, {_KEY.format("uri", "etag")} FROM corpus) c
+            ANTI JOIN (SELECT {_KEY.format("image_uri", "listed_etag")} FROM {rows} WHERE {final}) t
+                ON c.key_a = t.key_a AND c.key_b = t.key_b"""
         )
+    else:
+        connection.execute("CREATE VIEW undone AS SELECT * FROM corpus")
     undone = number("SELECT count(*) FROM undone")
 
-    always = ", ".join(sql_text(kind) for kind in sorted(ALWAYS_RETRIED_KINDS))
+    past_rows = 0
     if question.part_uris and undone:
         connection.execute(
-            f"""CREATE TEMP TABLE past AS SELECT image_uri AS uri, listed_etag AS etag,
+            f"""CREATE TEMP TABLE past_rows AS SELECT image_uri AS uri, listed_etag, image_etag, status, error_kind
+            FROM {rows} SEMI JOIN (SELECT hash(uri) AS key FROM undone) u ON hash(image_uri) = u.key"""
+        )
+        past_rows = number("SELECT count(*) FROM past_rows")
+    if asked and past_rows:
+        connection.execute(
+            f"""CREATE OR REPLACE TEMP TABLE undone AS SELECT c.* FROM undone c
+            ANTI JOIN (SELECT uri, image_etag FROM past_rows WHERE {final} AND image_etag <> listed_etag) t
+                ON c.uri = t.uri AND c.etag = t.image_etag"""
+        )
+        undone = number("SELECT count(*) FROM undone")
+
+    exhausted = 0
+    if past_rows:
+        always = ", ".join(sql_text(kind) for kind in sorted(ALWAYS_RETRIED_KINDS))
+        give_up = "false" if question.retry_errors or question.force else f"coalesce(p.spent, 0) >= {MAX_ATTEMPTS}"
+        connection.execute(
+            f"""CREATE TEMP TABLE past AS SELECT uri, listed_etag AS etag,
                 count(*) FILTER (status = 'error') AS failures,
                 count(*) FILTER (status = 'error' AND error_kind NOT IN ({always}) AND NOT {TERMINAL}) AS spent
-            FROM {rows} SEMI JOIN undone ON image_uri = undone.uri GROUP BY ALL"""
+            FROM past_rows GROUP BY ALL"""
         )
+        connection.execute(
+            f"""CREATE VIEW candidates AS SELECT u.*, coalesce(p.failures, 0) AS failures, p.uri IS NOT NULL AS seen,
+                {give_up} AS exhausted
+            FROM undone u LEFT JOIN past p ON u.uri = p.uri AND u.etag = p.etag"""
+        )
+        exhausted = number("SELECT count(*) FROM candidates WHERE exhausted")
     else:
-        connection.execute("CREATE TEMP TABLE past (uri VARCHAR, etag VARCHAR, failures BIGINT, spent BIGINT)")
-    give_up = "false" if question.retry_errors or question.force else f"coalesce(p.spent, 0) >= {MAX_ATTEMPTS}"
-    connection.execute(
-        f"""CREATE VIEW candidates AS SELECT u.*, coalesce(p.failures, 0) AS failures, p.uri IS NOT NULL AS seen,
-            {give_up} AS exhausted
-        FROM undone u LEFT JOIN past p ON u.uri = p.uri AND u.etag = p.etag"""
-    )
-    exhausted = number("SELECT count(*) FROM candidates WHERE exhausted") if number("SELECT count(*) FROM past") else 0
+        connection.execute(
+            "CREATE VIEW candidates AS SELECT *, 0 AS failures, false AS seen, false AS exhausted FROM undone"
+        )
 
     held_by: dict[str, int] = {}
-    open_lists = "SELECT NULL::VARCHAR AS uri WHERE false"
     if question.held and undone:
         open_lists = " UNION ALL ".join(
             f"SELECT uri, {sql_text(run)} AS run_id FROM read_parquet({sql_text(str(path))})"
@@ -132,17 +153,18 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
                 "WHERE NOT exhausted GROUP BY run_id ORDER BY run_id"
             ).fetchall()
         )
-    connection.execute(
-        f"CREATE VIEW work AS SELECT * FROM candidates ANTI JOIN ({open_lists}) h USING (uri) WHERE NOT exhausted"
-    )
-    left, failed_before, repeated = connection.execute(
-        "SELECT count(*), count(*) FILTER (failures > 0), count(*) FILTER (failures = 0 AND seen) FROM work"
-    ).fetchone()
-    changed = number(
-        "SELECT count(*) FROM work WHERE NOT seen AND uri IN (SELECT uri FROM past)"
-        if number("SELECT count(*) FROM past")
-        else "SELECT 0"
-    )
+        connection.execute(
+            f"CREATE VIEW work AS SELECT * FROM candidates ANTI JOIN ({open_lists}) h USING (uri) WHERE NOT exhausted"
+        )
+    else:
+        connection.execute("CREATE VIEW work AS SELECT * FROM candidates WHERE NOT exhausted")
+    left, failed_before, repeated, changed = undone, 0, 0, 0
+    if held_by or past_rows:
+        left, failed_before, repeated = connection.execute(
+            "SELECT count(*), count(*) FILTER (failures > 0), count(*) FILTER (failures = 0 AND seen) FROM work"
+        ).fetchone()
+    if past_rows:
+        changed = number("SELECT count(*) FROM work WHERE NOT seen AND uri IN (SELECT uri FROM past)")
 
     planned, planned_bytes = left, 0
     if list_path is not None or question.limit:
