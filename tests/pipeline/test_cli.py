@@ -336,7 +336,10 @@ def test_models_list_and_show(
 # ── a process of its own ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ctrl_c_drains_and_the_same_command_continues(tmp_path: Path, place: Place, maskmill: Command) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_drains_and_the_same_command_continues(
+    asked: signal.Signals, place: Place, maskmill: Command
+) -> None:
     for index in range(60):
         make_image(place.source / f"more-{index}.png", index)
     command = [sys.executable, "-m", "pipeline.cli", "segment", place.source, place.dest, *place.options]
@@ -348,7 +351,7 @@ def test_ctrl_c_drains_and_the_same_command_continues(tmp_path: Path, place: Pla
         while not part_paths(place.dest):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, asked)
         out, err = process.communicate()
     finally:
         process.kill()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan
 from pipeline.engine.outcome import Event, Outcome
-from pipeline.errors import BYTES_KINDS, HeldError, ModelError, ReconciliationError, UsageError
+from pipeline.errors import BYTES_KINDS, HeldError, InfrastructureError, ModelError, ReconciliationError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -563,3 +566,66 @@ def test_the_same_command_started_twice_at_once_is_held_not_planned_again(
         leases[0].__exit__(None, None, None)
     assert pipeline.segment(config).ok == 4
     assert len(rows_of(dest)) == 4
+
+
+# ── the world fails ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(9)
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if part_paths(bench.dest) and os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{bench.dest}/_tmp/"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", full)
+        with pytest.raises(InfrastructureError, match=r"(?i)no space|disk is full"):
+            bench.segment(photos, shard_size=1)
+    committed = len(rows_of(bench.dest))
+    assert 1 <= committed < 9
+    assert not list((bench.dest / "_tmp").glob("*")), "what was half written is still there"
+    assert bench.segment(photos, shard_size=1).ok == 9
+    assert bench.done == names(photos)
+
+
+def test_a_denied_image_is_a_row_and_is_tried_again(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, whom no permission binds: the refusal comes from `os.open`, as the kernel would say it."""
+    photos = image_folder(3)
+    closed, opened = str(photos / "0001.png"), os.open
+
+    def refuse(path: Any, *rest: Any, **named: Any) -> int:
+        if str(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, *rest, **named)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "open", refuse)
+        for _ in range(5):  # more often than other failures of the world are tried
+            outcome = bench.segment(photos)
+            assert outcome.errors_by_kind == {"denied": 1}
+    assert bench.segment(photos).ok == 1
+    attempts = [row["attempt"] for row in rows_of(bench.dest) if row["image_uri"].endswith("0001.png")]
+    assert sorted(attempts) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_nobody_touched_for_a_day_is_abandoned_by_the_next_planner(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(6)
+    dead = bench.interrupted(photos, after_parts=1, shard_size=1).run_id
+    outcome = bench.segment(f"{photos}/*.png", shard_size=1)
+    assert outcome.held > 0, "a run that is dead for a minute is left alone"
+    today_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: today_s + 25 * 3600)
+    outcome = bench.segment(f"{photos}/*.png", shard_size=1)
+    assert outcome.held == 0
+    assert f"abandoned run {dead}" in bench.texts("note")
+    bench.segment(photos)
+    assert bench.done == names(photos)
