@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,7 +178,8 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:
-        with _interruptible(display.console) as should_stop:
+        # Ray prints what it has to say of dying nodes on stdout, which is for the outcome alone.
+        with redirect_stdout(sys.stderr), _interruptible(display.console) as should_stop:
             outcome = pipeline.segment(config, listen=display.listen, should_stop=should_stop)
     finally:
         display.close()
