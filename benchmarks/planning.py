@@ -82,7 +82,7 @@ def plan_once(folder: Path, night: str, memory_bytes: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
         question = Question(
             corpus_path=folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), corpus_is_distinct=True,
-            part_uris=parts, held={}, settings_digest=DIGEST,
+            part_sizes=dict.fromkeys(parts, 0), held={}, settings_digest=DIGEST,
         )  # fmt: skip
         began_s = time.perf_counter()
         counts = work_left(

@@ -121,24 +121,19 @@ def encode_label_rles(labels: NDArray[np.int32], count: int) -> list[dict[str, A
     return coco_mask.frPyObjects(raw, height, width) if raw else []
 
 
-def count_regions(class_ids: NDArray[np.uint8], class_id: int) -> int:
-    """Number of 8-connected regions of one class in a uint8 [h, w] mask."""
-    found, _ = cv2.connectedComponents((class_ids == class_id).astype(np.uint8), connectivity=8)
-    return int(found) - 1
-
-
 def count_regions_by_class(class_ids: NDArray[np.uint8]) -> dict[int, int]:
     """Number of 8-connected regions of every class present in a uint8 [h, w] mask, in one pass over it."""
     above_zero = class_ids + np.uint8(1) if class_ids.max() < 255 else class_ids.astype(np.uint16) + 1
-    labels = cc3d.connected_components(above_zero, connectivity=8).reshape(-1)
-    # Where the label changes from one pixel to the next, a run begins: enough to know each region's class.
-    starts = np.flatnonzero(labels[1:] != labels[:-1]) + 1
-    owners = np.zeros(int(labels.max()) + 1, np.uint8)
+    labels, count = cc3d.connected_components(above_zero, connectivity=8, return_N=True)
+    # Where the class changes along a row a run begins, and every region begins with a run: enough to know its class.
     flat = class_ids.reshape(-1)
-    owners[labels[starts]] = flat[starts]
-    owners[labels[0]] = flat[0]
-    counts = np.bincount(owners[1:], minlength=1)
-    return {class_id: int(counts[class_id]) for class_id in np.flatnonzero(counts).tolist()}
+    begins = np.empty(flat.size, np.bool_)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[:: class_ids.shape[1]] = True
+    starts = np.flatnonzero(begins)
+    owners = np.empty(count + 1, np.uint8)
+    owners[labels.reshape(-1)[starts]] = flat[starts]
+    return {class_id: number for class_id, number in enumerate(np.bincount(owners[1:]).tolist()) if number}
 
 
 def _chunk(body: bytes) -> bytes:

@@ -7,7 +7,7 @@ Must not know: workers, leases, who asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Question(NamedTuple):
 
     corpus_path: Path
     corpus_is_distinct: bool
-    part_uris: Sequence[str]
+    part_sizes: Mapping[str, int]
     held: dict[str, Path]
     settings_digest: str
     limit: int | None = None
@@ -64,7 +64,7 @@ def work_left(
     left to that run whatever its etag. Memory: about `memory_bytes`; beyond that DuckDB spills into `scratch`.
     Changes nothing in DEST.
     """
-    connection = open_duckdb(storage, memory_bytes=memory_bytes, temp_path=str(scratch))
+    connection = open_duckdb(storage, sizes=question.part_sizes, memory_bytes=memory_bytes, temp_path=str(scratch))
     try:
         connection.execute("SET preserve_insertion_order = false")
         return _answer(connection, question, list_path)
@@ -78,7 +78,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
 
     listed = f"read_parquet({sql_text(str(question.corpus_path))})"
     of_these_settings = f"settings_digest = {sql_text(question.settings_digest)}"
-    rows = f"(SELECT * FROM {read_parts_sql(question.part_uris)} WHERE {of_these_settings})"
+    rows = f"(SELECT * FROM {read_parts_sql(list(question.part_sizes))} WHERE {of_these_settings})"
     lines = number(f"SELECT count(*) FROM {listed}")
     if question.corpus_is_distinct:
         connection.execute(f"CREATE VIEW corpus AS SELECT uri, etag, size_bytes, modified FROM {listed}")
@@ -91,7 +91,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         images = number("SELECT count(*) FROM corpus")
 
     final = "status = 'ok'" if question.retry_errors else TERMINAL
-    asked = not question.force and bool(question.part_uris)
+    asked = not question.force and bool(question.part_sizes)
     if asked:
         # Keys are compared as 128 bits of hashes, a third of the time and memory of the strings. Two independent 64-bit
         # hashes of the pair: at 20 million images a chance of one in 10^24 that an image is taken for another.
@@ -106,7 +106,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
     undone = number("SELECT count(*) FROM undone")
 
     past_rows = 0
-    if question.part_uris and undone:
+    if question.part_sizes and undone:
         connection.execute(
             f"""CREATE TEMP TABLE past_rows AS SELECT image_uri AS uri, listed_etag, image_etag, status, error_kind
             FROM {rows} SEMI JOIN (SELECT hash(uri) AS key FROM undone) u ON hash(image_uri) = u.key"""

@@ -38,7 +38,7 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             f"run {plan.run_id}: {len(set(range(shards)) - set(sizes))} of {shards} Parts are not there; "
             "the same command continues"
         )
-    connection = open_duckdb(ledger.storage)
+    connection = open_duckdb(ledger.storage, sizes={plan.part_uri(ordinal): size for ordinal, size in sizes.items()})
     try:
         rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
         with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:

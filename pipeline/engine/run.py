@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
+
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
@@ -40,7 +42,7 @@ from pipeline.errors import (
 )
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
-from pipeline.table.catalog import part_uris
+from pipeline.table.catalog import part_sizes
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,10 @@ class _Segmentation:
         model = resolve(self._config.model)
         try:
             return self._continue(model) or self._plan_and_work(model)
+        except duckdb.Error as error:
+            # DuckDB wraps what a store raises in the text of a traceback; its last line says what happened.
+            why = str(error).strip().splitlines()[-1]
+            raise InfrastructureError(f"the table at {self._dest} could not be read: {why}") from error
         except StoppedError:
             # Before there was a run to drain: nothing is left behind.
             return self._outcome("interrupted", model, WorkCounts(), None)
@@ -179,7 +185,7 @@ class _Segmentation:
         question = Question(
             corpus_path=corpus.path,
             corpus_is_distinct=corpus.full_listing,
-            part_uris=part_uris(self._storage, join_uri(self._dest, folder)),
+            part_sizes=part_sizes(self._storage, join_uri(self._dest, folder)),
             held=held,
             settings_digest=digest,
             limit=config.limit,

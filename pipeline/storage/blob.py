@@ -10,7 +10,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -108,8 +108,10 @@ class Storage(Protocol):
         """
         ...
 
-    def filesystem(self) -> AbstractFileSystem | None:
-        """An fsspec filesystem to register with DuckDB, or None where DuckDB needs none (local disk)."""
+    def filesystem(self, sizes: Mapping[str, int] | None = None) -> AbstractFileSystem | None:
+        """An fsspec filesystem to register with DuckDB, or None where DuckDB needs none (local disk). `sizes`: bytes by
+        URI of files that are known to be there.
+        """
         ...
 
 

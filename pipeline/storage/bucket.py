@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -272,9 +272,10 @@ class BucketStorage:
 
     # -- access for others
 
-    def filesystem(self) -> AbstractFileSystem:
+    def filesystem(self, sizes: Mapping[str, int] | None = None) -> AbstractFileSystem:
         """As `Storage.filesystem`: read-only, with the retries of this store, and the digest check for small files."""
-        return BucketFiles(self._scheme, Reads(self.head, lambda uri: self.get(uri).data, self._get_part, self._level))
+        reads = Reads(self.head, lambda uri: self.get(uri).data, self._get_part, self._level)
+        return BucketFiles(self._scheme, reads, sizes)
 
     def _get_part(self, uri: str, start: int, stop: int) -> bytes:
         bucket, key = self._split(uri)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -50,13 +50,13 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     cachable = False
     protocol: str | tuple[str, ...] = ("s3", "gs")
 
-    def __init__(self, scheme: str, reads: Reads) -> None:
+    def __init__(self, scheme: str, reads: Reads, sizes: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.protocol = scheme  # DuckDB hands on the paths of this one only
         self._prefix = f"{scheme}://"
         self._reads = reads
         self._lock = threading.Lock()
-        self._infos: dict[str, ObjectInfo] = {}
+        self._infos = {uri: ObjectInfo("", size_bytes, None) for uri, size_bytes in (sizes or {}).items()}
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._kept_bytes = 0
 

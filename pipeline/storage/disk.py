@@ -9,7 +9,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
@@ -213,7 +213,7 @@ class DiskStorage:
             self.delete(probe)
         return self.create_only_is_atomic
 
-    def filesystem(self) -> None:
+    def filesystem(self, sizes: Mapping[str, int] | None = None) -> None:
         return None
 
     def _write_temporary(self, path: str, data: bytes) -> str:

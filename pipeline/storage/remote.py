@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -198,7 +198,7 @@ class RemoteStorage:
         self.create_only_is_atomic = self._scheme == "memory" and first and not second
         return self.create_only_is_atomic
 
-    def filesystem(self) -> AbstractFileSystem:
+    def filesystem(self, sizes: Mapping[str, int] | None = None) -> AbstractFileSystem:
         return self._files
 
     def _path(self, uri: str) -> str:

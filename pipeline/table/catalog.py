@@ -8,7 +8,7 @@ import datetime as dt
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,8 +31,17 @@ _BYTES_KINDS = "('empty','truncated','not_an_image','unsupported','too_large','c
 TERMINAL = f"(status = 'ok' OR error_kind IN {_BYTES_KINDS})"
 
 
-def open_duckdb(storage: Storage, *, memory_bytes: int | None = None, temp_path: str | None = None) -> Any:
-    """A DuckDB connection that can read what `storage` holds, remote or local. Downloads no extension."""
+def open_duckdb(
+    storage: Storage,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    memory_bytes: int | None = None,
+    temp_path: str | None = None,
+) -> Any:
+    """A DuckDB connection that can read what `storage` holds, remote or local. Downloads no extension.
+
+    `sizes`: bytes by URI of files that a listing has shown already, so that none is asked for by itself.
+    """
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET enable_progress_bar = false")
@@ -40,24 +49,24 @@ def open_duckdb(storage: Storage, *, memory_bytes: int | None = None, temp_path:
         connection.execute(f"SET memory_limit = '{memory_bytes >> 20}MiB'")
     if temp_path:
         connection.execute("SET temp_directory = ?", [temp_path])
-    filesystem = storage.filesystem()
+    filesystem = storage.filesystem(sizes)
     if filesystem is not None:
         connection.register_filesystem(filesystem)
     return connection
 
 
-def part_uris(storage: Storage, prefix_uri: str) -> list[str]:
-    """Every Part below `prefix_uri`, foreign files left out; [] where there is nothing."""
-    found: list[str] = []
+def part_sizes(storage: Storage, prefix_uri: str) -> dict[str, int]:
+    """Bytes by URI of every Part below `prefix_uri`; foreign files left out, {} where there is nothing."""
+    found: dict[str, int] = {}
     try:
         for batch in storage.list(prefix_uri):
-            for uri in batch["uri"].to_pylist():
+            for uri, size_bytes in zip(batch["uri"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True):
                 if parse_part_name(uri.rpartition("/")[2]):
-                    found.append(uri)
+                    found[uri] = size_bytes
     except StorageError as error:
         if error.kind != "missing":
             raise
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
 def read_parts_sql(uris: Sequence[str], *, hive: bool = False) -> str:
@@ -117,11 +126,12 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     """
     dest = normalize_uri(dest)
     storage = open_storage(dest, profile=profile)
-    uris = part_uris(storage, join_uri(dest, "segments"))
+    sizes = part_sizes(storage, join_uri(dest, "segments"))
+    uris = list(sizes)
     records = _records(storage, dest)
     if not uris and not records:
         raise UsageError(f"{dest} holds no Maskmill table: give the DEST of an earlier `maskmill segment`")
-    connection = open_duckdb(storage, temp_path=os.environ.get("TMPDIR", "/tmp"))
+    connection = open_duckdb(storage, sizes=sizes, temp_path=os.environ.get("TMPDIR", "/tmp"))
     connection.execute(f"CREATE VIEW segments AS SELECT * FROM {read_parts_sql(uris, hive=True)}")
     connection.register("_runs", pa.Table.from_pylist(records, schema=_RUNS))
     connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY sequence")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from models.masks import (
-    count_regions,
+    count_regions_by_class,
     decode_mask_png,
     decode_rle,
     encode_label_rles,
@@ -102,6 +103,19 @@ def test_crc_sees_pixels_and_instances() -> None:
 
 def test_regions_are_8_connected() -> None:
     class_ids = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [2, 0, 0, 1]], dtype=np.uint8)
-    assert count_regions(class_ids, 1) == 3
-    assert count_regions(class_ids, 2) == 1
-    assert count_regions(class_ids, 9) == 0
+    found = count_regions_by_class(class_ids)
+    assert found[1] == 3
+    assert found[2] == 1
+    assert 9 not in found
+
+
+@pytest.mark.parametrize("highest", [3, 255])
+def test_regions_of_all_classes_are_those_of_each(highest: int) -> None:
+    random = np.random.default_rng(highest)
+    for shape in ((1, 1), (1, 40), (40, 1), (37, 53)):
+        class_ids = random.choice(np.array([0, 1, 2, highest], np.uint8), shape)
+        each = {
+            class_id: cv2.connectedComponents((class_ids == class_id).astype(np.uint8), connectivity=8)[0] - 1
+            for class_id in np.unique(class_ids).tolist()
+        }
+        assert count_regions_by_class(class_ids) == each

@@ -49,7 +49,7 @@ class Desk:
         question = Question(
             corpus_path=corpus_path,
             corpus_is_distinct=flags.pop("distinct", len(set(corpus)) == len(corpus)),
-            part_uris=self.parts,
+            part_sizes=dict.fromkeys(self.parts, 0),
             held=lists,
             settings_digest=DIGEST,
             **flags,

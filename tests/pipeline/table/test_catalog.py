@@ -12,7 +12,7 @@ from handmade import CREATED_AT, make_list, make_part, make_plan, make_record, m
 from pipeline.engine.ledger import Ledger, Plan, WorkCounts
 from pipeline.errors import BYTES_KINDS, WORLD_KINDS, UsageError
 from pipeline.storage import join_uri, local_path, normalize_uri, open_storage
-from pipeline.table.catalog import TERMINAL, connect, part_uris
+from pipeline.table.catalog import TERMINAL, connect, part_sizes
 
 HOUR = dt.timedelta(hours=1)
 
@@ -168,7 +168,7 @@ def test_foreign_parquet_and_debris_are_left_alone(table: Table) -> None:
     Path(local_path(table.dest), "_tmp", "0123").write_bytes(b"half")
     for name in ("runs/mine/plan.json", "runs/notes.txt", "runs/_log/x.json"):
         table.ledger.storage.put(join_uri(table.dest, name), b"not ours")
-    assert part_uris(table.ledger.storage, join_uri(table.dest, "segments")) == [plan.part_uri(0)]
+    assert list(part_sizes(table.ledger.storage, join_uri(table.dest, "segments"))) == [plan.part_uri(0)]
     assert table.ask("SELECT image_uri FROM images") == [("a",)]
     assert table.ask("SELECT run_id FROM runs") == [(plan.run_id,)]
 
