@@ -118,7 +118,8 @@ class Throughput(NamedTuple):
 def whole_stream(load: Any, model: bytes, refs: pa.Table, folder: Path, *, threads: int, batch_size: int) -> Throughput:
     """One shard through a real Worker, from files to a committed Part; a short one before it warms up."""
     spec = WorkerSpec(
-        code_digest=code_digest(), dest=f"file://{folder}", source_profile=None, dest_profile=None, model_name="bench",
+        code_digest=code_digest(), dest=f"file://{folder}", create_only=True,
+        source_profile=None, dest_profile=None, model_name="bench",
         model_version="0" * 12, settings_digest="0" * 12, run_id="20260101T000000Z-000000",
         precision="bf16" if supports_bf16("cpu") else "fp32", threads=threads,
         stream=StreamConfig(batch_size=batch_size, threads=threads),

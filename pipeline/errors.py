@@ -7,6 +7,7 @@ Must not know: anything else of the project.
     │   └── HeldError         another live driver holds the run
     ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
     │   ├── StorageError      one storage call; carries `kind`
+    │   ├── DeviceLostError       a worker's device answers nothing any more
     │   ├── SupersededError   another driver took this run over
     │   ├── StoppedError          the caller asked to stop (exit 130)
     │   └── ReconciliationError   a run whose rows do not add up
@@ -59,6 +60,10 @@ class StorageError(InfrastructureError):
 
 def _storage_error(message: str, kind: str) -> StorageError:
     return StorageError(message, kind=kind)
+
+
+class DeviceLostError(InfrastructureError):
+    """A worker's device answers nothing any more. Its process is replaced, and its shards start again."""
 
 
 class SupersededError(InfrastructureError):

@@ -73,7 +73,7 @@ def read_source(
     in which no part below the folder begins with a dot. A URI that a manifest names always has its row.
 
     Rows for which no etag is known are filled by a HEAD each, `head_threads` at a time; where the image is
-    missing or denied the etag is "" and the size null.
+    missing or denied, or its store does not answer, the etag is "" and the size null: the run will say which.
 
     Raises UsageError where SOURCE does not exist, cannot be understood, or gives no rows; StorageError where
     the store fails. Changes nothing but `scratch`; safe to retry.
@@ -272,7 +272,14 @@ class _EtagFiller:
         uris = pc.filter(batch.column("uri"), unknown).to_pylist()
         for uri in uris:
             self._open(uri)
-        answers = list(self._pool.map(self._info, uris))
+        answers: list[ObjectInfo | None] = []
+        failures: list[StorageError] = []
+        for answer in self._pool.map(self._info, uris):
+            if isinstance(answer, StorageError):
+                failures.append(answer)
+            answers.append(None if isinstance(answer, StorageError) else answer)
+        if len(failures) * 2 > len(uris):
+            raise failures[0]
         replaced = {
             "etag": [info.etag if info else "" for info in answers],
             "size_bytes": [info.size_bytes if info and info.size_bytes >= 0 else None for info in answers],
@@ -291,10 +298,9 @@ class _EtagFiller:
             self._storages[root] = open_storage(root, profile=self._profile)
         return self._storages[root]
 
-    def _info(self, uri: str) -> ObjectInfo | None:
+    def _info(self, uri: str) -> ObjectInfo | StorageError | None:
+        """None for an image that is missing or denied; the error where its store does not answer."""
         try:
             return self._open(uri).head(uri)
         except StorageError as error:
-            if error.kind == "fetch_failed":
-                raise
-            return None
+            return error if error.kind == "fetch_failed" else None

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 from pipeline.engine.stream import StreamCounts
@@ -25,7 +26,6 @@ from pipeline.errors import InfrastructureError
 
 log = logging.getLogger(__name__)
 
-_METHODS = frozenset({"describe", "load", "run", "counts"})
 _CALLS_AT_ONCE = 8
 
 
@@ -69,6 +69,7 @@ class Host:
     def load(self, spec: WorkerSpec, model: bytes) -> None:
         """Makes the Segmenter and its stream, in place of those of an earlier run."""
         self.close()
+        self._worker = None
         self._worker = Worker(spec, model)
 
     def run(self, task: ShardTask) -> Receipt:
@@ -170,17 +171,20 @@ class ProcessMember:
         self._process.wait()
 
     def _listen(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 number, answer, error = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            with self._lock:
-                future = self._calls.pop(number)
-            if error is None:
-                future.set_result(answer)
-            else:
-                future.set_exception(error)
+                with self._lock:
+                    future = self._calls.pop(number)
+                if error is None:
+                    future.set_result(answer)
+                else:
+                    future.set_exception(error)
+        except (EOFError, OSError):
+            log.debug("the worker process %d is gone", self.pid)
+        except Exception:  # a reply that cannot be read: this worker is of no use any more
+            log.exception("a reply of worker process %d could not be read", self.pid)
+            self._process.kill()
         self._process.wait()
         code = self._process.returncode
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -237,10 +241,11 @@ def serve(connection: Connection, host: Host) -> None:
         try:
             bound: Callable[..., Any] = getattr(host, method)
             reply = (number, bound(*args), None)
-        except Exception as error:  # noqa: BLE001 - the per-actor boundary: the caller gets it
-            reply = (number, None, _portable(error))
+            packed = ForkingPickler.dumps(reply)
+        except BaseException as error:  # noqa: BLE001 - the per-actor boundary: the caller gets it
+            packed = ForkingPickler.dumps((number, None, _portable(error)))
         with sending, contextlib.suppress(OSError):
-            connection.send(reply)
+            connection.send_bytes(packed)
 
     with ThreadPoolExecutor(_CALLS_AT_ONCE, "call") as pool:
         while True:
@@ -248,11 +253,10 @@ def serve(connection: Connection, host: Host) -> None:
                 number, method, args = connection.recv()
             except (EOFError, OSError):
                 os._exit(0)
-            if method in _METHODS:
-                pool.submit(answer, number, method, args)
+            pool.submit(answer, number, method, args)
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> BaseException:
     """`error` itself where it survives the trip between processes, else its text."""
     import pickle
 

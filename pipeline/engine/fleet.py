@@ -1,10 +1,9 @@
 """The fleet: shards over workers until every shard is committed. Owns: who does what, retries, replacement, bisection.
 Must not know: where workers live (a Crew does), what a shard holds, leases, planning.
 
-A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died
-twice is
-set aside; at the end it is bisected by probes that write nothing, and then committed once, under its own name, with
-the images that kill as `crashed_worker` rows.
+A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died twice
+is set aside; at the end it runs alone and, if it kills again, is bisected by probes that write nothing. Then it is
+committed once, under its own name, with the images that kill as `crashed_worker` rows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from pipeline.engine.crew import Crew, Member, WorkerDiedError
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
-from pipeline.errors import InfrastructureError, StoppedError
+from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +27,8 @@ _KILLS_TO_SET_ASIDE = 2
 _FAILED_STARTS = 5
 _BISECTIONS = 3
 _POLL_S = 0.25
+_PULSE_TIMEOUT_S = 30.0
+_NOBODY_COMES_S = 30.0
 _NOTHING = StreamCounts(0, 0, 0.0, 0.0)
 
 
@@ -49,6 +50,7 @@ class _Seat:
         self.starting: Future[Any] | None = device
         self.device: Device | None = None
         self.loaded = False
+        self.spec: WorkerSpec | None = None
         self.tasks: dict[Future[Receipt], ShardTask] = {}
         self.counts = _NOTHING
         self.counting: Future[StreamCounts] | None = None
@@ -62,11 +64,19 @@ class Fleet:
     """
 
     def __init__(
-        self, crew: Crew, *, actors: int, should_stop: Callable[[], bool], drain_timeout_s: float = 30.0
+        self,
+        crew: Crew,
+        *,
+        actors: int,
+        should_stop: Callable[[], bool],
+        say: Callable[[str], None] = log.warning,
+        drain_timeout_s: float = 30.0,
     ) -> None:
         self._crew = crew
         self._actors = actors
         self._should_stop = should_stop
+        self._say = say
+        self._alone_since_s = time.monotonic()
         self._drain_timeout_s = drain_timeout_s
         self._seats: list[_Seat] = []
         self._spec: WorkerSpec | None = None
@@ -82,31 +92,41 @@ class Fleet:
     def first_device(self) -> Device:
         """Starts one worker and says what it runs on: what a run must know before it is frozen."""
         self._seat_up_to(1)
-        seat = self._seats[0]
         while True:
+            self._seat_up_to(1)
+            seat = self._seats[0]
+            if seat.device is not None:
+                return seat.device
             assert seat.starting is not None
-            wait([seat.starting], timeout=_POLL_S)
+            self._wait()
             if seat.starting.done():
                 if seat.starting.exception() is None:
                     return seat.starting.result()
                 self._died(seat, seat.starting.exception())
-                self._seat_up_to(1)
-                seat = self._seats[0]
             if self._should_stop():
                 raise StoppedError("stopped before the first worker was up")
 
+    def first_loaded(self) -> None:
+        """Waits until one worker holds the model that `load` told of: whatever is wrong with it shows here, before any
+        run is frozen. Raises what loading raises, StoppedError.
+        """
+        self._loaded_seat()
+
     def load(self, spec: WorkerSpec, model: bytes) -> None:
         """Tells which model to run and for which run; workers that are up load it again, others as they come."""
-        self._spec = spec
-        self._model = self._crew.share(model)
         self._committed_rows = 0
         self._kills.clear()
+        self._aside.clear()
+        if spec == self._spec and spec is not None:
+            return
+        self._spec = spec
+        self._model = self._crew.share(model)
         for seat in self._seats:
             if seat.loaded:
                 self._gone_busy_s += seat.counts.busy_s
                 self._gone_active_s += seat.counts.active_s
                 seat.loaded, seat.counts, seat.counting, seat.committed_rows = False, _NOTHING, None, 0
-                seat.starting = seat.member.call("load", self._spec, self._model)
+                self._tell(seat)
 
     def run(
         self,
@@ -196,6 +216,18 @@ class Fleet:
             wait(futures, timeout=_POLL_S, return_when=FIRST_COMPLETED)
         else:
             time.sleep(_POLL_S)
+        self._say_when_nobody_comes()
+
+    def _say_when_nobody_comes(self) -> None:
+        now_s = time.monotonic()
+        if any(seat.loaded for seat in self._seats) or not self._seats:
+            self._alone_since_s = now_s
+        elif now_s - self._alone_since_s > _NOBODY_COMES_S:
+            self._alone_since_s = now_s
+            self._say(
+                f"no worker has come up for {_NOBODY_COMES_S:.0f} s: the cluster may be busy, growing, or too small "
+                "for what one worker asks for (--gpus-per-actor, --threads)"
+            )
 
     def _settle(self, seat: _Seat, again: deque[ShardTask], on_receipt: Callable[[Receipt], None]) -> None:
         if seat.starting is not None and seat.starting.done():
@@ -207,7 +239,7 @@ class Fleet:
             on_receipt(future.result())
         for future in [future for future in done if future.exception() is not None]:
             error = future.exception()
-            if isinstance(error, WorkerDiedError):
+            if isinstance(error, (WorkerDiedError, DeviceLostError)):
                 lost = list(seat.tasks.values())
                 self._died(seat, error)
                 for task in lost:
@@ -231,11 +263,18 @@ class Fleet:
         elif seat.device is None:
             seat.device = starting.result()
             self.devices.append(seat.device)
-            seat.starting = seat.member.call("load", self._spec, self._model)
+            self._tell(seat)
+        elif seat.spec is not self._spec:
+            # It was still loading for one run when the next began.
+            self._tell(seat)
         else:
             seat.starting = None
             seat.loaded = True
             self._failed_starts = 0
+
+    def _tell(self, seat: _Seat) -> None:
+        seat.spec = self._spec
+        seat.starting = seat.member.call("load", self._spec, self._model)
 
     def _receive(self, seat: _Seat, receipt: Receipt) -> None:
         seat.counts = receipt.counts
@@ -250,7 +289,7 @@ class Fleet:
         self._gone_active_s += seat.counts.active_s
         seat.member.stop()
         if not seat.loaded:
-            if not isinstance(error, WorkerDiedError):
+            if not isinstance(error, (WorkerDiedError, DeviceLostError)):
                 assert error is not None
                 raise error
             self._failed_starts += 1
@@ -312,28 +351,39 @@ class Fleet:
         return found
 
     def _alone(self, task: ShardTask) -> Receipt | None:
-        """Runs one task with nothing beside it; None where the worker died."""
+        """Runs one task with nothing beside it; None where the worker died of it."""
         while True:
-            if self._should_stop():
-                raise StoppedError("stopped on request; what was committed is kept")
-            self._seat_up_to(1)
-            seat = next((seat for seat in self._seats if seat.loaded), None)
-            if seat is not None:
+            seat = self._loaded_seat()
+            # A worker that was lost while it had nothing to do must not be held against this task.
+            pulse = seat.member.call("counts")
+            wait([pulse], timeout=_PULSE_TIMEOUT_S)
+            if pulse.done() and pulse.exception() is None:
                 break
-            self._wait()
-            for waiting in list(self._seats):
-                if waiting.starting is not None and waiting.starting.done():
-                    self._started(waiting)
+            self._died(seat, WorkerDiedError("it does not answer"))
         future = seat.member.call("run", task)
         while not future.done():
             wait([future], timeout=_POLL_S)
             if self._should_stop():
                 raise StoppedError("stopped on request; what was committed is kept")
         error = future.exception()
-        if isinstance(error, WorkerDiedError):
+        if isinstance(error, (WorkerDiedError, DeviceLostError)):
             self._died(seat, error)
             return None
         receipt = future.result()
         if not task.probe:
             self._receive(seat, receipt)
         return receipt
+
+    def _loaded_seat(self) -> _Seat:
+        """Waits for a worker that is up and holds the model."""
+        while True:
+            if self._should_stop():
+                raise StoppedError("stopped on request; what was committed is kept")
+            self._seat_up_to(1)
+            for seat in self._seats:
+                if seat.loaded:
+                    return seat
+            self._wait()
+            for seat in list(self._seats):
+                if seat.starting is not None and seat.starting.done():
+                    self._started(seat)

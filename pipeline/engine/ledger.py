@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import re
 import secrets
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -26,6 +28,8 @@ from pipeline.config import Precision, PrecisionChoice
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, join_uri
 from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T", bound=BaseModel)
 _GETS_AT_ONCE = 16
@@ -196,13 +200,27 @@ class Ledger:
         data = self._get(self.uri(run_id, "run.json"))
         return None if data is None else _parse(RunRecord, data, self.uri(run_id, "run.json"))
 
-    def records(self, *, model_name: str | None = None) -> list[RunRecord]:
-        """Outcomes of closed runs, newest first: in the order of the log, since two run ids may share a second."""
-        closed = [entry.run_id for entry in self.entries() if entry.closed]
+    def history(self, model_version: str) -> Iterator[tuple[Plan, RunRecord | None]]:
+        """Runs of a model version, newest first, each with its outcome if it is closed. Read as they are asked for; one
+        that cannot be read is left out with a warning, so that old debris does not stop new work.
+        """
+        entries = self.entries()[::-1]
         with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
-            found = [record for record in pool.map(self.record, closed) if record]
-        wanted = [record for record in found if model_name is None or record.plan.model_name == model_name]
-        return sorted(wanted, key=lambda record: record.plan.sequence, reverse=True)
+            for start in range(0, len(entries), _GETS_AT_ONCE):
+                some = [one for one in pool.map(self._remembered, entries[start : start + _GETS_AT_ONCE]) if one]
+                # Two runs of one second are ordered by the log, not by their ids.
+                some.sort(key=lambda one: one[0].sequence, reverse=True)
+                yield from (one for one in some if one[0].model_version == model_version)
+
+    def _remembered(self, entry: RunEntry) -> tuple[Plan, RunRecord | None] | None:
+        try:
+            if not entry.closed:
+                return self.plan(entry.run_id), None
+            record = self.record(entry.run_id)
+            return (record.plan, record) if record else None
+        except (InfrastructureError, UsageError) as error:
+            log.warning("run %s is left out: %s", entry.run_id, error)
+            return None
 
     def progress(self, run_id: str) -> dict[str, Any]:
         """The last progress a driver wrote, or nothing."""

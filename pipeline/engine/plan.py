@@ -84,9 +84,11 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         connection.execute(f"CREATE VIEW corpus AS SELECT uri, etag, size_bytes, modified FROM {listed}")
         images = lines
     else:
+        # Of a URI that is named twice with different etags, one whole line: the newest, the same every night.
         connection.execute(
-            "CREATE TEMP TABLE corpus AS SELECT uri, any_value(etag) AS etag, any_value(size_bytes) AS size_bytes, "
-            f"any_value(modified) AS modified FROM {listed} GROUP BY uri"
+            "CREATE TEMP TABLE corpus AS SELECT uri, one.etag, one.size_bytes, one.modified FROM (SELECT uri, "
+            "first({'etag': etag, 'size_bytes': size_bytes, 'modified': modified} "
+            f"ORDER BY modified DESC NULLS LAST, etag) AS one FROM {listed} GROUP BY uri)"
         )
         images = number("SELECT count(*) FROM corpus")
 
@@ -220,4 +222,5 @@ def shard_lists(plan: Plan, list_path: Path, *, without: set[int]) -> Iterator[t
         shard, rest = table.slice(0, need), table.slice(need)
         buffered, buffered_rows = rest.to_batches(), len(rest)
         if ordinal not in without:
-            yield ordinal, shard.cast(WORK).combine_chunks()
+            # A copy: a slice would travel to its worker with all that it is cut from.
+            yield ordinal, shard.cast(WORK).take(pa.array(range(need), pa.int64())).combine_chunks()

@@ -27,7 +27,7 @@ class RayMember:
         try:
             inner = getattr(self._handle, method).remote(*args).future()
         except self._ray.exceptions.RayError as error:
-            answer.set_exception(WorkerDiedError(str(error).splitlines()[0]))
+            answer.set_exception(WorkerDiedError(_first_line(error)))
             return answer
         inner.add_done_callback(lambda done: self._settle(done, answer))
         return answer
@@ -42,7 +42,7 @@ class RayMember:
         elif isinstance(error, exceptions.RayError):
             # ActorUnavailableError comes first when a node dies, ActorDiedError later: both mean that its shards
             # start again.
-            answer.set_exception(WorkerDiedError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
+            answer.set_exception(WorkerDiedError(f"{type(error).__name__}: {_first_line(error)}"))
         else:
             answer.set_exception(error)
 
@@ -120,7 +120,7 @@ class RayCrew:
                 ray.init(address="local", include_dashboard=False, num_cpus=cores(), **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             where = f"at {address!r}" if address else "on this machine"
-            raise InfrastructureError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
+            raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
 
     def start(self) -> RayMember:
         return RayMember(self._ray, self._actor.remote())
@@ -136,3 +136,7 @@ class RayCrew:
 def ray_address(given: str | None) -> str | None:
     """The cluster that the command or the environment names."""
     return given or os.environ.get("RAY_ADDRESS") or None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,6 +17,8 @@ from pipeline.errors import ReconciliationError
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
 from pipeline.table.parts import commit_empty
 
+_MEMORY_BYTES = 3 << 30
+
 
 class Session(NamedTuple):
     """One driver's share of a run: what it took, what its workers did, and what they ran on."""
@@ -38,29 +40,33 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             f"run {plan.run_id}: {len(set(range(shards)) - set(sizes))} of {shards} Parts are not there; "
             "the same command continues"
         )
-    connection = open_duckdb(ledger.storage, sizes={plan.part_uri(ordinal): size for ordinal, size in sizes.items()})
-    try:
-        rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
-        with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
+    known = {plan.part_uri(ordinal): size for ordinal, size in sizes.items()}
+    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
+        connection = open_duckdb(ledger.storage, sizes=known, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+        try:
+            rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
             path = Path(folder, "manifest.parquet")
             path.write_bytes(ledger.storage.get(ledger.uri(plan.run_id, "manifest.parquet")).data)
             listed = f"read_parquet({sql_text(str(path))})"
             without_row = f"{listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag"
             missing, example_uri = connection.execute(f"SELECT count(*), min(m.uri) FROM {without_row}").fetchone()
-        ok, errors, instances, megapixels, fetch, decode, infer, encode = connection.execute(
-            "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error'), "
-            "coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
-            "coalesce(sum(fetch_ms), 0), coalesce(sum(decode_ms), 0), coalesce(sum(infer_ms), 0), "
-            "coalesce(sum(encode_ms), 0) "
-            f"FROM {rows}"
-        ).fetchone()
-        kinds = dict(
-            connection.execute(
-                f"SELECT error_kind, count(*) FROM {rows} WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1"
-            ).fetchall()
-        )
-    finally:
-        connection.close()
+            ok, errors, strangers, instances, megapixels, fetch, decode, infer, encode = connection.execute(
+                "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error'), "
+                f"count(*) FILTER (run_id IS DISTINCT FROM {sql_text(plan.run_id)}), "
+                "coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
+                "coalesce(sum(fetch_ms), 0), coalesce(sum(decode_ms), 0), coalesce(sum(infer_ms), 0), "
+                "coalesce(sum(encode_ms), 0) "
+                f"FROM {rows}"
+            ).fetchone()
+            kinds = dict(
+                connection.execute(
+                    f"SELECT error_kind, count(*) FROM {rows} WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1"
+                ).fetchall()
+            )
+        finally:
+            connection.close()
+    if strangers:
+        raise ReconciliationError(f"run {plan.run_id}: {strangers} rows in its Parts name another run")
     if missing or ok + errors != plan.counts.planned:
         example = f"{missing} have none, for example {example_uri!r}" if missing else "some images have more than one"
         raise ReconciliationError(
@@ -99,27 +105,28 @@ def abandon(ledger: Ledger, plan: Plan, *, ttl_s: float) -> RunRecord:
             return closed
         for ordinal in sorted(set(range(len(plan.bounds()))) - set(ledger.committed(plan))):
             commit_empty(ledger.storage, plan.part_uri(ordinal))
-        ok, errors = count_rows(ledger, plan, set(range(len(plan.bounds()))))
+        ok, kinds = count_rows(ledger, plan, set(range(len(plan.bounds()))))
         sizes = ledger.committed(plan)
         record = RunRecord(
-            state="abandoned", closed_at=dt.datetime.now(dt.UTC), plan=plan, ok=ok, errors=errors, errors_by_kind={},
-            parts=len(sizes), parts_bytes=sum(sizes.values()), instances=0, megapixels=0.0, stage_ms={}, seconds=0.0,
-            images_per_s=0.0, megapixels_per_s=0.0, model_busy_fraction=0.0, workers=[],
+            state="abandoned", closed_at=dt.datetime.now(dt.UTC), plan=plan, ok=ok, errors=sum(kinds.values()),
+            errors_by_kind=kinds, parts=len(sizes), parts_bytes=sum(sizes.values()), instances=0, megapixels=0.0,
+            stage_ms={}, seconds=0.0, images_per_s=0.0, megapixels_per_s=0.0, model_busy_fraction=0.0, workers=[],
         )  # fmt: skip
         ledger.close(record)
         return record
 
 
-def count_rows(ledger: Ledger, plan: Plan, ordinals: set[int]) -> tuple[int, int]:
-    """(ok, errors) in these Parts of a run, which must be there."""
+def count_rows(ledger: Ledger, plan: Plan, ordinals: set[int]) -> tuple[int, dict[str, int]]:
+    """(rows that are ok, errors by kind) in these Parts of a run, which must be there."""
     if not ordinals:
-        return 0, 0
-    connection = open_duckdb(ledger.storage)
+        return 0, {}
+    rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in sorted(ordinals)])
+    connection = open_duckdb(ledger.storage, memory_bytes=_MEMORY_BYTES)
     try:
-        ok, errors = connection.execute(
-            "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error') FROM "
-            + read_parts_sql([plan.part_uri(ordinal) for ordinal in sorted(ordinals)])
-        ).fetchone()
-        return int(ok), int(errors)
+        counted = connection.execute(
+            f"SELECT error_kind, count(*) FROM {rows} GROUP BY 1 ORDER BY 2 DESC, 1"
+        ).fetchall()
     finally:
         connection.close()
+    by_kind = {kind: int(number) for kind, number in counted}
+    return by_kind.pop(None, 0), by_kind

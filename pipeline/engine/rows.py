@@ -5,6 +5,7 @@ Must not know: threads, batches, files.
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +55,12 @@ class RowMaker:
         self._palette = interpreter.card.palette
 
     def ok(self, ref: Ref, blob: Blob, picture: Picture, prediction: Any) -> dict[str, Any]:
-        """The row of an image with a mask. Post-processing happens here; whatever it raises is raised."""
+        """The row of an image with a mask. Post-processing happens here; whatever it raises is raised.
+
+        Raises ValueError where the network put out NaN.
+        """
+        if not math.isfinite(prediction.mean_confidence):
+            raise ValueError("the network's output holds NaN or infinity")
         class_ids, instances = self._interpreter.postprocess(prediction)
         if class_ids is prediction.class_ids:
             pixels = dict(zip(self._names, prediction.pixels.tolist(), strict=True))

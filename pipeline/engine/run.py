@@ -1,4 +1,4 @@
-"""A run from question to closed record. Owns: the order of the steps of `segment`, and reconciliation.
+"""A run from question to closed record. Owns: the order of the steps of `segment`.
 Must not know: how images are processed, how a terminal looks.
 
     open run of this command? ─▶ continue it ─▶ plan again ─▶ freeze ─▶ work ─▶ reconcile ─▶ close
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import duckdb
 
@@ -51,6 +51,7 @@ _DEAD_AFTER_S = 24 * 3600.0
 _SAMPLE_IMAGES = 16
 _REMOTE_FETCHES = 32
 _PROGRESS_EVERY_S = 5.0
+_LEAST_ROW_BYTES = 8 << 10
 
 
 def segment(
@@ -69,6 +70,13 @@ def segment(
         ).run()
 
 
+class _Memory(NamedTuple):
+    """What earlier runs of a model version tell: the precision that `auto` came to (else any), and the last figures."""
+
+    precision: Precision | None
+    record: RunRecord | None
+
+
 class _Segmentation:
     def __init__(self, config: SegmentConfig, scratch: Path, listen: Listener, should_stop: Callable[[], bool]) -> None:
         self._config = config
@@ -83,7 +91,8 @@ class _Segmentation:
         self._fleet: Fleet | None = None
         self._superseded: threading.Event | None = None
         self._closed: list[RunRecord] = []
-        self._past_records: list[RunRecord] | None = None
+        self._memory: _Memory | None = None
+        self._create_only = True
 
     def run(self) -> Outcome:
         model = resolve(self._config.model)
@@ -108,6 +117,7 @@ class _Segmentation:
         ours = self._settle_open_runs(model)
         if config.dry_run or not ours:
             return None
+        self._check_dest()
         for plan in ours:
             self._note(f"continuing run {plan.run_id} ({plan.counts.planned} images)")
             state = self._work(plan, model)
@@ -155,6 +165,9 @@ class _Segmentation:
             if plan is None:
                 return self._outcome("done", model, counts, None)
             self._check_dest()
+            # A model that does not load, or a precision that the device lacks, must not leave an open run behind.
+            self._the_fleet().load(self._spec(plan), model.data)
+            self._the_fleet().first_loaded()
             if self._ledger.freeze(plan, list_path.read_bytes()):
                 self._note(f"run {plan.run_id}: {counts.planned} images in {len(plan.bounds())} shards")
                 return self._outcome(self._work(plan, model), model, counts, plan)
@@ -202,7 +215,7 @@ class _Segmentation:
         if not counts.planned:
             return None, counts, list_path
         past = self._past(model)
-        row_bytes = past.parts_bytes / max(1, past.ok + past.errors) if past else None
+        row_bytes = past.parts_bytes / max(1, past.ok + past.errors) if past else _guessed_row_bytes(counts)
         # Measured: on a CPU larger batches leave the cache, and many image sizes pad them besides.
         batch_size = config.batch_size or (32 if self._the_crew().has_gpus else 2)
         now = dt.datetime.now(dt.UTC)
@@ -234,22 +247,36 @@ class _Segmentation:
         """`auto` keeps what this version ran with before in DEST, so that another device does not redo the corpus."""
         if self._config.precision != "auto":
             return self._config.precision
-        past = self._past(model)
-        if past is not None:
-            return past.plan.precision
+        before = self._recall(model).precision
+        if before is not None:
+            return before
         return "bf16" if self._the_fleet().first_device().bf16 else "fp32"
 
     def _past(self, model: Model) -> RunRecord | None:
-        """The newest closed run of this model version."""
-        if self._past_records is None:
-            records = self._ledger.records(model_name=model.card.name)
-            self._past_records = [r for r in records if r.plan.model_version == model.version and r.state == "done"]
-        return self._past_records[0] if self._past_records else None
+        """The newest finished run of this model version that made rows with masks."""
+        return self._recall(model).record
+
+    def _recall(self, model: Model) -> _Memory:
+        """What DEST remembers of this model version. Asked once: later runs of this very call add nothing to it."""
+        if self._memory is None:
+            auto: Precision | None = None
+            given: Precision | None = None
+            record: RunRecord | None = None
+            for plan, closed in self._ledger.history(model.version):
+                if plan.command.precision == "auto":
+                    auto = auto or plan.precision
+                given = given or plan.precision
+                if closed is not None and closed.state == "done" and closed.ok:
+                    record = record or closed
+                if auto and record:
+                    break
+            self._memory = _Memory(auto or given, record)
+        return self._memory
 
     def _command(self, model: Model) -> Command:
         config = self._config
         return Command(
-            source=self._source,
+            source=self._source if self._source.endswith("://") else self._source.rstrip("/"),
             model_version=model.version,
             precision=config.precision,
             suffixes=config.suffixes,
@@ -262,7 +289,8 @@ class _Segmentation:
     def _check_dest(self) -> None:
         """An unwritable DEST is found before any work; a store without conditional writes is named."""
         try:
-            if not self._storage.check_create_only():
+            self._create_only = self._storage.check_create_only()
+            if not self._create_only:
                 self._listen(
                     Event(
                         "warning",
@@ -325,22 +353,27 @@ class _Segmentation:
             wait=self._config.wait,
             should_stop=self._should_stop,
         ) as lease:
-            if self._ledger.record(plan.run_id) is not None:
+            closed = self._ledger.record(plan.run_id)
+            if closed is not None and closed.state == "abandoned":
+                raise InfrastructureError(f"run {plan.run_id} was abandoned by somebody: the same command plans again")
+            if closed is not None:
                 return "done"
             self._superseded = lease.superseded
-            began_s = time.monotonic()
-            fleet = self._the_fleet()
-            fleet.load(self._spec(plan), model.data)
-            try:
-                if not self._run_shards(plan, fleet):
-                    return "canary_failed"
-            except StoppedError:
-                if lease.superseded.is_set():
-                    raise SupersededError(
-                        f"run {plan.run_id} was taken over by another driver; this one has added nothing since"
-                    ) from None
-                return "interrupted"
-            session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices)
+            session = Session(0.0, FleetProgress(0, 0, 0, 0.0, 0.0), [])
+            if len(self._ledger.committed(plan)) < len(plan.bounds()):
+                began_s = time.monotonic()
+                fleet = self._the_fleet()
+                fleet.load(self._spec(plan), model.data)
+                try:
+                    if not self._run_shards(plan, fleet):
+                        return "canary_failed"
+                except StoppedError:
+                    if lease.superseded.is_set():
+                        raise SupersededError(
+                            f"run {plan.run_id} was taken over by another driver, which goes on with it"
+                        ) from None
+                    return "interrupted"
+                session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices)
             record = reconcile(self._ledger, plan, session)
             self._ledger.close(record)
             self._closed.append(record)
@@ -376,7 +409,8 @@ class _Segmentation:
                 if task.ordinal >= canary_shards:
                     break
             run(iter(first))
-            ok, errors = count_rows(self._ledger, plan, set(range(canary_shards)))
+            ok, kinds = count_rows(self._ledger, plan, set(range(canary_shards)))
+            errors = sum(kinds.values())
             if errors > self._config.max_error_rate * (ok + errors):
                 self._listen(
                     Event(
@@ -408,6 +442,7 @@ class _Segmentation:
         return WorkerSpec(
             code_digest=code_digest(),
             dest=self._dest,
+            create_only=self._create_only,
             source_profile=self._config.source_profile,
             dest_profile=self._config.dest_profile,
             model_name=plan.model_name,
@@ -441,6 +476,7 @@ class _Segmentation:
                 self._the_crew(),
                 actors=self._wanted_actors(),
                 should_stop=lambda: self._should_stop() or (self._superseded is not None and self._superseded.is_set()),
+                say=lambda text: self._listen(Event("warning", text)),
                 drain_timeout_s=self._config.drain_timeout_s,
             )
         return self._fleet
@@ -470,8 +506,10 @@ class _Segmentation:
         parts, parts_bytes = sum(r.parts for r in closed), sum(r.parts_bytes for r in closed)
         if state in ("interrupted", "canary_failed") and plan is not None:
             committed = self._ledger.committed(plan)
-            some_ok, some_errors = count_rows(self._ledger, plan, set(committed))
-            ok, errors = ok + some_ok, errors + some_errors
+            some_ok, some_kinds = count_rows(self._ledger, plan, set(committed))
+            for kind, number in some_kinds.items():
+                kinds[kind] = kinds.get(kind, 0) + number
+            ok, errors = ok + some_ok, sum(kinds.values())
             parts, parts_bytes = parts + len(committed), parts_bytes + sum(committed.values())
         # Rows of runs that were continued before this plan was made: done for the plan, but by this very call.
         continued = sum(r.ok + r.errors for r in closed if plan is None or r.plan.run_id != plan.run_id)
@@ -534,6 +572,11 @@ def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: st
     if source.startswith("memory:") or dest.startswith("memory:"):
         return InlineCrew(actors=config.actors or 1, threads=config.threads)
     return LocalCrew(actors=config.actors or 1, threads=config.threads)
+
+
+def _guessed_row_bytes(counts: WorkCounts) -> float:
+    """Before anything is known of this model: a mask rarely takes more than a quarter of its image's bytes."""
+    return max(_LEAST_ROW_BYTES, counts.planned_bytes / counts.planned / 4)
 
 
 def _chain(first: list[ShardTask], then: Iterator[ShardTask]) -> Iterator[ShardTask]:

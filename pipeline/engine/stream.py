@@ -4,21 +4,20 @@ Owns: the threads, the batches, the budget, what happens to one image. Must not 
     refs ─▶ window of fetches ─▶ decode ─▶ batch slots ─▶ model thread ─▶ encode ─▶ rows
 
 One pool of threads decodes and encodes, rows first: on few cores a second pool only fights the first for the
-interpreter.
-Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches (or, when
-nothing
-else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded pixels from
-the moment that they are opened until their rows are made.
+interpreter. Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches
+(or, when nothing else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded
+pixels from the moment that they are opened until their rows are made, and the buffers kept for later ones.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -29,12 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.masks import Instance
 from pipeline.corpus.decode import decode, image_statistics, peek
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.errors import WORLD_KINDS, ImageError, StorageError
+from pipeline.errors import WORLD_KINDS, DeviceLostError, ImageError, MaskmillError, StorageError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
 
 _CHUNK_IMAGES = 16
+_CHUNK_BYTES = 32 << 20
 
 
 class StreamConfig(BaseModel):
@@ -117,6 +117,10 @@ class _Batch:
         return len(self.items) - len(self.free) - self.writing
 
 
+class _StreamEndedError(Exception):
+    """Told to a thread that waits while the stream ends; never leaves this module."""
+
+
 class _Answered(NamedTuple):
     """A batch that the model is done with. An answer is a prediction, or the exception that stands for one."""
 
@@ -162,7 +166,9 @@ class Stream:
         self._open: dict[tuple[int, int], _Batch] = {}
         self._ready: deque[_Batch] = deque()
         self._to_encode: deque[_Answered] = deque()
-        self._spare: deque[np.ndarray] = deque(maxlen=8)
+        self._window_bytes = 0
+        self._spare: deque[np.ndarray] = deque()
+        self._spare_bytes = 0
         self._in_use_bytes = 0
         self._outstanding = 0
         self._decoding = 0
@@ -210,8 +216,8 @@ class Stream:
                 return work.done
             self._began_s = self._began_s or time.monotonic()
             self._live[id(work)] = work
-            for start in range(0, len(refs), _CHUNK_IMAGES):
-                self._feed.append((work, list(range(start, min(start + _CHUNK_IMAGES, len(refs))))))
+            for chunk in _chunks(work.sizes_bytes):
+                self._feed.append((work, chunk))
             self._state.notify_all()
         return work.done
 
@@ -241,8 +247,10 @@ class Stream:
     def _top_up(self) -> None:
         """Keeps fetches in flight ahead of the decoders. Called with the lock held."""
         ahead = self._config.fetch_threads * 2 if self._fetchers else 1
-        while self._feed and self._window_images < ahead:
+        limit_bytes = self._config.memory_bytes // 4
+        while self._feed and self._window_images < ahead and (not self._window or self._window_bytes < limit_bytes):
             work, indices = self._feed.popleft()
+            self._window_bytes += sum(work.sizes_bytes[index] or 0 for index in indices)
             chunk: list[tuple[Work, int, Future[Blob] | None]] = []
             for index in indices:
                 fetched = self._fetchers.submit(self._fetch, work.uris[index]) if self._fetchers else None
@@ -262,6 +270,7 @@ class Stream:
                 if self._window and len(self._ready) < 2 * self._config.threads:
                     chunk = self._window.popleft()
                     self._window_images -= len(chunk)
+                    self._window_bytes -= sum(work.sizes_bytes[index] or 0 for work, index, _ in chunk)
                     self._top_up()
                     self._decoding += 1
                     return chunk
@@ -276,6 +285,8 @@ class Stream:
             try:
                 for work, index, fetched in task:
                     self._load(work, index, fetched)
+            except _StreamEndedError:
+                continue
             except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
                 self._break(error)
             finally:
@@ -291,14 +302,14 @@ class Stream:
         held: tuple[_Batch, int] | None = None
         failure: tuple[str, str] | None = None
         try:
-            blob = fetched.result() if fetched else self._fetch(work.uris[index])
+            blob = self._fetched(work.uris[index], fetched)
             fetched_s = time.perf_counter()
             height, width = peek(blob.data)
             if height * width > self._config.max_pixels:
                 raise ImageError(
                     f"{width}×{height} is more than max_pixels={self._config.max_pixels}", kind="too_large"
                 )
-            held = batch, slot = self._acquire(self._segmenter.canvas(height, width))
+            held = batch, slot = self._acquire(self._canvas(height, width))
             view = batch.images_NHWC[slot]
             exact = batch.canvas == (height, width)
             decoded = decode(blob.data, max_pixels=self._config.max_pixels, out=view if exact else None)
@@ -317,8 +328,10 @@ class Stream:
             failure = (error.kind, str(error))
         except MemoryError as error:
             failure = ("out_of_memory", f"no memory to decode: {error}")
-        except Exception as error:
-            log.warning("decoding %r failed in an unforeseen way", work.uris[index], exc_info=True)
+        except _StreamEndedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
+            log.warning("decoding %r failed in an unforeseen way: %r", work.uris[index], error)
             failure = ("corrupt", f"{type(error).__name__}: {error}")
         decoded_s = time.perf_counter()
         timings = {"fetch_ms": (fetched_s - began_s) * 1e3, "decode_ms": (decoded_s - fetched_s) * 1e3}
@@ -341,6 +354,21 @@ class Stream:
             batch.items[slot] = item
             self._release_slot(batch)
 
+    def _fetched(self, uri: str, fetched: Future[Blob] | None) -> Blob:
+        """The image's bytes. What the caller's own set-up gets wrong is no fault of the bytes either."""
+        try:
+            return fetched.result() if fetched else self._fetch(uri)
+        except StorageError:
+            raise
+        except MaskmillError as error:
+            raise StorageError(str(error), kind="fetch_failed") from error
+
+    def _canvas(self, height: int, width: int) -> tuple[int, int]:
+        try:
+            return self._segmenter.canvas(height, width)
+        except ValueError as error:
+            raise ImageError(str(error), kind="unsupported") from error
+
     def _give_back(self, batch: _Batch, slot: int) -> None:
         """A slot that no image came into."""
         with self._state:
@@ -361,8 +389,11 @@ class Stream:
         waiting = False
         while True:
             with self._state:
-                if self._failure:
-                    raise RuntimeError("the stream broke") from self._failure
+                if waiting and (self._failure or self._closed):
+                    self._decoding += 1
+                    self._blocked -= 1
+                if self._failure or self._closed:
+                    raise _StreamEndedError from self._failure
                 batch = self._open.get(canvas)
                 fits = not self._in_use_bytes or self._in_use_bytes + size_bytes <= self._config.memory_bytes
                 if batch is not None or fits:
@@ -370,8 +401,9 @@ class Stream:
                         self._decoding += 1
                         self._blocked -= 1
                     if batch is None:
+                        batch = _Batch(canvas, self._buffer((slots, *canvas, 3)))
+                        self._open[canvas] = batch
                         self._in_use_bytes += size_bytes
-                        batch = self._open[canvas] = _Batch(canvas, self._buffer((slots, *canvas, 3)))
                     slot = batch.free.pop()
                     batch.writing += 1
                     if not batch.free:
@@ -389,11 +421,17 @@ class Stream:
                 self._encode(answered)
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A used buffer of this shape where there is one: fresh pages cost more than the copy into them."""
+        """A used buffer of this shape where there is one: fresh pages cost more than the copy into them. Others make
+        room. Called with the lock held.
+        """
         for position, spare in enumerate(self._spare):
             if spare.shape == shape:
                 del self._spare[position]
+                self._spare_bytes -= spare.nbytes
                 return spare
+        size_bytes = math.prod(shape)
+        while self._spare and self._in_use_bytes + self._spare_bytes + size_bytes > self._config.memory_bytes:
+            self._spare_bytes -= self._spare.popleft().nbytes
         return np.empty(shape, np.uint8)
 
     def _release_slot(self, batch: _Batch) -> None:
@@ -465,6 +503,7 @@ class Stream:
                 raise pending
             outcome = self._segmenter.finish(pending)
         except Exception as error:  # noqa: BLE001 - tried again one by one, and recorded there
+            _raise_if_device_is_lost(error)
             log.warning("a batch of %d failed (%s); trying its images one by one", batch.filled(), error)
             outcome = self._one_by_one(batch)
         finish_s = time.perf_counter() - began_s
@@ -486,6 +525,7 @@ class Stream:
                 pending = self._segmenter.submit(batch.images_NHWC, sizes_N2, batch.statistics_N2)
                 outcome.extend(self._segmenter.finish(pending))
             except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
+                _raise_if_device_is_lost(error)
                 outcome.append(error)
         return outcome
 
@@ -522,10 +562,14 @@ class Stream:
             with self._state:
                 self._in_use_bytes -= batch.size_bytes
                 self._outstanding -= 1
-                self._spare.append(batch.images_NHWC)
+                if self._in_use_bytes + self._spare_bytes + batch.size_bytes <= self._config.memory_bytes:
+                    self._spare.append(batch.images_NHWC)
+                    self._spare_bytes += batch.size_bytes
                 self._state.notify_all()
 
     def _emit(self, work: Work, rows: list[dict[str, Any]]) -> None:
+        if self._failure:
+            return
         with work.lock:
             work.add_rows(rows)
             work.left[0] -= len(rows)
@@ -541,7 +585,7 @@ class Stream:
             work.done.set_result(None)
 
     def _break(self, error: BaseException) -> None:
-        log.error("the stream broke: %s", error, exc_info=error)
+        log.error("the stream broke: %r", error, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
         with self._state:
             self._failure = self._failure or error
             self._state.notify_all()
@@ -553,3 +597,25 @@ class Stream:
         for work in live:
             if not work.done.done():
                 work.done.set_exception(error)
+
+
+def _chunks(sizes_bytes: Sequence[int | None]) -> Iterator[list[int]]:
+    """Positions in pieces of a few images or a few megabytes: what one thread takes up at a time."""
+    chunk: list[int] = []
+    chunk_bytes = 0
+    for index, size_bytes in enumerate(sizes_bytes):
+        chunk.append(index)
+        chunk_bytes += size_bytes or 0
+        if len(chunk) >= _CHUNK_IMAGES or chunk_bytes >= _CHUNK_BYTES:
+            yield chunk
+            chunk, chunk_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _raise_if_device_is_lost(error: Exception) -> None:
+    """After some CUDA errors every later call of the process fails: no image is to blame, and the process must go."""
+    text = str(error)
+    lost = any(sign in text for sign in ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS"))
+    if lost and "out of memory" not in text.lower():
+        raise DeviceLostError(f"the device failed: {text.splitlines()[0]}") from error

@@ -4,6 +4,7 @@ Part. Must not know: Ray, leases, planning, other workers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,21 +20,17 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.config import Precision
 from pipeline.engine.rows import Ref, RowMaker
 from pipeline.engine.stream import SegmenterLike, Stream, StreamConfig, StreamCounts
-from pipeline.errors import InfrastructureError
+from pipeline.errors import InfrastructureError, ModelError
 from pipeline.storage import Blob, Storage, open_storage
 from pipeline.table.parts import PartBuilder, commit
 
 log = logging.getLogger(__name__)
 
 _SOFTWARE = (
-    "torch",
-    "torchvision",
-    "segmentation-models-pytorch",
-    "numpy",
-    "pyarrow",
-    "pillow",
-    "opencv-python-headless",
-)
+    "maskmill", "torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy", "scipy", "scikit-image",
+    "opencv-python-headless", "pillow", "simplejpeg", "pycocotools", "connected-components-3d", "isal", "pyarrow",
+    "duckdb", "obstore", "ray",
+)  # fmt: skip
 
 
 class WorkerSpec(BaseModel):
@@ -43,6 +40,7 @@ class WorkerSpec(BaseModel):
 
     code_digest: str
     dest: str
+    create_only: bool
     source_profile: str | None
     dest_profile: str | None
     model_name: str
@@ -90,6 +88,7 @@ class WorldFailingError(InfrastructureError):
     """More than half of the last images failed for the world's reasons: the shard is not committed."""
 
 
+@functools.cache
 def code_digest() -> str:
     """First 12 hex of the SHA-256 over this installation's `models` and `pipeline` sources: driver and actors must
     agree."""
@@ -109,7 +108,7 @@ def _sources(root: Any, prefix: str = "") -> list[str]:
             found.extend(_sources(entry, f"{prefix}{entry.name}/"))
         elif entry.name.endswith(".py"):
             found.append(prefix + entry.name)
-    return [path for path in found]
+    return found
 
 
 def describe_device() -> Device:
@@ -148,6 +147,7 @@ class Worker:
         self._card_json = segmenter.card.model_dump_json()
         self._node = socket.gethostname()
         self._dest = open_storage(spec.dest, profile=spec.dest_profile)
+        self._dest.create_only_is_atomic = spec.create_only
         stamp = {
             "model_version": spec.model_version,
             "settings_digest": spec.settings_digest,
@@ -214,5 +214,11 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
 
     cv2.setNumThreads(1)
     torch.set_num_threads(spec.threads)
-    card, module = load_module(model)
-    return Segmenter(module, card, device=default_device(), precision=spec.precision)
+    # fp32 means fp32: TensorFloat-32 would make the answer depend on the kind of GPU.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        card, module = load_module(model)
+        return Segmenter(module, card, device=default_device(), precision=spec.precision)
+    except ValueError as error:
+        raise ModelError(f"model {spec.model_name} cannot run here: {error}") from error

@@ -203,6 +203,16 @@ def listing_batch(uris: list[str], etags: list[str], sizes: list[int], modified_
     return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
 
 
+def without_secrets(uri: str) -> str:
+    """`uri` fit to be shown: a web address may carry a password or a signature, a key of a bucket may not."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme in ("file", "s3", "gs", "memory"):
+        return uri
+    place, query, _ = rest.partition("?")
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?…' if query else ''}"
+
+
 def failed(what: str, uri: str, why: str, *, kind: str) -> StorageError:
     """A StorageError in the house's wording."""
-    return StorageError(f"could not {what} {uri!r}: {why}", kind=kind)
+    return StorageError(f"could not {what} {without_secrets(uri)!r}: {why}", kind=kind)

@@ -15,6 +15,8 @@ from pipeline.table.schema import SCHEMA_VERSION, SEGMENTS
 
 #: Rows per row group: small enough to stream through, large enough for statistics to be worth reading.
 ROW_GROUP_ROWS = 512
+#: Large masks make shorter row groups: what is pending stays bounded in bytes, too.
+ROW_GROUP_BYTES = 32 << 20
 
 _DICTIONARY = [
     "model_version", "settings_digest", "run_id", "node", "task", "image_format", "status", "error_kind",
@@ -55,27 +57,34 @@ class PartBuilder:
             use_dictionary=_DICTIONARY, write_statistics=_STATISTICS,
         )  # fmt: skip
         self._pending: list[Mapping[str, Any]] = []
+        self._pending_bytes = 0
         self._rows = 0
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows; writes a row group whenever enough have come together."""
-        self._pending.extend(rows)
-        while len(self._pending) >= ROW_GROUP_ROWS:
-            self._write(self._pending[:ROW_GROUP_ROWS])
-            del self._pending[:ROW_GROUP_ROWS]
+        """Adds rows; writes a row group whenever enough have come together, by number or by size."""
+        for row in rows:
+            self._pending.append(row)
+            self._pending_bytes += _payload_bytes(row)
+            if len(self._pending) >= ROW_GROUP_ROWS or self._pending_bytes >= ROW_GROUP_BYTES:
+                self._flush()
 
     def finish(self) -> Part:
         """Closes the file. The builder is spent afterwards."""
         if self._pending:
-            self._write(self._pending)
-            self._pending = []
+            self._flush()
         self._writer.close()
         return Part(self._sink.getvalue(), self._rows)
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _flush(self) -> None:
+        rows, self._pending, self._pending_bytes = self._pending, [], 0
         columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in self._schema]
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema), row_group_size=len(rows))
         self._rows += len(rows)
+
+
+def _payload_bytes(row: Mapping[str, Any]) -> int:
+    mask = row.get("mask")
+    return (len(mask["bytes"]) if mask else 0) + sum(len(one["rle"]["counts"]) for one in row.get("instances") or ())
 
 
 def commit(storage: Storage, uri: str, part: Part) -> bool:

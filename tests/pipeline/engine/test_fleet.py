@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.engine import fleet as fleet_module
 from pipeline.engine.crew import WorkerDiedError
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask
-from pipeline.errors import InfrastructureError, StoppedError, StorageError
+from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, StorageError
 from pipeline.table.schema import WORK
 
 
@@ -221,3 +223,66 @@ def test_progress_counts_rows_and_says_who_is_busy() -> None:
     assert progress.rows == 12
     assert progress.busy_s / progress.active_s == pytest.approx(0.5)
     fleet.close()
+
+
+def test_a_worker_that_was_still_loading_for_one_run_loads_again_for_the_next() -> None:
+    """The second worker comes up late: by then the fleet works on another run, whose stamp its rows must bear."""
+    crew = ScriptedCrew()
+    loaded: list[tuple[int, Any]] = []
+    late = threading.Event()
+    answer = ScriptedMember._answer
+
+    def slow(self: ScriptedMember, method: str, *args: Any) -> Any:
+        if method == "load":
+            if self is not members[0] and not late.is_set():
+                late.wait(20)
+            loaded.append((members.index(self), args[0]))
+        if method == "run":
+            assert [spec for who, spec in loaded if who == members.index(self)][-1] == current[0]
+        return answer(self, method, *args)
+
+    members: list[ScriptedMember] = []
+    start = crew.start
+
+    def starting() -> ScriptedMember:
+        members.append(start())
+        return members[-1]
+
+    crew.start = starting  # type: ignore[method-assign]
+    current = ["first"]
+    fleet = Fleet(crew, actors=2, should_stop=lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedMember, "_answer", slow)
+        fleet.load("first", b"")  # type: ignore[arg-type]
+        fleet.run(iter(shards(3, 1)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+        assert len(members) == 2
+        current[0] = "second"
+        fleet.load("second", b"")  # type: ignore[arg-type]
+        late.set()
+        fleet.run(iter(shards(60, 1)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+        fleet.close()
+    assert (1, "second") in loaded
+
+
+def test_a_lost_device_is_a_lost_worker() -> None:
+    failures = [DeviceLostError("the device failed"), DeviceLostError("the device failed")]
+
+    def deadly(uris: list[str]) -> bool:
+        if failures:
+            raise failures.pop()
+        return False
+
+    crew = ScriptedCrew(deadly)
+    assert len(run(crew, shards(6, 2), actors=1)) == 6
+    assert not any(crew.diary.crashed.values())
+    assert crew.diary.started > 1
+
+
+def test_nobody_coming_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_NOBODY_COMES_S", 0.01)
+    said: list[str] = []
+    fleet = Fleet(ScriptedCrew(), actors=1, should_stop=lambda: bool(said), say=said.append)
+    monkeypatch.setattr(ScriptedMember, "call", lambda *_: Future())
+    with pytest.raises(StoppedError):
+        fleet.first_device()
+    assert "no worker has come up" in said[0]

@@ -28,7 +28,7 @@ def files_of(ledger: Ledger) -> set[str]:
 
 
 def test_a_new_dest_is_empty(ledger: Ledger) -> None:
-    assert ledger.entries() == [] == ledger.open_plans() == ledger.records()
+    assert ledger.entries() == [] == ledger.open_plans() == list(ledger.history("a" * 12))
     assert ledger.last_sequence() == 0
 
 
@@ -130,14 +130,19 @@ def test_a_record_closes_its_run_once(ledger: Ledger) -> None:
     assert (record.state, record.ok) == ("done", 10)
 
 
-def test_records_come_newest_first_and_by_model(ledger: Ledger) -> None:
+def test_history_is_of_one_version_newest_first_and_leaves_out_what_cannot_be_read(ledger: Ledger) -> None:
     # Within one second run ids are in no order: the log is.
-    for sequence, (run_id, name) in enumerate([(SECOND, "nuclei"), (FIRST, "street")], start=1):
-        plan = a_plan(ledger, run_id, sequence=sequence, model_name=name)
+    third = "20991120T083539Z-ffffff"
+    versions = [(SECOND, "a" * 12), (FIRST, "a" * 12), (third, "b" * 12)]
+    for sequence, (run_id, version) in enumerate(versions, start=1):
+        plan = a_plan(ledger, run_id, sequence=sequence, model_version=version)
         ledger.freeze(plan, make_list([]))
-        ledger.close(make_record(plan))
-    assert [record.plan.run_id for record in ledger.records()] == [FIRST, SECOND]
-    assert [record.plan.run_id for record in ledger.records(model_name="street")] == [FIRST]
+        if run_id != FIRST:
+            ledger.close(make_record(plan))
+    found = list(ledger.history("a" * 12))
+    assert [(plan.run_id, record is not None) for plan, record in found] == [(FIRST, False), (SECOND, True)]
+    ledger.storage.put(ledger.uri(SECOND, "run.json"), b'{"of": "another age"}')
+    assert [plan.run_id for plan, _ in ledger.history("a" * 12)] == [FIRST]
 
 
 def test_committed_counts_this_runs_parts_only(ledger: Ledger) -> None:

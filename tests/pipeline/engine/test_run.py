@@ -155,6 +155,24 @@ def test_other_settings_do_everything_again_and_auto_keeps_what_was(
     assert bench.segment(photos, precision="fp32", batch_size=3, shard_size=1, threads=2).planned == 0
 
 
+def test_auto_goes_on_as_auto_whatever_was_asked_for_in_between(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(3)
+    bench.segment(photos, precision="auto")
+    bench.segment(photos, precision="fp32", limit=1)
+    bench.segment(photos, precision="bf16", limit=1)
+    assert bench.segment(photos, precision="auto").planned == 0
+
+
+def test_a_precision_that_the_device_lacks_is_said_before_anything_is_frozen(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(ModelError, match="fp16"):
+        bench.segment(image_folder(2), precision="fp16")
+    assert not (bench.dest / "runs").exists()
+
+
 def test_limit_by_limit(bench: Bench, image_folder: Callable[..., Path]) -> None:
     photos = image_folder(5)
     assert [bench.segment(photos, limit=2).ok for _ in range(4)] == [2, 2, 1, 0]
@@ -357,7 +375,8 @@ def test_a_driver_that_comes_too_late_adds_nothing(
         return work(self, plan, model)
 
     monkeypatch.setattr(engine_run._Segmentation, "_work", late)
-    bench.segment(photos)
+    with pytest.raises(InfrastructureError, match="was abandoned"):
+        bench.segment(photos)
     assert bench.done == []
     monkeypatch.undo()
     monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)

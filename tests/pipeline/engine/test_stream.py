@@ -18,7 +18,7 @@ from models.card import Card
 from models.masks import decode_mask_png
 from models.segmenter import Prediction
 from pipeline.engine.stream import Stream, StreamConfig
-from pipeline.errors import StorageError
+from pipeline.errors import DeviceLostError, StorageError, UsageError
 from pipeline.storage import Blob, open_storage
 from pipeline.table.schema import WORK
 
@@ -267,3 +267,65 @@ def test_close_ends_every_thread(tmp_path: Path) -> None:
     while threading.active_count() > before and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_an_output_of_nan_is_the_models_failure(tmp_path: Path) -> None:
+    class Broken(Threshold):
+        def finish(self, pending: Any) -> list[Prediction]:
+            return [one._replace(mean_confidence=float("nan")) for one in super().finish(pending)]
+
+    (row,) = run(Broken(), [write(tmp_path, [(64, 64)])])
+    assert (row["status"], row["error_kind"]) == ("error", "model_failed")
+
+
+def test_a_lost_device_blames_no_image(tmp_path: Path) -> None:
+    def before(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows: list[Any] = []
+    stream = Stream(Threshold(before=before), fetch=open_storage("file:///").get, config=StreamConfig(), stamp={})
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        stream.submit(refs(write(tmp_path, [(64, 64)] * 3)), rows.extend).result(timeout=30)
+    stream.close()
+    assert rows == []
+
+
+def test_a_wrong_setup_is_no_fault_of_the_bytes() -> None:
+    def fetch(uri: str) -> Blob:
+        raise UsageError("no package serves this scheme")
+
+    (row,) = run(Threshold(), [["strange://place/a.png"]], fetch=fetch)
+    assert row["error_kind"] == "fetch_failed"
+
+
+def test_close_ends_a_stream_that_is_full_to_the_brim(tmp_path: Path) -> None:
+    """Decoders wait for the budget, the model is busy: the threads end all the same, and the list is told."""
+    began = threading.Event()
+
+    def before(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        began.set()
+        time.sleep(0.2)
+
+    stream = Stream(
+        Threshold(before=before),
+        fetch=open_storage("file:///").get,
+        config=StreamConfig(batch_size=2, memory_bytes=2 * 64 * 64 * 3, threads=3),
+        stamp={},
+    )
+    future = stream.submit(refs(write(tmp_path, [(64, 64), (32, 32), (96, 96)] * 10)), lambda rows: None)
+    assert began.wait(30)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        future.result(timeout=1)
+
+
+def test_spare_buffers_count_too(tmp_path: Path) -> None:
+    config = StreamConfig(batch_size=4, memory_bytes=6 * 64 * 64 * 3 * 4)
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=config, stamp={})
+    sizes = [(32 * (1 + i % 4), 32 * (1 + i % 3)) for i in range(80)]
+    stream.submit(refs(write(tmp_path, sizes)), lambda rows: None).result(timeout=60)
+    stream.close()
+    assert sum(buffer.nbytes for buffer in stream._spare) == stream._spare_bytes <= config.memory_bytes

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from handmade import make_part, make_row
 
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage
+from pipeline.table import parts as parts_module
 from pipeline.table.parts import ROW_GROUP_ROWS, PartBuilder, commit, commit_empty
 from pipeline.table.schema import SCHEMA_VERSION, SEGMENTS
 
@@ -98,3 +100,13 @@ def test_an_empty_part_takes_the_name_and_has_no_rows(tmp_path: Path) -> None:
     builder.add([WHOLE])
     assert not commit(storage, uri, builder.finish())
     assert read(storage.get(uri).data).metadata.num_rows == 0
+
+
+def test_large_masks_make_shorter_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "ROW_GROUP_BYTES", 1000)
+    builder = PartBuilder(model_name="m", card_json="{}")
+    builder.add([{"image_uri": str(i), "mask": {"bytes": b"x" * 300, "path": None}} for i in range(10)])
+    part = builder.finish()
+    file = pq.ParquetFile(pa.BufferReader(part.data))
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 2]
+    assert file.read(["image_uri"])["image_uri"].to_pylist() == [str(i) for i in range(10)]
