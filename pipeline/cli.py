@@ -67,8 +67,16 @@ def _interruptible(console: Console) -> Iterator[Any]:
         console.print("stopping: shards in flight are finishing; once more to stop at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def should_stop() -> bool:
+        # Ray puts a handler of its own in place when it starts.
+        for number in before:
+            if signal.getsignal(number) is not on_signal:
+                signal.signal(number, on_signal)
+        return bool(asked)
+
     try:
-        yield lambda: bool(asked)
+        yield should_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -138,7 +146,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     ] = "auto",
     actors: Annotated[
         int | None,
-        _option("Workers at most. Default: one per GPU, or one per CPU node.", panel=_WHERE, metavar="N"),
+        _option("Workers at most. Default: one per GPU, or one per CPU core.", panel=_WHERE, metavar="N"),
     ] = None,
     gpus_per_actor: Annotated[
         float | None, _option("GPUs of each actor; fractions share one.", panel=_WHERE, metavar="X")
@@ -283,6 +291,8 @@ def query(
 
     if output not in ("table", "csv", "json", "parquet"):
         raise UsageError(f"--format is {output!r}: give table, csv, json or parquet")
+    if not sql.strip():
+        raise UsageError("the query is empty: give one SQL statement")
     connection = pipeline.connect(dest, profile=dest_profile)
     try:
         relation = connection.sql(sql)
@@ -292,7 +302,7 @@ def query(
             screen.print_rows(relation)
         else:
             screen.write_rows(relation, output)
-    except (duckdb.Error, pa.ArrowInvalid) as error:
+    except (duckdb.Error, pa.ArrowException) as error:
         raise UsageError(f"the query failed: {error}") from error
 
 

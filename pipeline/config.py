@@ -28,7 +28,7 @@ class SegmentConfig(BaseModel):
     )
     engine: Engine = Field("auto", description="local: processes on this machine; ray: actors on a Ray cluster.")
     actors: int | None = Field(
-        None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU node."
+        None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU core."
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="GPUs for each actor; fractions share a GPU.")
     batch_size: int | None = Field(

@@ -92,6 +92,12 @@ def read_source(
             rows = _write(path, (filler.fill(batch) for batch in batches))
         if rows == 0:
             raise UsageError(hint)
+    except OSError as error:
+        # Arrow says so of damaged files, with no errno; a full disk has one.
+        path.unlink(missing_ok=True)
+        if error.errno is not None:
+            raise
+        raise UsageError(f"{uri} could not be read: {error}") from error
     except BaseException:
         path.unlink(missing_ok=True)
         raise

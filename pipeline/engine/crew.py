@@ -26,7 +26,7 @@ from pipeline.errors import InfrastructureError
 
 log = logging.getLogger(__name__)
 
-_CALLS_AT_ONCE = 8
+CALLS_AT_ONCE = 8
 
 
 class WorkerDiedError(InfrastructureError):
@@ -93,7 +93,7 @@ class InlineMember:
 
     def __init__(self, host: Host | None = None) -> None:
         self._host = host or Host()
-        self._pool = ThreadPoolExecutor(_CALLS_AT_ONCE, "worker")
+        self._pool = ThreadPoolExecutor(CALLS_AT_ONCE, "worker")
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         return self._pool.submit(getattr(self._host, method), *args)
@@ -109,9 +109,9 @@ class InlineCrew:
     label = "in this process"
     default_actors = 1
 
-    def __init__(self, *, actors: int = 1, threads: int | None = None) -> None:
+    def __init__(self, *, actors: int | None = None, threads: int | None = None) -> None:
         self.has_gpus = gpu_count() > 0
-        self.threads = threads or max(1, cores() // actors)
+        self.threads = threads or max(1, cores() // (actors or 1))
         self._members: list[InlineMember] = []
 
     def start(self) -> InlineMember:
@@ -196,14 +196,19 @@ class ProcessMember:
 
 
 class LocalCrew:
-    """Workers in processes of this machine. An image that kills its process kills only that."""
+    """Workers in processes of this machine. An image that kills its process kills only that.
+
+    By default one worker with a GPU, or one for each core and 4 GiB of memory: on a CPU, workers of one thread each do
+    a quarter more than one worker with all threads, and their answers do not depend on the number of cores.
+    """
 
     label = "local processes"
-    default_actors = 1
 
-    def __init__(self, *, actors: int = 1, threads: int | None = None) -> None:
+    def __init__(self, *, actors: int | None = None, threads: int | None = None) -> None:
         self.has_gpus = gpu_count() > 0
-        self.threads = threads or max(1, cores() // actors)
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.default_actors = 1 if self.has_gpus else workers_on_cpu(cores() // (threads or 1), memory_bytes)
+        self.threads = threads or max(1, cores() // (actors or self.default_actors))
         self._members: list[ProcessMember] = []
 
     def start(self) -> ProcessMember:
@@ -217,6 +222,11 @@ class LocalCrew:
     def close(self) -> None:
         for member in self._members:
             member.stop()
+
+
+def workers_on_cpu(places: int, memory_bytes: float) -> int:
+    """How many workers a machine without a GPU has by default: as many as it has room for, with 4 GiB for each."""
+    return max(1, min(places, int(memory_bytes // (4 << 30))))
 
 
 def gpu_count() -> int:
@@ -247,7 +257,7 @@ def serve(connection: Connection, host: Host) -> None:
         with sending, contextlib.suppress(OSError):
             connection.send_bytes(packed)
 
-    with ThreadPoolExecutor(_CALLS_AT_ONCE, "call") as pool:
+    with ThreadPoolExecutor(CALLS_AT_ONCE, "call") as pool:
         while True:
             try:
                 number, method, args = connection.recv()

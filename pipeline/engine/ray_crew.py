@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from concurrent.futures import Future
 from typing import Any
 
-from pipeline.engine.crew import _CALLS_AT_ONCE, Host, WorkerDiedError, cores
+from pipeline.engine.crew import CALLS_AT_ONCE, Host, WorkerDiedError, cores, workers_on_cpu
 from pipeline.errors import InfrastructureError, UsageError
 
 log = logging.getLogger(__name__)
+
+_KNOCK_TIMEOUT_S = 10.0
 
 
 class RayMember:
@@ -53,8 +56,8 @@ class RayMember:
 class RayCrew:
     """A Ray cluster: the one at `address`, or one that is started on this machine and ended by `close`.
 
-    By default one actor per GPU where the cluster has GPUs, else one per node with all its CPUs. Raises UsageError
-    where a cluster of several nodes cannot see local paths, InfrastructureError where there is no cluster.
+    By default one actor per GPU where the cluster has GPUs, else one for each CPU and 4 GiB of memory. Raises
+    UsageError where a cluster of several nodes cannot see local paths, InfrastructureError where there is no cluster.
     """
 
     label = "Ray"
@@ -87,24 +90,32 @@ class RayCrew:
             )
         gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
         self.has_gpus = gpus > 0
+        if gpus_per_actor and not gpus and self._owns and not address:
+            self.close()
+            raise UsageError(f"--gpus-per-actor {gpus_per_actor:g}: this machine has no GPU that Ray can see")
         self._gpus_per_actor = gpus_per_actor if gpus_per_actor is not None else (1.0 if gpus else 0.0)
         able = [n for n in nodes if n["Resources"].get("GPU", 0) > 0] if self._gpus_per_actor else nodes
         able = [n for n in able if n["Resources"].get("CPU", 0) >= 1] or able or nodes
-        per_node = [
-            max(1, int(n["Resources"].get("GPU", 0) / self._gpus_per_actor)) if self._gpus_per_actor else 1
-            for n in able
-        ]
+        if self._gpus_per_actor:
+            per_node = [max(1, int(n["Resources"].get("GPU", 0) / self._gpus_per_actor)) for n in able]
+        else:
+            per_node = [
+                workers_on_cpu(
+                    int(n["Resources"].get("CPU", 1)) // (threads or 1), n["Resources"].get("memory", 1 << 50)
+                )
+                for n in able
+            ]
         self.default_actors = max(1, sum(per_node))
+        if actors and not self._gpus_per_actor:
+            per_node = [-(-actors // len(able))] * len(able)
         share = [int(n["Resources"].get("CPU", 1)) // k for n, k in zip(able, per_node, strict=True)]
-        if actors and not self._gpus_per_actor and actors > len(able):
-            share = [int(n["Resources"].get("CPU", 1)) // -(-actors // len(able)) for n in able]
         self.threads = threads or max(1, min(share))
         remote: Any = ray.remote
         self._actor = remote(
             num_gpus=self._gpus_per_actor,
             num_cpus=min(self.threads, max(1, min(share))),
             max_restarts=0,
-            max_concurrency=_CALLS_AT_ONCE,
+            max_concurrency=CALLS_AT_ONCE,
         )(Host)
 
     def _connect(self, address: str | None) -> None:
@@ -114,11 +125,12 @@ class RayCrew:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             if address:
+                _knock(address)
                 ray.init(address=address, **quiet)
             else:
                 # "local": never join what a killed run may have left on this machine.
                 ray.init(address="local", include_dashboard=False, num_cpus=cores(), **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = f"at {address!r}" if address else "on this machine"
             raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
 
@@ -136,6 +148,14 @@ class RayCrew:
 def ray_address(given: str | None) -> str | None:
     """The cluster that the command or the environment names."""
     return given or os.environ.get("RAY_ADDRESS") or None
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries a dead address for minutes, and hears no Ctrl-C meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S):
+            return
 
 
 def _first_line(error: BaseException) -> str:

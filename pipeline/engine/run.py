@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
 from pipeline.engine.fleet import Fleet, FleetProgress
-from pipeline.engine.lease import Lease, read_lease
+from pipeline.engine.lease import Lease, process_start, read_lease
 from pipeline.engine.ledger import Command, Ledger, Plan, RunRecord, WorkCounts, new_run_id
 from pipeline.engine.outcome import Estimate, Event, Listener, Outcome
 from pipeline.engine.plan import Question, choose_shard_size, shard_lists, work_left
@@ -42,11 +43,12 @@ from pipeline.errors import (
 )
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
-from pipeline.table.catalog import part_sizes
+from pipeline.table.catalog import part_sizes, unreadable
 
 log = logging.getLogger(__name__)
 
 _PLANNING_TRIES = 20
+_SCRATCH = "maskmill-run-"
 _DEAD_AFTER_S = 24 * 3600.0
 _SAMPLE_IMAGES = 16
 _REMOTE_FETCHES = 32
@@ -64,7 +66,8 @@ def segment(
     (nothing changed), InfrastructureError (what was committed is kept). Safe to call again, after anything: it
     continues.
     """
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as scratch:
+    _sweep_scratch()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-{process_start(os.getpid())}-") as scratch:
         return _Segmentation(
             config, Path(scratch), listen or (lambda event: None), should_stop or (lambda: False)
         ).run()
@@ -99,9 +102,7 @@ class _Segmentation:
         try:
             return self._continue(model) or self._plan_and_work(model)
         except duckdb.Error as error:
-            # DuckDB wraps what a store raises in the text of a traceback; its last line says what happened.
-            why = str(error).strip().splitlines()[-1]
-            raise InfrastructureError(f"the table at {self._dest} could not be read: {why}") from error
+            raise unreadable(self._dest, error) from error
         except StoppedError:
             # Before there was a run to drain: nothing is left behind.
             return self._outcome("interrupted", model, WorkCounts(), None)
@@ -438,7 +439,7 @@ class _Segmentation:
         local = self._source.startswith("file:") and not self._source.endswith(
             (".parquet", ".csv", ".jsonl", ".txt", ".json")
         )
-        threads = max(2, self._the_crew().threads)
+        threads = self._the_crew().threads
         return WorkerSpec(
             code_digest=code_digest(),
             dest=self._dest,
@@ -548,6 +549,8 @@ def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Litera
     """(`local` or `ray`, why)."""
     if config.engine != "auto":
         return config.engine, "as asked"
+    if config.gpus_per_actor:
+        return "ray", "--gpus-per-actor is for Ray"
     if config.ray_address or os.environ.get("RAY_ADDRESS"):
         return "ray", "a Ray address is given"
     if gpu_count() > 1:
@@ -571,7 +574,15 @@ def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: st
         )
     if source.startswith("memory:") or dest.startswith("memory:"):
         return InlineCrew(actors=config.actors or 1, threads=config.threads)
-    return LocalCrew(actors=config.actors or 1, threads=config.threads)
+    return LocalCrew(actors=config.actors, threads=config.threads)
+
+
+def _sweep_scratch() -> None:
+    """Removes what killed commands of this machine have left: lists of millions of images are large."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        pid, _, rest = path.name.removeprefix(_SCRATCH).partition("-")
+        if pid.isdigit() and process_start(int(pid)) != rest.partition("-")[0]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _guessed_row_bytes(counts: WorkCounts) -> float:

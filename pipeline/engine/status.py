@@ -67,9 +67,11 @@ def _summary(ledger: Ledger, plan: Plan, record: RunRecord | None) -> dict[str, 
         }
     lease = read_lease(ledger.storage, ledger.uri(plan.run_id, "lease.json"))
     progress = ledger.progress(plan.run_id)
+    bounds = plan.bounds()
+    rows = sum(bounds[ordinal][1] - bounds[ordinal][0] for ordinal in ledger.committed(plan) if ordinal < len(bounds))
     return common | {
         "state": "running" if _seems_alive(lease) else "open",
-        "rows": int(progress.get("rows", 0)),
+        "rows": rows,
         "errors": int(progress.get("errors", 0)),
         "images_per_s": None,
         "holder": f"{str(lease.get('host')).split('/')[0]}:{lease.get('pid')}" if lease else None,

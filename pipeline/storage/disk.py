@@ -4,6 +4,7 @@ Must not know: object stores.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -210,7 +211,8 @@ class DiskStorage:
                 self.put_new(probe, b"1") and not self.put_new(probe, b"2") and self.create_only_is_atomic
             )
         finally:
-            self.delete(probe)
+            with contextlib.suppress(StorageError):  # what went wrong before says more
+                self.delete(probe)
         return self.create_only_is_atomic
 
     def filesystem(self, sizes: Mapping[str, int] | None = None) -> None:

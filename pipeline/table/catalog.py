@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage
 from pipeline.table.schema import RUN_ID, SEGMENTS, parse_part_name
 
@@ -112,6 +112,14 @@ def _literal(path: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", path) if "://" in path else path
 
 
+def unreadable(dest: str, error: duckdb.Error) -> InfrastructureError:
+    """What DuckDB says of a table that it cannot read, in one sentence and without the SQL."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    # What a store raises reaches us as the text of a traceback: its last line says what happened.
+    why = lines[-1] if "Traceback" in lines[0] else lines[0]
+    return InfrastructureError(f"the table at {dest} could not be read: {why}")
+
+
 def sql_text(text: str) -> str:
     """`text` as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
@@ -132,8 +140,16 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     if not uris and not records:
         raise UsageError(f"{dest} holds no Maskmill table: give the DEST of an earlier `maskmill segment`")
     connection = open_duckdb(storage, sizes=sizes, temp_path=os.environ.get("TMPDIR", "/tmp"))
+    try:
+        _create_views(connection, uris, records)
+    except duckdb.Error as error:
+        raise unreadable(dest, error) from error
+    return connection
+
+
+def _create_views(connection: Any, uris: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
     connection.execute(f"CREATE VIEW segments AS SELECT * FROM {read_parts_sql(uris, hive=True)}")
-    connection.register("_runs", pa.Table.from_pylist(records, schema=_RUNS))
+    connection.register("_runs", pa.Table.from_pylist(list(records), schema=_RUNS))
     connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY sequence")
     connection.execute(
         "CREATE VIEW _current AS SELECT model, max_by(model_version, sequence) AS model_version, "
@@ -163,7 +179,6 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
         "FROM (SELECT *, unnest(instances) AS i FROM images)"
     )
     connection.execute("CREATE VIEW errors AS SELECT * FROM segments WHERE status = 'error'")
-    return connection
 
 
 _RUNS = pa.schema(
