@@ -55,6 +55,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME", help="AWS profile for DEST.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"maskmill {pipeline.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Images in object storage in, one Parquet row per image out."""
+
+
 @contextmanager
 def _interruptible(console: Console) -> Iterator[Any]:
     """Yields `should_stop`. The first SIGINT or SIGTERM drains, the second stops at once."""

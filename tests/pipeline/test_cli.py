@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import make_image, part_paths, rows_of
 
+import pipeline
 from pipeline import cli
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
@@ -371,3 +372,8 @@ def test_a_reader_that_goes_away_gets_no_complaint(done: Place) -> None:
     command = f'"{sys.executable}" -m pipeline.cli query "{done.dest}" "FROM range(200000)" --format csv | head -n 1'
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ('"range"\n', "")
+
+
+def test_version(maskmill: Command) -> None:
+    said = maskmill("--version")
+    assert (said.status, said.out) == (0, f"maskmill {pipeline.__version__}\n")
