@@ -29,6 +29,7 @@ _BISECTIONS = 3
 _POLL_S = 0.25
 _PULSE_TIMEOUT_S = 30.0
 _NOBODY_COMES_S = 30.0
+_SILENT_S = 1800.0
 _NOTHING = StreamCounts(0, 0, 0.0, 0.0)
 
 
@@ -55,6 +56,8 @@ class _Seat:
         self.counts = _NOTHING
         self.counting: Future[StreamCounts] | None = None
         self.committed_rows = 0
+        self.seen_rows = 0
+        self.moved_s = time.monotonic()
 
 
 class Fleet:
@@ -164,6 +167,7 @@ class Fleet:
             if time.monotonic() - told_s > _POLL_S:
                 told_s = time.monotonic()
                 self._count()
+                self._lose_the_silent(again)
                 on_progress(self.progress())
         while self._aside:
             on_receipt(self._commit_without_killers(self._aside.pop()))
@@ -240,19 +244,33 @@ class Fleet:
         for future in [future for future in done if future.exception() is not None]:
             error = future.exception()
             if isinstance(error, (WorkerDiedError, DeviceLostError)):
-                lost = list(seat.tasks.values())
-                self._died(seat, error)
-                for task in lost:
-                    self._kills[task.ordinal] = self._kills.get(task.ordinal, 0) + 1
-                    if self._kills[task.ordinal] >= _KILLS_TO_SET_ASIDE:
-                        log.warning("shard %d has seen two workers die: set aside to be bisected", task.ordinal)
-                        self._aside.append(task)
-                    else:
-                        again.append(task)
+                self._lose(seat, error, again)
                 return
             else:
                 assert error is not None
                 raise error
+
+    def _lose(self, seat: _Seat, error: BaseException, again: deque[ShardTask]) -> None:
+        """Takes a dead worker's seat away, and its shards back."""
+        lost = list(seat.tasks.values())
+        self._died(seat, error)
+        for task in lost:
+            self._kills[task.ordinal] = self._kills.get(task.ordinal, 0) + 1
+            if self._kills[task.ordinal] >= _KILLS_TO_SET_ASIDE:
+                log.warning("shard %d has seen two workers die: set aside to be bisected", task.ordinal)
+                self._aside.append(task)
+            else:
+                again.append(task)
+
+    def _lose_the_silent(self, again: deque[ShardTask]) -> None:
+        """A worker that is alive and makes no row for a long time (a device call that never returns) is replaced."""
+        now_s = time.monotonic()
+        for seat in list(self._seats):
+            if seat.counts.rows != seat.seen_rows or not seat.tasks:
+                seat.seen_rows, seat.moved_s = seat.counts.rows, now_s
+            elif now_s - seat.moved_s > _SILENT_S:
+                self._say(f"a worker has made no row for {_SILENT_S:.0f} s and is replaced")
+                self._lose(seat, WorkerDiedError("it made no row any more"), again)
 
     def _started(self, seat: _Seat) -> None:
         starting = seat.starting

@@ -286,3 +286,20 @@ def test_nobody_coming_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoppedError):
         fleet.first_device()
     assert "no worker has come up" in said[0]
+
+
+def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_SILENT_S", 0.3)
+    hung = threading.Event()
+
+    def deadly(uris: list[str]) -> bool:
+        if uris[0] == "1/0" and not hung.is_set():
+            hung.set()
+            time.sleep(3)
+        return False
+
+    crew = ScriptedCrew(deadly)
+    receipts = run(crew, shards(4, 2), actors=1)
+    assert sorted(receipt.ordinal for receipt in receipts) == [0, 1, 2, 3]
+    assert crew.diary.started == 2
+    assert not any(crew.diary.crashed.values())
