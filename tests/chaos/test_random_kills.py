@@ -215,7 +215,13 @@ def test_ray_drivers_actors_and_nodes(
         while victims and moments.kills_left and moments.wait(command):
             victim = victims.pop(0)
             if victim == "actor":
-                wait_until(lambda: bool(actors()), what="an actor", poll_s=0.1)
+                wait_until(
+                    lambda command=command: bool(actors()) or command.process.poll() is not None,  # type: ignore[misc]
+                    what="an actor",
+                    poll_s=0.1,
+                )
+                if command.process.poll() is not None:  # it had nothing left to do
+                    break
                 kill_all(chance.sample(actors(), 1))
             elif victim == "node":
                 workers = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
