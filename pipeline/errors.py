@@ -7,7 +7,8 @@ Must not know: anything else of the project.
     │   └── HeldError         another live driver holds the run
     ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
     │   ├── StorageError      one storage call; carries `kind`
-    │   ├── DeviceLostError       a worker's device answers nothing any more
+    │   ├── DeviceLostError   a worker's device answers nothing any more
+    │   ├── WorldFailingError more than half of the last images failed for reasons outside them
     │   ├── SupersededError   another driver took this run over
     │   ├── StoppedError          the caller asked to stop (exit 130)
     │   └── ReconciliationError   a run whose rows do not add up
@@ -42,6 +43,17 @@ class HeldError(UsageError):
 
 class InfrastructureError(MaskmillError):
     """The world failed. What was committed is kept; the same command continues."""
+
+
+class WorldFailingError(InfrastructureError):
+    """More than half of the last images failed for the world's reasons: their shards are not committed."""
+
+    def __init__(
+        self,
+        message: str = "more than half of the last images failed for reasons outside them (storage, permissions, "
+        "memory): see the log; nothing of these shards was committed, and the same command continues",
+    ) -> None:
+        super().__init__(message)
 
 
 class StorageError(InfrastructureError):

@@ -4,6 +4,12 @@ Must not know: where workers live (a Crew does), what a shard holds, leases, pla
 A worker's death costs its uncommitted shards, which start again elsewhere. A shard in whose company a worker died twice
 is set aside; at the end it runs alone and, if it kills again, is bisected by probes that write nothing. Then it is
 committed once, under its own name, with the images that kill as `crashed_worker` rows.
+
+A shard most of whose images failed for the world's reasons is not committed by its worker. It counts in the breaker: if
+that trips, the run stops, and nothing of such shards was written. If it never trips, these shards get a second try when
+all others are done, and are committed as they then are.
+
+Longer than most modules: a seat's whole life, and every way in which it ends, must be read together.
 """
 
 from __future__ import annotations
@@ -15,10 +21,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
+from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.crew import Crew, Member, WorkerDiedError
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
-from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError
+from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, WorldFailingError
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +81,7 @@ class Fleet:
         should_stop: Callable[[], bool],
         say: Callable[[str], None] = log.warning,
         drain_timeout_s: float = 30.0,
+        breaker_images: int = WINDOW_IMAGES,
     ) -> None:
         self._crew = crew
         self._actors = actors
@@ -90,6 +98,9 @@ class Fleet:
         self._committed_rows = 0
         self._kills: dict[int, int] = {}
         self._aside: list[ShardTask] = []
+        self._doubtful: list[ShardTask] = []
+        self._breaker_images = breaker_images
+        self._breaker = Breaker(breaker_images)
         self.devices: list[Device] = []
 
     def first_device(self) -> Device:
@@ -120,6 +131,8 @@ class Fleet:
         self._committed_rows = 0
         self._kills.clear()
         self._aside.clear()
+        self._doubtful.clear()
+        self._breaker = Breaker(self._breaker_images)
         if spec == self._spec and spec is not None:
             return
         self._spec = spec
@@ -160,7 +173,11 @@ class Fleet:
                 if not working or late:
                     raise StoppedError("stopped on request; what was committed is kept")
             elif exhausted and not again and not working:
-                break
+                if not self._doubtful:
+                    break
+                again.extend(task._replace(accept=True) for task in self._doubtful)
+                self._doubtful.clear()
+                continue
             self._wait()
             for seat in list(self._seats):
                 self._settle(seat, again, on_receipt)
@@ -238,9 +255,14 @@ class Fleet:
             self._started(seat)
         done = [future for future in seat.tasks if future.done()]
         for future in [future for future in done if future.exception() is None]:
-            del seat.tasks[future]
-            self._receive(seat, future.result())
-            on_receipt(future.result())
+            task, receipt = seat.tasks.pop(future), future.result()
+            self._judge(task, receipt)
+            if receipt.doubtful:
+                seat.counts = receipt.counts
+                self._doubtful.append(task)
+            else:
+                self._receive(seat, receipt)
+                on_receipt(receipt)
         for future in [future for future in done if future.exception() is not None]:
             error = future.exception()
             if isinstance(error, (WorkerDiedError, DeviceLostError)):
@@ -249,6 +271,13 @@ class Fleet:
             else:
                 assert error is not None
                 raise error
+
+    def _judge(self, task: ShardTask, receipt: Receipt) -> None:
+        """Raises WorldFailingError where the last outcomes of all workers together say so."""
+        if not (task.accept or task.probe):
+            self._breaker.note(receipt.rows, receipt.world_failures)
+            if self._breaker.tripped:
+                raise WorldFailingError
 
     def _lose(self, seat: _Seat, error: BaseException, again: deque[ShardTask]) -> None:
         """Takes a dead worker's seat away, and its shards back."""
@@ -334,11 +363,11 @@ class Fleet:
         for attempt in range(_BISECTIONS + 1):
             if attempt:
                 killers |= self._killers(task, killers)
-            receipt = self._alone(task._replace(killers=frozenset(killers)))
+            receipt = self._alone(task._replace(killers=frozenset(killers), accept=True))
             if receipt is not None:
                 return receipt
         log.error("shard %d kills its workers in no single image: all its images are crashed_worker", task.ordinal)
-        receipt = self._alone(task._replace(killers=frozenset(range(len(task.refs)))))
+        receipt = self._alone(task._replace(killers=frozenset(range(len(task.refs))), accept=True))
         if receipt is None:
             raise InfrastructureError(f"shard {task.ordinal} kills its worker without any image: see the workers' log")
         return receipt

@@ -1,16 +1,17 @@
-"""What a `segment` call tells its caller. Owns: the outcome, the estimate of a plan, the events on the way.
+"""What a `segment` call tells its caller. Owns: the outcome and its sums, the estimate of a plan, the events on the
+way.
 Must not know: how any of it came about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.engine.fleet import FleetProgress
-from pipeline.engine.ledger import WorkCounts
+from pipeline.engine.ledger import Plan, RunRecord, WorkCounts
 
 
 class Estimate(BaseModel):
@@ -58,6 +59,65 @@ class Outcome(BaseModel):
     def error_rate(self) -> float:
         """Share of errors among this call's rows."""
         return self.errors / max(1, self.ok + self.errors)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+class SoFar(NamedTuple):
+    """What the Parts of a run that stays open hold."""
+
+    ok: int
+    errors_by_kind: dict[str, int]
+    parts: int
+    parts_bytes: int
+
+
+def tally(
+    state: Literal["done", "planned", "interrupted", "canary_failed"],
+    closed: Sequence[RunRecord],
+    counts: WorkCounts,
+    *,
+    plan: Plan | None,
+    so_far: SoFar | None,
+    progress: FleetProgress,
+) -> Outcome:
+    """Sums over the runs that one call closed, and over the one that it leaves open. Engine and model are not filled
+    in."""
+    kinds: dict[str, int] = dict(so_far.errors_by_kind) if so_far else {}
+    for record in closed:
+        for kind, number in record.errors_by_kind.items():
+            kinds[kind] = kinds.get(kind, 0) + number
+    # Rows of runs that were continued before this plan was made: done for the plan, but by this very call.
+    continued = sum(r.ok + r.errors for r in closed if plan is None or r.plan.run_id != plan.run_id)
+    seconds = sum(r.seconds for r in closed)
+    ids = [r.plan.run_id for r in closed]
+    if plan is not None and plan.run_id not in ids:
+        ids.append(plan.run_id)
+    return Outcome(
+        state=state,
+        run_id=ids[-1] if ids else None,
+        runs=ids,
+        images=counts.images,
+        duplicates=counts.duplicates,
+        planned=counts.planned + continued,
+        skipped=max(0, counts.done + counts.exhausted - continued),
+        held=counts.held,
+        held_by=counts.held_by,
+        ok=sum(r.ok for r in closed) + (so_far.ok if so_far else 0),
+        errors=sum(kinds.values()),
+        errors_by_kind=kinds,
+        instances=sum(r.instances for r in closed),
+        parts=sum(r.parts for r in closed) + (so_far.parts if so_far else 0),
+        parts_bytes=sum(r.parts_bytes for r in closed) + (so_far.parts_bytes if so_far else 0),
+        seconds=seconds,
+        images_per_s=sum(r.images_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
+        megapixels_per_s=sum(r.megapixels_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
+        model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
+        work=counts,
+    )
 
 
 class Event(NamedTuple):

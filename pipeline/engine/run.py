@@ -2,6 +2,8 @@
 Must not know: how images are processed, how a terminal looks.
 
     open run of this command? ─▶ continue it ─▶ plan again ─▶ freeze ─▶ work ─▶ reconcile ─▶ close
+
+Longer than most modules: the steps share what the command has opened, and their order is the module's point.
 """
 
 from __future__ import annotations
@@ -11,26 +13,26 @@ import datetime as dt
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import duckdb
 
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
-from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
+from pipeline.engine.crew import Crew
 from pipeline.engine.fleet import Fleet, FleetProgress
-from pipeline.engine.lease import Lease, process_start, read_lease
+from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Command, Ledger, Plan, RunRecord, WorkCounts, new_run_id
-from pipeline.engine.outcome import Estimate, Event, Listener, Outcome
+from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, SoFar, counted, tally
+from pipeline.engine.placement import choose_engine, open_crew
 from pipeline.engine.plan import Question, choose_shard_size, shard_lists, work_left
+from pipeline.engine.precedent import Precedent
 from pipeline.engine.reconciliation import Session, abandon, count_rows, reconcile
+from pipeline.engine.scratch import scratch_folder
 from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
 from pipeline.errors import (
@@ -48,7 +50,6 @@ from pipeline.table.catalog import part_sizes, unreadable
 log = logging.getLogger(__name__)
 
 _PLANNING_TRIES = 20
-_SCRATCH = "maskmill-run-"
 _DEAD_AFTER_S = 24 * 3600.0
 _SAMPLE_IMAGES = 16
 _REMOTE_FETCHES = 32
@@ -66,18 +67,8 @@ def segment(
     (nothing changed), InfrastructureError (what was committed is kept). Safe to call again, after anything: it
     continues.
     """
-    _sweep_scratch()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-{process_start(os.getpid())}-") as scratch:
-        return _Segmentation(
-            config, Path(scratch), listen or (lambda event: None), should_stop or (lambda: False)
-        ).run()
-
-
-class _Memory(NamedTuple):
-    """What earlier runs of a model version tell: the precision that `auto` came to (else any), and the last figures."""
-
-    precision: Precision | None
-    record: RunRecord | None
+    with scratch_folder() as scratch:
+        return _Segmentation(config, scratch, listen or (lambda event: None), should_stop or (lambda: False)).run()
 
 
 class _Segmentation:
@@ -94,7 +85,7 @@ class _Segmentation:
         self._fleet: Fleet | None = None
         self._superseded: threading.Event | None = None
         self._closed: list[RunRecord] = []
-        self._memory: _Memory | None = None
+        self._precedent: Precedent | None = None
         self._create_only = True
 
     def run(self) -> Outcome:
@@ -120,7 +111,7 @@ class _Segmentation:
             return None
         self._check_dest()
         for plan in ours:
-            self._note(f"continuing run {plan.run_id} ({plan.counts.planned} images)")
+            self._note(f"continuing run {plan.run_id} ({counted(plan.counts.planned, 'image')})")
             state = self._work(plan, model)
             if state != "done":
                 return self._outcome(state, model, plan.counts, plan)
@@ -170,7 +161,7 @@ class _Segmentation:
             self._the_fleet().load(self._spec(plan), model.data)
             self._the_fleet().first_loaded()
             if self._ledger.freeze(plan, list_path.read_bytes()):
-                self._note(f"run {plan.run_id}: {counts.planned} images in {len(plan.bounds())} shards")
+                self._note(f"run {plan.run_id}: {counted(counts.planned, 'image')} in {counted(len(plan.bounds()), 'shard')}")
                 return self._outcome(self._work(plan, model), model, counts, plan)
             self._note("another command planned at the same moment; planning again")
             # It may have been this very command, started twice: then its run is held, or to be waited for.
@@ -210,13 +201,12 @@ class _Segmentation:
         counts = work_left(question, self._storage, scratch=self._scratch, list_path=list_path)
         for run_id, images in counts.held_by.items():
             self._note(
-                f"{images} images are left to open run {run_id}: its own command continues it, "
+                f"{counted(images, 'image')} left to open run {run_id}: its own command continues it, "
                 f"`maskmill runs abandon {config.dest} {run_id}` gives it up"
             )
         if not counts.planned:
             return None, counts, list_path
-        past = self._past(model)
-        row_bytes = past.parts_bytes / max(1, past.ok + past.errors) if past else _guessed_row_bytes(counts)
+        row_bytes = self._recall(model).row_bytes or _guessed_row_bytes(counts)
         # Measured: on a CPU larger batches leave the cache, and many image sizes pad them besides.
         batch_size = config.batch_size or (32 if self._the_crew().has_gpus else 2)
         now = dt.datetime.now(dt.UTC)
@@ -253,26 +243,11 @@ class _Segmentation:
             return before
         return "bf16" if self._the_fleet().first_device().bf16 else "fp32"
 
-    def _past(self, model: Model) -> RunRecord | None:
-        """The newest finished run of this model version that made rows with masks."""
-        return self._recall(model).record
-
-    def _recall(self, model: Model) -> _Memory:
-        """What DEST remembers of this model version. Asked once: later runs of this very call add nothing to it."""
-        if self._memory is None:
-            auto: Precision | None = None
-            given: Precision | None = None
-            record: RunRecord | None = None
-            for plan, closed in self._ledger.history(model.version):
-                if plan.command.precision == "auto":
-                    auto = auto or plan.precision
-                given = given or plan.precision
-                if closed is not None and closed.state == "done" and closed.ok:
-                    record = record or closed
-                if auto and record:
-                    break
-            self._memory = _Memory(auto or given, record)
-        return self._memory
+    def _recall(self, model: Model) -> Precedent:
+        """Asked once: later runs of this very call add nothing to it."""
+        if self._precedent is None:
+            self._precedent = Precedent.of(self._ledger, model.version)
+        return self._precedent
 
     def _command(self, model: Model) -> Command:
         config = self._config
@@ -316,7 +291,7 @@ class _Segmentation:
         return outcome.model_copy(update={"shards": len(plan.bounds()), "estimate": estimate})
 
     def _estimate(self, model: Model, plan: Plan, list_path: Path) -> Estimate:
-        past = self._past(model)
+        past = self._recall(model).record
         if past and past.images_per_s > 0:
             rows = max(1, past.ok + past.errors)
             return Estimate(
@@ -497,92 +472,26 @@ class _Segmentation:
         plan: Plan | None,
     ) -> Outcome:
         """Sums over the runs that this call closed; for one that stays open, what its Parts hold so far."""
-        closed = self._closed
-        progress = self._fleet.progress() if self._fleet else FleetProgress(0, 0, 0, 0.0, 0.0)
-        kinds: dict[str, int] = {}
-        for record in closed:
-            for kind, number in record.errors_by_kind.items():
-                kinds[kind] = kinds.get(kind, 0) + number
-        ok, errors = sum(r.ok for r in closed), sum(r.errors for r in closed)
-        parts, parts_bytes = sum(r.parts for r in closed), sum(r.parts_bytes for r in closed)
+        open_so_far = None
         if state in ("interrupted", "canary_failed") and plan is not None:
             committed = self._ledger.committed(plan)
-            some_ok, some_kinds = count_rows(self._ledger, plan, set(committed))
-            for kind, number in some_kinds.items():
-                kinds[kind] = kinds.get(kind, 0) + number
-            ok, errors = ok + some_ok, sum(kinds.values())
-            parts, parts_bytes = parts + len(committed), parts_bytes + sum(committed.values())
-        # Rows of runs that were continued before this plan was made: done for the plan, but by this very call.
-        continued = sum(r.ok + r.errors for r in closed if plan is None or r.plan.run_id != plan.run_id)
-        seconds = sum(r.seconds for r in closed)
-        ids = [r.plan.run_id for r in closed]
-        if plan is not None and plan.run_id not in ids:
-            ids.append(plan.run_id)
-        return Outcome(
-            state=state,
-            run_id=ids[-1] if ids else None,
-            runs=ids,
-            engine=self._crew.label if self._crew else "",
-            images=counts.images,
-            duplicates=counts.duplicates,
-            planned=counts.planned + continued,
-            skipped=max(0, counts.done + counts.exhausted - continued),
-            held=counts.held,
-            held_by=counts.held_by,
-            ok=ok,
-            errors=errors,
-            errors_by_kind=kinds,
-            instances=sum(r.instances for r in closed),
-            parts=parts,
-            parts_bytes=parts_bytes,
-            seconds=seconds,
-            images_per_s=sum(r.images_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
-            megapixels_per_s=sum(r.megapixels_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
-            model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
-            model_name=model.card.name,
-            model_version=model.version,
-            work=counts,
+            open_so_far = SoFar(
+                *count_rows(self._ledger, plan, set(committed)), len(committed), sum(committed.values())
+            )
+        return tally(
+            state,
+            self._closed,
+            counts,
+            plan=plan,
+            so_far=open_so_far,
+            progress=self._fleet.progress() if self._fleet else FleetProgress(0, 0, 0, 0.0, 0.0),
+        ).model_copy(
+            update={
+                "engine": self._crew.label if self._crew else "",
+                "model_name": model.card.name,
+                "model_version": model.version,
+            }
         )
-
-
-def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Literal["local", "ray"], str]:
-    """(`local` or `ray`, why)."""
-    if config.engine != "auto":
-        return config.engine, "as asked"
-    if config.gpus_per_actor:
-        return "ray", "--gpus-per-actor is for Ray"
-    if config.ray_address or os.environ.get("RAY_ADDRESS"):
-        return "ray", "a Ray address is given"
-    if gpu_count() > 1:
-        return "ray", f"{gpu_count()} GPUs"
-    return "local", "no Ray address, and one GPU at most"
-
-
-def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: str, dest: str) -> Crew:
-    """The place where this command's workers will live. Raises UsageError, InfrastructureError."""
-    if engine == "ray":
-        from pipeline.engine.ray_crew import RayCrew, ray_address
-
-        if source.startswith("memory:") or dest.startswith("memory:"):
-            raise UsageError("memory:// exists in this process only: use --engine local")
-        return RayCrew(
-            address=ray_address(config.ray_address),
-            actors=config.actors,
-            gpus_per_actor=config.gpus_per_actor,
-            threads=config.threads,
-            local_paths=not config.shared_filesystem and (source.startswith("file:") or dest.startswith("file:")),
-        )
-    if source.startswith("memory:") or dest.startswith("memory:"):
-        return InlineCrew(actors=config.actors or 1, threads=config.threads)
-    return LocalCrew(actors=config.actors, threads=config.threads)
-
-
-def _sweep_scratch() -> None:
-    """Removes what killed commands of this machine have left: lists of millions of images are large."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        pid, _, rest = path.name.removeprefix(_SCRATCH).partition("-")
-        if pid.isdigit() and process_start(int(pid)) != rest.partition("-")[0]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _guessed_row_bytes(counts: WorkCounts) -> float:

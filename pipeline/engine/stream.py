@@ -7,28 +7,30 @@ One pool of threads decodes and encodes, rows first: on few cores a second pool 
 interpreter. Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches
 (or, when nothing else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded
 pixels from the moment that they are opened until their rows are made, and the buffers kept for later ones.
+
+Longer than most modules: every method here waits on, or wakes, the one condition variable that the others hold.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.masks import Instance
 from pipeline.corpus.decode import decode, image_statistics, peek
+from pipeline.engine.batches import Batch, Rack, Slot
+from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
+from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.errors import WORLD_KINDS, DeviceLostError, ImageError, MaskmillError, StorageError
+from pipeline.errors import WORLD_KINDS, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
@@ -49,18 +51,9 @@ class StreamConfig(BaseModel):
     threads: int = Field(2, ge=1, description="Threads that decode and encode.")
     fetch_threads: int = Field(0, ge=0, description="Fetches in flight; 0: the decoding threads read by themselves.")
     max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large`.")
-    breaker_images: int = Field(1000, ge=1, description="Outcomes over which failures of the world are watched.")
-
-
-class SegmenterLike(Protocol):
-    """What the stream asks of a model: `models.segmenter.Segmenter`, or a stand-in in a benchmark."""
-
-    @property
-    def card(self) -> Any: ...
-    def canvas(self, height: int, width: int) -> tuple[int, int]: ...
-    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> Any: ...
-    def finish(self, pending: Any) -> Sequence[Any]: ...
-    def postprocess(self, prediction: Any) -> tuple[np.ndarray, Sequence[Instance]]: ...
+    breaker_images: int = Field(
+        WINDOW_IMAGES, ge=1, description="Outcomes over which failures of the world are watched."
+    )
 
 
 class Work(NamedTuple):
@@ -74,6 +67,7 @@ class Work(NamedTuple):
     lock: threading.Lock
     left: list[int]
     done: Future[None]
+    watched: bool
 
     def ref(self, row: int) -> Ref:
         """One of its images."""
@@ -88,45 +82,8 @@ class _Item(NamedTuple):
     timings: dict[str, float]
 
 
-class _Batch:
-    """Slots for images of one canvas. `writing` counts slots that a decode thread holds."""
-
-    __slots__ = (
-        "canvas",
-        "free",
-        "images_NHWC",
-        "items",
-        "size_bytes",
-        "sizes_N2",
-        "statistics_N2",
-        "writing",
-    )
-
-    def __init__(self, canvas: tuple[int, int], images_NHWC: np.ndarray) -> None:
-        slots = len(images_NHWC)
-        self.canvas = canvas
-        self.images_NHWC = images_NHWC
-        self.sizes_N2 = np.zeros((slots, 2), np.int32)
-        self.statistics_N2 = np.tile(np.array([0.0, 1.0], np.float32), (slots, 1))
-        self.items: list[_Item | None] = [None] * slots
-        self.free = list(range(slots - 1, -1, -1))
-        self.writing = 0
-        self.size_bytes = images_NHWC.nbytes
-
-    def filled(self) -> int:
-        return len(self.items) - len(self.free) - self.writing
-
-
 class _StreamEndedError(Exception):
     """Told to a thread that waits while the stream ends; never leaves this module."""
-
-
-class _Answered(NamedTuple):
-    """A batch that the model is done with. An answer is a prediction, or the exception that stands for one."""
-
-    batch: _Batch
-    answers: Sequence[Any]
-    infer_ms: float
 
 
 class StreamCounts(NamedTuple):
@@ -163,13 +120,11 @@ class Stream:
         self._feed: deque[tuple[Work, list[int]]] = deque()
         self._window: deque[list[tuple[Work, int, Future[Blob] | None]]] = deque()
         self._window_images = 0
-        self._open: dict[tuple[int, int], _Batch] = {}
-        self._ready: deque[_Batch] = deque()
-        self._to_encode: deque[_Answered] = deque()
+        self._rack = Rack(
+            batch_size=config.batch_size, batch_pixels=config.batch_pixels, memory_bytes=config.memory_bytes
+        )
+        self._to_encode: deque[Answered] = deque()
         self._window_bytes = 0
-        self._spare: deque[np.ndarray] = deque()
-        self._spare_bytes = 0
-        self._in_use_bytes = 0
         self._outstanding = 0
         self._decoding = 0
         self._blocked = 0
@@ -177,10 +132,10 @@ class Stream:
         self._failure: BaseException | None = None
         self._live: dict[int, Work] = {}
 
-        self._outcomes: deque[bool] = deque(maxlen=config.breaker_images)
+        self._breaker = Breaker(config.breaker_images)
         self._rows = 0
         self._errors = 0
-        self._busy_s = 0.0
+        self._forward = Forward(segmenter)
         self._began_s: float | None = None
 
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, "fetch") if config.fetch_threads else None
@@ -191,11 +146,15 @@ class Stream:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, refs: pa.Table, add_rows: Callable[[Sequence[Mapping[str, Any]]], None]) -> Future[None]:
+    def submit(
+        self, refs: pa.Table, add_rows: Callable[[Sequence[Mapping[str, Any]]], None], *, watched: bool = True
+    ) -> Future[None]:
         """Takes up `refs` (schema `WORK`). `add_rows` gets every row once, one caller at a time; then the future is
         done.
 
-        The future carries an exception only where the stream itself broke: an image never breaks it.
+        The future carries an exception only where the stream itself broke, or where WorldFailingError says that more
+        than half of the last `breaker_images` outcomes failed for reasons outside them: an image alone never breaks it.
+        With `watched` false its outcomes are not looked at in this way.
         """
         work = Work(
             uris=refs["uri"].to_pylist(),
@@ -206,6 +165,7 @@ class Stream:
             lock=threading.Lock(),
             left=[len(refs)],
             done=Future(),
+            watched=watched,
         )
         if not len(refs):
             work.done.set_result(None)
@@ -224,12 +184,7 @@ class Stream:
     def counts(self) -> StreamCounts:
         """A snapshot; safe from any thread."""
         active_s = time.monotonic() - self._began_s if self._began_s else 0.0
-        return StreamCounts(self._rows, self._errors, self._busy_s, active_s)
-
-    def world_is_failing(self) -> bool:
-        """More than half of the last `breaker_images` outcomes are failures of the world (and so many are known)."""
-        outcomes = self._outcomes
-        return len(outcomes) == outcomes.maxlen and sum(outcomes) * 2 > len(outcomes)
+        return StreamCounts(self._rows, self._errors, self._forward.busy_s, active_s)
 
     def close(self) -> None:
         """Ends the threads. Lists still under way get an exception."""
@@ -258,7 +213,7 @@ class Stream:
             self._window.append(chunk)
             self._window_images += len(chunk)
 
-    def _next_task(self) -> _Answered | list[tuple[Work, int, Future[Blob] | None]] | None:
+    def _next_task(self) -> Answered | list[tuple[Work, int, Future[Blob] | None]] | None:
         """Rows before pixels: what leaves makes room."""
         with self._state:
             while not self._failure:
@@ -267,7 +222,7 @@ class Stream:
                 if self._closed:
                     return None
                 self._top_up()
-                if self._window and len(self._ready) < 2 * self._config.threads:
+                if self._window and len(self._rack.ready) < 2 * self._config.threads:
                     chunk = self._window.popleft()
                     self._window_images -= len(chunk)
                     self._window_bytes -= sum(work.sizes_bytes[index] or 0 for work, index, _ in chunk)
@@ -279,7 +234,7 @@ class Stream:
 
     def _pool_loop(self) -> None:
         while (task := self._next_task()) is not None:
-            if isinstance(task, _Answered):
+            if isinstance(task, Answered):
                 self._encode(task)
                 continue
             try:
@@ -299,7 +254,7 @@ class Stream:
         """Fetches and decodes one image into a slot, or makes its error row."""
         blob: Blob | None = None
         began_s = fetched_s = time.perf_counter()
-        held: tuple[_Batch, int] | None = None
+        slot: Slot | None = None
         failure: tuple[str, str] | None = None
         try:
             blob = self._fetched(work.uris[index], fetched)
@@ -309,9 +264,9 @@ class Stream:
                 raise ImageError(
                     f"{width}×{height} is more than max_pixels={self._config.max_pixels}", kind="too_large"
                 )
-            held = batch, slot = self._acquire(self._canvas(height, width))
-            view = batch.images_NHWC[slot]
-            exact = batch.canvas == (height, width)
+            slot = self._acquire(self._canvas(height, width))
+            view = slot.canvas_pixels
+            exact = slot.batch.canvas == (height, width)
             decoded = decode(blob.data, max_pixels=self._config.max_pixels, out=view if exact else None)
             pixels = decoded.pixels
             if pixels.shape[:2] != (height, width):
@@ -336,11 +291,13 @@ class Stream:
         decoded_s = time.perf_counter()
         timings = {"fetch_ms": (fetched_s - began_s) * 1e3, "decode_ms": (decoded_s - fetched_s) * 1e3}
         if failure is not None:
-            if held is not None:
-                self._give_back(*held)
+            if slot is not None:
+                with self._state:
+                    if self._rack.give_back(slot):
+                        self._state.notify_all()
             self._emit(work, [self._rows_of.error(work.ref(index), blob, *failure) | timings])
             return
-        assert blob is not None
+        assert blob is not None and slot is not None
         item = _Item(
             work=work,
             row=index,
@@ -349,10 +306,11 @@ class Stream:
             timings=timings,
         )
         with self._state:
-            batch.sizes_N2[slot] = (height, width)
-            batch.statistics_N2[slot] = (mean, std)
-            batch.items[slot] = item
-            self._release_slot(batch)
+            slot.batch.sizes_N2[slot.position] = (height, width)
+            slot.batch.statistics_N2[slot.position] = (mean, std)
+            slot.batch.items[slot.position] = item
+            if self._rack.written(slot):
+                self._state.notify_all()
 
     def _fetched(self, uri: str, fetched: Future[Blob] | None) -> Blob:
         """The image's bytes. What the caller's own set-up gets wrong is no fault of the bytes either."""
@@ -369,46 +327,23 @@ class Stream:
         except ValueError as error:
             raise ImageError(str(error), kind="unsupported") from error
 
-    def _give_back(self, batch: _Batch, slot: int) -> None:
-        """A slot that no image came into."""
-        with self._state:
-            batch.free.append(slot)
-            self._open.setdefault(batch.canvas, batch)
-            self._release_slot(batch)
-
     # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _slots(self, canvas: tuple[int, int]) -> int:
-        return max(1, min(self._config.batch_size, self._config.batch_pixels // (canvas[0] * canvas[1])))
-
-    def _acquire(self, canvas: tuple[int, int]) -> tuple[_Batch, int]:
+    def _acquire(self, canvas: tuple[int, int]) -> Slot:
         """A free slot for `canvas`. While opening one more batch would pass the budget, helps to make rows, or
         waits."""
-        slots = self._slots(canvas)
-        size_bytes = slots * canvas[0] * canvas[1] * 3
         waiting = False
         while True:
             with self._state:
-                if waiting and (self._failure or self._closed):
+                ended = bool(self._failure or self._closed)
+                slot = None if ended else self._rack.take(canvas)
+                if waiting and (ended or slot):
                     self._decoding += 1
                     self._blocked -= 1
-                if self._failure or self._closed:
+                if ended:
                     raise _StreamEndedError from self._failure
-                batch = self._open.get(canvas)
-                fits = not self._in_use_bytes or self._in_use_bytes + size_bytes <= self._config.memory_bytes
-                if batch is not None or fits:
-                    if waiting:
-                        self._decoding += 1
-                        self._blocked -= 1
-                    if batch is None:
-                        batch = _Batch(canvas, self._buffer((slots, *canvas, 3)))
-                        self._open[canvas] = batch
-                        self._in_use_bytes += size_bytes
-                    slot = batch.free.pop()
-                    batch.writing += 1
-                    if not batch.free:
-                        del self._open[canvas]
-                    return batch, slot
+                if slot is not None:
+                    return slot
                 if not waiting:
                     waiting = True
                     self._blocked += 1
@@ -420,118 +355,47 @@ class Stream:
             if answered is not None:
                 self._encode(answered)
 
-    def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A used buffer of this shape where there is one: fresh pages cost more than the copy into them. Others make
-        room. Called with the lock held.
-        """
-        for position, spare in enumerate(self._spare):
-            if spare.shape == shape:
-                del self._spare[position]
-                self._spare_bytes -= spare.nbytes
-                return spare
-        size_bytes = math.prod(shape)
-        while self._spare and self._in_use_bytes + self._spare_bytes + size_bytes > self._config.memory_bytes:
-            self._spare_bytes -= self._spare.popleft().nbytes
-        return np.empty(shape, np.uint8)
-
-    def _release_slot(self, batch: _Batch) -> None:
-        """One writer of `batch` less. Called with the lock held."""
-        batch.writing -= 1
-        if batch.writing == 0 and self._open.get(batch.canvas) is not batch:
-            if batch.filled():
-                self._ready.append(batch)
-            else:
-                self._in_use_bytes -= batch.size_bytes
-            self._state.notify_all()
-
-    def _next_batch(self, *, wait: bool) -> _Batch | None:
+    def _next_batch(self, *, wait: bool) -> Batch | None:
         """The next batch to run; None where the stream has ended, or nothing is ready and `wait` is false."""
         with self._state:
             while not self._failure:
-                if self._ready:
-                    self._outstanding += 1
-                    return self._ready.popleft()
+                batch = self._rack.ready.popleft() if self._rack.ready else None
                 stuck = self._decoding == 0 and (self._blocked == 0 or self._outstanding == 0)
-                idle = not self._window and not self._feed
-                if stuck and (idle or self._blocked):
-                    batch = max(self._open.values(), key=_Batch.filled, default=None)
-                    if batch is not None:
-                        del self._open[batch.canvas]
-                        if batch.filled():
-                            self._outstanding += 1
-                            return batch
-                        self._in_use_bytes -= batch.size_bytes
+                if batch is None and stuck and (self._blocked or not (self._window or self._feed)):
+                    batch = self._rack.fullest()
+                    if batch is None and self._blocked:
                         self._state.notify_all()
-                        continue
+                if batch is not None:
+                    self._outstanding += 1
+                    return batch
                 if self._closed or not wait:
                     return None
                 self._state.wait()
             return None
 
-    # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def _model_loop(self) -> None:
         """Keeps one batch on the device while the one before is being brought back."""
-        under_way: tuple[_Batch, Any, float] | None = None
+        under_way: Started | None = None
         try:
             while True:
                 batch = self._next_batch(wait=under_way is None)
                 if batch is None and under_way is None:
                     return
-                started = (batch, *self._start(batch)) if batch is not None else None
+                started = self._forward.start(batch) if batch is not None else None
                 if under_way is not None:
-                    self._hand_over(*under_way)
+                    answered = self._forward.finish(under_way)
+                    with self._state:
+                        if answered.slots < len(answered.batch.items):
+                            self._rack.limit(answered.batch.canvas, answered.slots)
+                        self._to_encode.append(answered)
+                        self._state.notify()
                 under_way = started
         except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
             self._break(error)
 
-    def _start(self, batch: _Batch) -> tuple[Any, float]:
-        began_s = time.perf_counter()
-        try:
-            pending = self._segmenter.submit(batch.images_NHWC, batch.sizes_N2, batch.statistics_N2)
-        except Exception as error:  # noqa: BLE001 - tried again one by one, and recorded there
-            pending = error
-        spent_s = time.perf_counter() - began_s
-        self._busy_s += spent_s
-        return pending, spent_s
-
-    def _hand_over(self, batch: _Batch, pending: Any, spent_s: float) -> None:
-        began_s = time.perf_counter()
-        outcome: Sequence[Any]
-        try:
-            if isinstance(pending, Exception):
-                raise pending
-            outcome = self._segmenter.finish(pending)
-        except Exception as error:  # noqa: BLE001 - tried again one by one, and recorded there
-            _raise_if_device_is_lost(error)
-            log.warning("a batch of %d failed (%s); trying its images one by one", batch.filled(), error)
-            outcome = self._one_by_one(batch)
-        finish_s = time.perf_counter() - began_s
-        self._busy_s += finish_s
-        infer_ms = (spent_s + finish_s) * 1e3 / batch.filled()
-        with self._state:
-            self._to_encode.append(_Answered(batch, outcome, infer_ms))
-            self._state.notify()
-
-    def _one_by_one(self, batch: _Batch) -> list[Any]:
-        """Each image alone in a batch of the same shape, so that one poisoned image costs only itself."""
-        outcome: list[Any] = []
-        for slot, item in enumerate(batch.items):
-            if item is None:
-                continue
-            sizes_N2 = np.zeros_like(batch.sizes_N2)
-            sizes_N2[slot] = batch.sizes_N2[slot]
-            try:
-                pending = self._segmenter.submit(batch.images_NHWC, sizes_N2, batch.statistics_N2)
-                outcome.extend(self._segmenter.finish(pending))
-            except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
-                _raise_if_device_is_lost(error)
-                outcome.append(error)
-        return outcome
-
     # ── output ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _encode(self, answered: _Answered) -> None:
+    def _encode(self, answered: Answered) -> None:
         batch = answered.batch
         try:
             rows: list[tuple[Work, dict[str, Any]]] = []
@@ -544,9 +408,7 @@ class Stream:
                         raise prediction
                     row = self._rows_of.ok(item.work.ref(item.row), item.blob, item.picture, prediction)
                 except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
-                    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-                    kind = "out_of_memory" if memory else "model_failed"
-                    message = f"{type(error).__name__}: {error}"
+                    kind, message = _blame(error)
                     row = self._rows_of.error(item.work.ref(item.row), item.blob, kind, message)
                     row |= item.picture._asdict()
                 row["processed_at"] = processed_at
@@ -560,11 +422,8 @@ class Stream:
             self._break(error)
         finally:
             with self._state:
-                self._in_use_bytes -= batch.size_bytes
+                self._rack.retire(batch)
                 self._outstanding -= 1
-                if self._in_use_bytes + self._spare_bytes + batch.size_bytes <= self._config.memory_bytes:
-                    self._spare.append(batch.images_NHWC)
-                    self._spare_bytes += batch.size_bytes
                 self._state.notify_all()
 
     def _emit(self, work: Work, rows: list[dict[str, Any]]) -> None:
@@ -576,12 +435,15 @@ class Stream:
             finished = work.left[0] == 0
         with self._state:
             self._rows += len(rows)
-            for row in rows:
-                self._errors += row["status"] == "error"
-                self._outcomes.append(row.get("error_kind") in WORLD_KINDS)
-            if finished:
+            self._errors += sum(row["status"] == "error" for row in rows)
+            if work.watched:
+                self._breaker.note(len(rows), sum(row.get("error_kind") in WORLD_KINDS for row in rows))
+            tripped = self._breaker.tripped
+            if finished and not tripped:
                 self._live.pop(id(work), None)
-        if finished and not work.done.done():
+        if tripped:
+            self._break(WorldFailingError())
+        elif finished and not work.done.done():
             work.done.set_result(None)
 
     def _break(self, error: BaseException) -> None:
@@ -613,9 +475,9 @@ def _chunks(sizes_bytes: Sequence[int | None]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _raise_if_device_is_lost(error: Exception) -> None:
-    """After some CUDA errors every later call of the process fails: no image is to blame, and the process must go."""
-    text = str(error)
-    lost = any(sign in text for sign in ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS"))
-    if lost and "out of memory" not in text.lower():
-        raise DeviceLostError(f"the device failed: {text.splitlines()[0]}") from error
+def _blame(error: Exception) -> tuple[str, str]:
+    """`error_kind` and message of what a model, or the work after it, did to one image."""
+    message = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return "out_of_memory", f"even alone in its batch this image is too large for the device's memory: {message}"
+    return "model_failed", message

@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Precision
+from pipeline.engine.forward import SegmenterLike
 from pipeline.engine.rows import Ref, RowMaker
-from pipeline.engine.stream import SegmenterLike, Stream, StreamConfig, StreamCounts
-from pipeline.errors import InfrastructureError, ModelError
+from pipeline.engine.stream import Stream, StreamConfig, StreamCounts
+from pipeline.errors import WORLD_KINDS, InfrastructureError, ModelError
 from pipeline.storage import Blob, Storage, open_storage
 from pipeline.table.parts import PartBuilder, commit
 
@@ -53,17 +54,22 @@ class WorkerSpec(BaseModel):
 
 
 class ShardTask(NamedTuple):
-    """A shard to do. `probe`: run everything, write nothing. `killers`: positions that must not be touched again."""
+    """A shard to do. `probe`: run everything, write nothing. `killers`: positions that must not be touched again.
+    `accept`: commit it even where most of its images fail for the world's reasons."""
 
     ordinal: int
     refs: pa.Table
     part_uri: str
     probe: bool = False
     killers: frozenset[int] = frozenset()
+    accept: bool = False
 
 
 class Receipt(NamedTuple):
-    """What became of a shard: counts and timings, never pixels. `created` is false where the Part was there already."""
+    """What became of a shard: counts and timings, never pixels. `created` is false where the Part was there already.
+
+    `doubtful`: more than half of its images failed for the world's reasons, and nothing was written.
+    """
 
     ordinal: int
     rows: int
@@ -71,6 +77,8 @@ class Receipt(NamedTuple):
     created: bool
     node: str
     counts: StreamCounts
+    world_failures: int = 0
+    doubtful: bool = False
 
 
 class Device(NamedTuple):
@@ -82,10 +90,6 @@ class Device(NamedTuple):
     bf16: bool
     cores: int
     software: dict[str, str]
-
-
-class WorldFailingError(InfrastructureError):
-    """More than half of the last images failed for the world's reasons: the shard is not committed."""
 
 
 @functools.cache
@@ -160,8 +164,8 @@ class Worker:
         self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
 
     def run(self, task: ShardTask) -> Receipt:
-        """Does `task` and commits its Part. Raises StorageError where the commit fails, WorldFailingError where the
-        world does.
+        """Does `task` and commits its Part, unless the receipt says that it is doubtful. Raises StorageError where the
+        commit fails, WorldFailingError where the world does; then this worker is of no more use.
 
         Safe to retry: a Part is never replaced.
         """
@@ -174,18 +178,23 @@ class Worker:
                 ref = Ref(one["uri"], one["etag"], one["attempt"], one["size_bytes"])
                 builder.add([self._rows_of.error(ref, None, "crashed_worker", message)])
             refs = refs.take(pa.array([i for i in range(len(refs)) if i not in task.killers], pa.int64()))
-        self._stream.submit(refs, builder.add).result()
-        if task.probe:
-            part = builder.finish()
-            return Receipt(task.ordinal, part.rows, part.data.size, False, self._node, self._stream.counts())
-        if self._stream.world_is_failing():
-            raise WorldFailingError(
-                "more than half of the last images failed for reasons outside them (storage, permissions, memory): "
-                "see the log; nothing of these shards was committed, and the same command continues"
-            )
+        world_failures = 0
+
+        def add_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+            nonlocal world_failures
+            world_failures += sum(row.get("error_kind") in WORLD_KINDS for row in rows)
+            builder.add(rows)
+
+        self._stream.submit(refs, add_rows, watched=not (task.probe or task.accept)).result()
         part = builder.finish()
-        created = commit(self._dest, task.part_uri, part)
-        return Receipt(task.ordinal, part.rows, part.data.size, created, self._node, self._stream.counts())
+        receipt = Receipt(
+            task.ordinal, part.rows, part.data.size, False, self._node, self._stream.counts(), world_failures
+        )
+        if task.probe:
+            return receipt
+        if world_failures * 2 > part.rows and not task.accept:
+            return receipt._replace(doubtful=True)
+        return receipt._replace(created=commit(self._dest, task.part_uri, part))
 
     def _fetch(self, uri: str) -> Blob:
         """A manifest may name several stores: one client for each scheme and bucket."""

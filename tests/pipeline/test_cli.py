@@ -20,6 +20,7 @@ from handmade import make_image, part_paths, rows_of
 
 import pipeline
 from pipeline import cli
+from pipeline.engine import placement
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 
@@ -46,8 +47,8 @@ Command = Callable[..., Said]
 @pytest.fixture
 def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """`maskmill(*arguments)` in this process, workers too."""
-    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
-    monkeypatch.setattr(engine_run, "gpu_count", lambda: 0)
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
     monkeypatch.delenv("MASKMILL_DEBUG", raising=False)
 
     def run(*arguments: str | Path) -> Said:

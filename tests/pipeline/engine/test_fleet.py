@@ -16,7 +16,7 @@ from pipeline.engine.crew import WorkerDiedError
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask
-from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, StorageError
+from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, StorageError, WorldFailingError
 from pipeline.table.schema import WORK
 
 
@@ -303,3 +303,52 @@ def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch)
     assert sorted(receipt.ordinal for receipt in receipts) == [0, 1, 2, 3]
     assert crew.diary.started == 2
     assert not any(crew.diary.crashed.values())
+
+
+class DoubtfulMember(ScriptedMember):
+    """Says of shards which `failing` names that most of their images failed for the world's reasons."""
+
+    failing: Callable[[ShardTask], bool]
+
+    def _answer(self, method: str, *args: Any) -> Any:
+        if method == "run" and self.failing(args[0]):
+            (task,) = args
+            self._diary.runs.append((task.ordinal, task.refs["uri"].to_pylist(), task.accept))
+            if task.accept:
+                self._diary.commits.add(task.ordinal)
+            size, counts = len(task.refs), StreamCounts(0, 0, 0.5, 1.0)
+            return Receipt(task.ordinal, size, 100, task.accept, "here", counts, size, not task.accept)
+        return super()._answer(method, *args)
+
+
+def doubtful_fleet(failing: Callable[[ShardTask], bool], *, breaker_images: int) -> tuple[Fleet, Diary]:
+    crew = ScriptedCrew()
+
+    def start() -> ScriptedMember:
+        member = DoubtfulMember(crew.diary, lambda uris: False, None)
+        member.failing = failing
+        return member
+
+    crew.start = start  # type: ignore[method-assign]
+    return Fleet(crew, actors=2, should_stop=lambda: False, breaker_images=breaker_images), crew.diary
+
+
+def test_workers_together_see_that_the_world_fails() -> None:
+    """No worker alone sees enough outcomes, and no shard is large enough."""
+    fleet, diary = doubtful_fleet(lambda task: task.ordinal >= 3, breaker_images=50)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    with pytest.raises(WorldFailingError):
+        fleet.run(iter(shards(40, 5)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+    fleet.close()
+    assert diary.commits <= {0, 1, 2}
+    assert len(diary.runs) < 40
+
+
+def test_a_doubtful_shard_gets_a_second_try_at_the_end_and_is_committed_then() -> None:
+    fleet, diary = doubtful_fleet(lambda task: task.ordinal in (1, 4), breaker_images=50)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    receipts: list[Receipt] = []
+    fleet.run(iter(shards(20, 5)), on_receipt=receipts.append, on_progress=lambda progress: None)
+    fleet.close()
+    assert sorted(receipt.ordinal for receipt in receipts) == list(range(20)) and diary.commits == set(range(20))
+    assert sorted(ordinal for ordinal, _, accept in diary.runs[-2:] if accept) == [1, 4]

@@ -19,6 +19,7 @@ from handmade import answers_of, make_image, part_paths, rows_of, touch_later
 
 import pipeline
 from pipeline.config import SegmentConfig
+from pipeline.engine import placement
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
@@ -30,8 +31,8 @@ from pipeline.errors import BYTES_KINDS, HeldError, InfrastructureError, ModelEr
 @pytest.fixture(autouse=True)
 def workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own costs a worker seconds; what it is for is tested in test_fleet and test_kills."""
-    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
-    monkeypatch.setattr(engine_run, "gpu_count", lambda: 0)
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
 
 
 class Bench:
@@ -379,7 +380,7 @@ def test_a_driver_that_comes_too_late_adds_nothing(
         bench.segment(photos)
     assert bench.done == []
     monkeypatch.undo()
-    monkeypatch.setattr(engine_run, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
     assert bench.segment(photos).ok == 3
 
 
@@ -648,3 +649,51 @@ def test_a_run_that_nobody_touched_for_a_day_is_abandoned_by_the_next_planner(
     assert f"abandoned run {dead}" in bench.texts("note")
     bench.segment(photos)
     assert bench.done == names(photos)
+
+
+class ClosedDoors:
+    """Refuses to open images that `closed` names, as the kernel would refuse whoever may not read them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, closed: Callable[[str], bool]) -> None:
+        self.tried: dict[str, int] = {}
+        opened = os.open
+
+        def refuse(path: Any, *rest: Any, **named: Any) -> int:
+            place = Path(str(path))
+            if place.suffix in (".png", ".jpg") and closed(place.stem):
+                self.tried[place.stem] = self.tried.get(place.stem, 0) + 1
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return opened(path, *rest, **named)
+
+        monkeypatch.setattr(os, "open", refuse)
+
+
+def test_a_world_that_fails_stops_the_run_and_none_of_its_shards_is_committed(
+    bench: Bench, tmp_path: Path, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 20 are far smaller than what the breaker looks at; the first five are fine."""
+    photos = tmp_path / "many"
+    photos.mkdir()
+    one = (image_folder(2) / "0001.png").read_bytes()
+    for i in range(1300):
+        (photos / f"{i:04d}.png").write_bytes(one)
+    with monkeypatch.context() as broken:
+        ClosedDoors(broken, lambda stem: stem >= "0100")
+        with pytest.raises(InfrastructureError, match="more than half of the last images failed"):
+            bench.segment(photos, shard_size=20)
+    rows = rows_of(bench.dest)
+    assert len(rows) == 100 and {row["status"] for row in rows} == {"ok"}
+    assert bench.segment(photos, shard_size=20).ok == 1300
+    assert bench.done == names(photos)
+
+
+def test_shards_that_fail_in_a_world_that_mostly_works_are_tried_twice_and_recorded(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(30)
+    with monkeypatch.context() as broken:
+        doors = ClosedDoors(broken, lambda stem: "0010" <= stem < "0018" or stem == "0020")
+        outcome = bench.segment(photos, shard_size=10, max_error_rate=1.0)
+    assert outcome.errors_by_kind == {"denied": 9} and outcome.ok == 21
+    assert sorted(Path(row["image_uri"]).name for row in rows_of(bench.dest)) == sorted(names(photos))
+    assert {doors.tried[f"{i:04d}"] for i in range(10, 18)} == {2} and doors.tried["0020"] == 1

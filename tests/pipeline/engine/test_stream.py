@@ -18,7 +18,7 @@ from models.card import Card
 from models.masks import decode_mask_png
 from models.segmenter import Prediction
 from pipeline.engine.stream import Stream, StreamConfig
-from pipeline.errors import DeviceLostError, StorageError, UsageError
+from pipeline.errors import DeviceLostError, StorageError, UsageError, WorldFailingError
 from pipeline.storage import Blob, open_storage
 from pipeline.table.schema import WORK
 
@@ -158,7 +158,7 @@ def test_memory_is_bounded_and_a_larger_image_goes_alone(tmp_path: Path) -> None
     stream: Stream
 
     def note(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
-        seen.append(stream._in_use_bytes)
+        seen.append(stream._rack.in_use_bytes)
         time.sleep(0.002)
 
     stream = Stream(
@@ -221,7 +221,22 @@ def test_running_out_of_memory_is_the_worlds_fault(tmp_path: Path) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate everything")
 
     (row,) = run(Threshold(before=before), [write(tmp_path, [(64, 64)])])
-    assert row["error_kind"] == "out_of_memory"
+    assert row["error_kind"] == "out_of_memory" and "too large for the device's memory" in row["error_message"]
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_for_good(tmp_path: Path) -> None:
+    """The device holds two 64×64 images at once: no row is lost, and later batches are no larger."""
+
+    def before(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        if len(images_NHWC) > 2:
+            raise MemoryError("Unable to allocate")
+
+    uris = write(tmp_path, [(64, 64)] * 40)
+    model = Threshold(before=before)
+    rows = run(model, [uris], batch_size=8, memory_bytes=2 * 8 * 64 * 64 * 3)
+    assert masks(rows) == masks(run(Threshold(), [uris], batch_size=8))
+    assert {shape[1:3] for shape in model.shapes} == {(64, 64)}
+    assert {shape[0] for shape in model.shapes} == {2}, "only batches of two ever went through"
 
 
 def test_the_world_is_failing_after_enough_failures_only(tmp_path: Path) -> None:
@@ -231,21 +246,33 @@ def test_the_world_is_failing_after_enough_failures_only(tmp_path: Path) -> None
     stream = Stream(Threshold(), fetch=fetch, config=StreamConfig(breaker_images=10), stamp={})
     rows: list[dict[str, Any]] = []
     stream.submit(refs([f"file:///{i}" for i in range(9)]), rows.extend).result(timeout=30)
-    assert not stream.world_is_failing()
-    stream.submit(refs(["file:///9"]), rows.extend).result(timeout=30)
-    assert stream.world_is_failing()
+    stream.submit(refs([f"file:///{i}" for i in range(50)]), rows.extend, watched=False).result(timeout=30)
+    with pytest.raises(WorldFailingError, match="more than half"):
+        stream.submit(refs(["file:///9"]), rows.extend).result(timeout=30)
     stream.close()
     assert {row["error_kind"] for row in rows} == {"fetch_failed"}
+
+
+def test_a_world_that_fails_ends_a_long_list_early(tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def fetch(uri: str) -> Blob:
+        tried.append(uri)
+        raise StorageError("the store is away", kind="fetch_failed")
+
+    stream = Stream(Threshold(), fetch=fetch, config=StreamConfig(breaker_images=10), stamp={})
+    with pytest.raises(WorldFailingError):
+        stream.submit(refs([f"file:///{i}" for i in range(5000)]), lambda rows: None).result(timeout=30)
+    stream.close()
+    assert len(tried) < 500
 
 
 def test_bytes_faults_never_stop_a_run(tmp_path: Path) -> None:
     uris = [f"file://{tmp_path}/{i}.png" for i in range(20)]
     for uri in uris:
         Path(uri.removeprefix("file://")).write_bytes(b"no image")
-    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(breaker_images=10), stamp={})
-    stream.submit(refs(uris), lambda rows: None).result(timeout=30)
-    assert not stream.world_is_failing()
-    stream.close()
+    rows = run(Threshold(), [uris], breaker_images=10)
+    assert {row["error_kind"] for row in rows} == {"not_an_image"} and len(rows) == 20
 
 
 def test_a_bug_in_the_sink_reaches_the_caller(tmp_path: Path) -> None:
@@ -328,4 +355,4 @@ def test_spare_buffers_count_too(tmp_path: Path) -> None:
     sizes = [(32 * (1 + i % 4), 32 * (1 + i % 3)) for i in range(80)]
     stream.submit(refs(write(tmp_path, sizes)), lambda rows: None).result(timeout=60)
     stream.close()
-    assert sum(buffer.nbytes for buffer in stream._spare) == stream._spare_bytes <= config.memory_bytes
+    assert sum(buffer.nbytes for buffer in stream._rack._spare) == stream._rack.spare_bytes <= config.memory_bytes

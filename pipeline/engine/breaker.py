@@ -1,0 +1,35 @@
+"""The breaker: is it the images that fail, or the world around them? Owns: the window of the last outcomes.
+Must not know: what an outcome is made of, threads, shards.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+#: Outcomes over which failures of the world are watched.
+WINDOW_IMAGES = 1000
+
+
+class Breaker:
+    """Watches the last `window_images` outcomes, in the fewest newest notes that hold so many. Not thread safe."""
+
+    def __init__(self, window_images: int = WINDOW_IMAGES) -> None:
+        self._window_images = window_images
+        self._notes: deque[tuple[int, int]] = deque()
+        self._images = 0
+        self._failures = 0
+
+    def note(self, images: int, world_failures: int) -> None:
+        """Adds outcomes, of which `world_failures` failed for reasons outside their bytes."""
+        self._notes.append((images, world_failures))
+        self._images += images
+        self._failures += world_failures
+        while self._images - self._notes[0][0] >= self._window_images:
+            images, world_failures = self._notes.popleft()
+            self._images -= images
+            self._failures -= world_failures
+
+    @property
+    def tripped(self) -> bool:
+        """True where enough outcomes are known and more than half of them are failures of the world."""
+        return self._images >= self._window_images and self._failures * 2 > self._images

@@ -1,0 +1,44 @@
+"""Where a command's workers live. Owns: the choice between local processes, this process and Ray.
+Must not know: what workers do.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pipeline.config import SegmentConfig
+from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
+from pipeline.errors import UsageError
+
+
+def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Literal["local", "ray"], str]:
+    """(`local` or `ray`, why)."""
+    if config.engine != "auto":
+        return config.engine, "as asked"
+    if config.gpus_per_actor:
+        return "ray", "--gpus-per-actor is for Ray"
+    if config.ray_address or os.environ.get("RAY_ADDRESS"):
+        return "ray", "a Ray address is given"
+    if gpu_count() > 1:
+        return "ray", f"{gpu_count()} GPUs"
+    return "local", "no Ray address, and one GPU at most"
+
+
+def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: str, dest: str) -> Crew:
+    """The place where this command's workers will live. Raises UsageError, InfrastructureError."""
+    if engine == "ray":
+        from pipeline.engine.ray_crew import RayCrew, ray_address
+
+        if source.startswith("memory:") or dest.startswith("memory:"):
+            raise UsageError("memory:// exists in this process only: use --engine local")
+        return RayCrew(
+            address=ray_address(config.ray_address),
+            actors=config.actors,
+            gpus_per_actor=config.gpus_per_actor,
+            threads=config.threads,
+            local_paths=not config.shared_filesystem and (source.startswith("file:") or dest.startswith("file:")),
+        )
+    if source.startswith("memory:") or dest.startswith("memory:"):
+        return InlineCrew(actors=config.actors or 1, threads=config.threads)
+    return LocalCrew(actors=config.actors, threads=config.threads)
