@@ -310,6 +310,8 @@ def query(
         raise UsageError("the query is empty: give one SQL statement")
     connection = pipeline.connect(dest, profile=dest_profile)
     try:
+        if (statements := len(connection.extract_statements(sql))) != 1:
+            raise UsageError(f"{statements} statements were given: give one SQL statement")
         relation = connection.sql(sql)
         if relation is None:
             return

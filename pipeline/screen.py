@@ -175,6 +175,9 @@ def print_rows(relation: Any) -> None:
     for row in rows[:limit]:
         table.add_row(*(Text(_cell(value)) for value in row))
     console = stdout()
+    if not console.is_terminal:
+        # A reader at the other end of a pipe wants a row per line.
+        console.width = 100_000
     console.print(table)
     shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else f"{len(rows)} rows"
     console.print(Text(f"({shown})", style="dim"))
@@ -183,8 +186,25 @@ def print_rows(relation: Any) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = f"<{len(value)} bytes>" if isinstance(value, bytes) else "" if value is None else plain(str(value))
+    text = "" if value is None else plain(str(_without_bytes(value)))
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+class _Size(int):
+    """A number of bytes, in place of the bytes themselves."""
+
+    def __repr__(self) -> str:
+        return f"<{int(self)} bytes>"
+
+    __str__ = __repr__
+
+
+def _without_bytes(value: object) -> object:
+    if isinstance(value, bytes):
+        return _Size(len(value))
+    if isinstance(value, dict):
+        return {key: _without_bytes(one) for key, one in value.items()}
+    return [_without_bytes(one) for one in value] if isinstance(value, list) else value
 
 
 def write_rows(relation: Any, output: str) -> None:

@@ -89,6 +89,8 @@ class Plan(BaseModel):
     model_name: str
     model_version: str
     card: dict[str, Any]
+    #: First 12 hex of the SHA-256 of the card's JSON; empty in runs of older releases.
+    card_digest: str = ""
     settings: dict[str, Any]
     settings_digest: str
     precision: Precision

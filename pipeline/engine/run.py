@@ -220,6 +220,7 @@ class _Segmentation:
             model_name=model.card.name,
             model_version=model.version,
             card=model.card.model_dump(mode="json"),
+            card_digest=hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:12],
             settings=settings,
             settings_digest=digest,
             precision=precision,

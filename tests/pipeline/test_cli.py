@@ -296,6 +296,18 @@ def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
     assert "colour" in said.err
 
 
+def test_several_statements_are_refused(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT 1; SELECT 2")
+    assert said.status == 2 and "2 statements" in said.err
+
+
+def test_masks_in_a_pipe_are_one_line_a_row_and_no_bytes(done: Place, maskmill: Command) -> None:
+    said = maskmill("query", done.dest, "SELECT image_uri, mask, classes FROM images WHERE status = 'ok'")
+    lines = said.out.splitlines()
+    assert len(lines) == 2 + int(lines[-1].strip("()").split()[0])
+    assert all("bytes>" in line and "PNG" not in line for line in lines[1:-1])
+
+
 def test_long_results_are_cut_on_the_screen_and_say_so(done: Place, maskmill: Command) -> None:
     said = maskmill("query", done.dest, "SELECT range AS n FROM range(1500)")
     assert "the first 1000 rows" in said.out

@@ -458,6 +458,7 @@ def test_the_record_tells_how_it_was_done(bench: Bench, image_folder: Callable[.
     folder = bench.dest / "runs" / str(outcome.run_id)
     record = json.loads((folder / "run.json").read_text())
     assert (record["state"], record["ok"], record["errors"]) == ("done", 3, 1)
+    assert len(record["plan"]["card_digest"]) == 12
     assert record["errors_by_kind"] == {"empty": 1}
     assert record["plan"]["card"]["name"] == outcome.model_name == record["plan"]["model_name"]
     assert (record["plan"]["precision"], record["plan"]["batch_size"], record["plan"]["threads"]) == ("fp32", 2, 1)
