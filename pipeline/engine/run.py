@@ -161,7 +161,8 @@ class _Segmentation:
             self._the_fleet().load(self._spec(plan), model.data)
             self._the_fleet().first_loaded()
             if self._ledger.freeze(plan, list_path.read_bytes()):
-                self._note(f"run {plan.run_id}: {counted(counts.planned, 'image')} in {counted(len(plan.bounds()), 'shard')}")
+                images, shards = counted(counts.planned, "image"), counted(len(plan.bounds()), "shard")
+                self._note(f"run {plan.run_id}: {images} in {shards}")
                 return self._outcome(self._work(plan, model), model, counts, plan)
             self._note("another command planned at the same moment; planning again")
             # It may have been this very command, started twice: then its run is held, or to be waited for.
