@@ -1,96 +1,119 @@
-"""From a card to a network. Owns: the list of architectures and their arguments.
-Must not know: weights' origin, files, devices.
+"""From a card to a network. Owns: the list of architectures, and whether a card and its network fit together.
+Must not know: weights' origin, files, devices; how each library builds its networks (`models.networks`).
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.card import ArgmaxPostprocessing, Card, ClassInfo, WatershedPostprocessing
-
-#: Distinct colours for classes that come without any.
-DEFAULT_COLORS = (
-    (0, 0, 0),
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (145, 30, 180),
-    (70, 240, 240),
-    (240, 50, 230),
-    (210, 245, 60),
-    (250, 190, 212),
-    (0, 128, 128),
+from models.card import (
+    ArgmaxPostprocessing,
+    Card,
+    ClassInfo,
+    DetectionsPostprocessing,
+    LetterboxPolicy,
+    Postprocessing,
+    TilePolicy,
+    WatershedPostprocessing,
 )
+from models.networks import mask_rcnn, smp, vision
+from models.palettes import distinct_color
 
 
-class UnetArgs(BaseModel):
-    """Arguments of `unet`: segmentation-models-pytorch's U-Net, BatchNorm, nearest upsampling."""
+class Architecture(NamedTuple):
+    """How networks of one name are made, and what is known of them before any is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    #: A name of `segmentation_models_pytorch.encoders`.
-    encoder: str = "resnet18"
-    #: Halvings of the resolution; the network's stride is 2 ** depth.
-    encoder_depth: int = Field(default=5, ge=3, le=5)
-    #: From the deepest block to the shallowest: `encoder_depth` entries.
-    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
-    output_channels: int = Field(ge=1)
-
-
-def _unet(card: Card) -> torch.nn.Module:
-    args = UnetArgs.model_validate(card.architecture_args)
-    if len(args.decoder_channels) != args.encoder_depth:
-        raise ValueError(f"unet needs {args.encoder_depth} decoder_channels, got {len(args.decoder_channels)}")
-    if args.output_channels != card.network_channels:
-        raise ValueError(f"unet puts out {args.output_channels} channels, the card needs {card.network_channels}")
-    stride = 2**args.encoder_depth
-    if card.canvas_multiple % stride:
-        raise ValueError(f"canvas_multiple {card.canvas_multiple} is not a multiple of the network's stride {stride}")
-    from segmentation_models_pytorch import Unet
-
-    try:
-        network = Unet(
-            args.encoder,
-            encoder_depth=args.encoder_depth,
-            encoder_weights=None,
-            decoder_channels=args.decoder_channels,
-            classes=args.output_channels,
-        )
-    except KeyError as error:
-        raise ValueError(f"unet has no encoder {args.encoder!r}") from error
-    if args.encoder.startswith(("resnet", "resnext")):
-        # The library keeps the stages below `encoder_depth`, which forward never reaches: 33 MB for resnet18.
-        for stage in range(args.encoder_depth, 5):
-            delattr(network.encoder, f"layer{stage}")
-    return network
+    #: Pydantic model of `Card.architecture_args`; it has a field `output_channels`.
+    args: type[BaseModel]
+    #: `make(args, input_channels=...)`: random weights, on the CPU. Raises ValueError for what does not fit.
+    make: Callable[..., torch.nn.Module]
+    #: Pixels of which heights and widths must be multiples, of a network made.
+    stride: Callable[[torch.nn.Module], int]
+    #: The layers whose output is logits at the network's own resolution.
+    logits_layers: Callable[[torch.nn.Module], list[torch.nn.Module]]
+    #: True where it finds instances by itself, rather than classes of pixels.
+    detects: bool
 
 
-#: Name in the card → builder. A builder raises ValueError for arguments that do not fit.
-ARCHITECTURES: Mapping[str, Callable[[Card], torch.nn.Module]] = {"unet": _unet}
+_SMP: Mapping[str, type[smp.SmpArgs]] = {
+    "unet": smp.UnetArgs,
+    "unetplusplus": smp.UnetArgs,
+    "deeplabv3plus": smp.Deeplabv3plusArgs,
+    "fpn": smp.FpnArgs,
+    "pspnet": smp.PspnetArgs,
+    "linknet": smp.LinknetArgs,
+    "upernet": smp.UpernetArgs,
+    "segformer": smp.SegformerArgs,
+    "dpt": smp.DptArgs,
+}
+#: Name in the card → how it is made.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    **{name: Architecture(args, smp.maker(name), smp.stride, smp.logits_layers, False) for name, args in _SMP.items()},
+    **{
+        name: Architecture(vision.SemanticArgs, vision.maker(name), vision.stride, vision.logits_layers, False)
+        for name in vision.NAMES
+    },
+    **{
+        name: Architecture(mask_rcnn.MaskRcnnArgs, mask_rcnn.maker(name), mask_rcnn.stride, lambda _: [], True)
+        for name in mask_rcnn.NAMES
+    },
+}
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of this name. Raises ValueError, which names the nearest ones."""
+    found = ARCHITECTURES.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, ARCHITECTURES, 3, 0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(f"unknown architecture {name!r}: {hint}known are {', '.join(sorted(ARCHITECTURES))}")
+    return found
 
 
 def build(card: Card) -> torch.nn.Module:
     """The card's network with random weights (from torch's global generator), float32, on the CPU, in eval
     mode.
 
-    It maps float [N, 3, H, W], with H and W multiples of `card.canvas_multiple`, to logits
-    [N, card.network_channels, H, W]. Raises ValueError for an unknown architecture or unfitting arguments.
+    It maps float [N, card.input_channels, H, W], with H and W multiples of `card.canvas_multiple` or as the size policy
+    fixes them, to logits [N, card.network_channels, H, W] (torchvision's: in a dict, as `out`; those of Mask R-CNN are
+    only for `models.detection`). Raises ValueError, with a sentence, for an unknown architecture or encoder, arguments
+    that are not valid, and a card whose classes, bands, sizes or post-processing the network cannot serve.
     """
-    builder = ARCHITECTURES.get(card.architecture)
-    if builder is None:
-        raise ValueError(f"unknown architecture {card.architecture!r}: known are {', '.join(sorted(ARCHITECTURES))}")
+    found = architecture(card.architecture)
     try:
-        return builder(card).eval()
+        args: Any = found.args.model_validate(card.architecture_args)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"architecture_args are not valid at {where!r}: {first['msg']}") from error
+        place = f"at {where!r}: " if where else ""
+        raise ValueError(f"architecture_args are not valid {place}{first['msg']}") from error
+    if args.output_channels != card.network_channels:
+        raise ValueError(
+            f"{card.architecture} puts out {args.output_channels} channels, the card needs {card.network_channels}"
+        )
+    if found.detects != (card.postprocessing.kind == "detections"):
+        raise ValueError(
+            f"{card.architecture} {'finds' if found.detects else 'finds no'} instances by itself: "
+            f"its postprocessing cannot be {card.postprocessing.kind!r}"
+        )
+    network = found.make(args, input_channels=card.input_channels).eval()
+    stride = found.stride(network)
+    _check_sizes(card, stride)
+    pools = True if found.detects else _pools_whole_image(card, network, stride)
+    if pools and card.pools_whole_image is False:
+        raise ValueError(f"{card.architecture} pools over the whole image, the card says that it does not")
+    if (pools or card.pools_whole_image) and card.canvas_multiple != stride:
+        raise ValueError(
+            f"{card.architecture} pools over the whole image, so padding changes its answer: canvas_multiple must be "
+            f"its stride, {stride}, not {card.canvas_multiple}"
+        )
+    return network
 
 
 def untrained_card(
@@ -106,23 +129,115 @@ def untrained_card(
     Class ids are 0, 1, ... in the order of `class_names`; id 0 is the background when it is called so.
     Depth = number of decoder channels; the canvas is a multiple of the stride.
     """
+    depth = len(decoder_channels)
+    args = {"encoder": encoder, "encoder_depth": depth, "decoder_channels": list(decoder_channels)}
+    return card_for(name, "unet", args, task=task, class_names=class_names, canvas_multiple=max(32, 2**depth))
+
+
+def card_for(
+    name: str,
+    architecture_name: str,
+    args: Mapping[str, Any] | None = None,
+    *,
+    task: Literal["semantic", "instance"] = "semantic",
+    class_names: tuple[str, ...] = ("background", "object"),
+    **fields: Any,
+) -> Card:
+    """A card for any architecture: `args` are its own, less `output_channels`; `fields` are the card's.
+
+    Class ids are 0, 1, ... in the order of `class_names`; id 0 is the background when it is called so. Unless given,
+    the canvas is a multiple of the stride (which means building the network once), and the post-processing what the
+    task and the architecture ask for. Raises ValueError.
+    """
+    found = architecture(architecture_name)
     classes = tuple(
-        ClassInfo(id=index, name=class_name, color=DEFAULT_COLORS[index % len(DEFAULT_COLORS)])
+        ClassInfo(id=index, name=class_name, color=distinct_color(index))
         for index, class_name in enumerate(class_names)
     )
-    depth = len(decoder_channels)
-    return Card(
-        name=name,
-        task=task,
-        architecture="unet",
-        architecture_args={
-            "encoder": encoder,
-            "encoder_depth": depth,
-            "decoder_channels": list(decoder_channels),
-            "output_channels": 3 if task == "instance" else len(classes),
-        },
-        classes=classes,
-        background_id=0 if class_names[0] == "background" else None,
-        canvas_multiple=max(32, 2**depth),
-        postprocessing=WatershedPostprocessing() if task == "instance" else ArgmaxPostprocessing(),
-    )
+    chosen: Postprocessing = ArgmaxPostprocessing()
+    if found.detects:
+        task, chosen = "instance", DetectionsPostprocessing()
+    elif task == "instance":
+        chosen = WatershedPostprocessing()
+    draft = {
+        "name": name,
+        "task": task,
+        "architecture": architecture_name,
+        "classes": classes,
+        "background_id": 0 if class_names[0] == "background" else None,
+        "postprocessing": chosen,
+    } | fields
+    channels = 3 if isinstance(draft["postprocessing"], WatershedPostprocessing) else len(draft["classes"])
+    draft["architecture_args"] = {**(args or {}), "output_channels": channels}
+    card = Card.model_validate(draft)
+    if "canvas_multiple" not in fields:
+        made = found.make(found.args.model_validate(card.architecture_args), input_channels=card.input_channels)
+        card = card.model_copy(update={"canvas_multiple": found.stride(made)})
+    return card
+
+
+def _check_sizes(card: Card, stride: int) -> None:
+    if card.canvas_multiple % stride:
+        raise ValueError(f"canvas_multiple {card.canvas_multiple} is not a multiple of the network's stride {stride}")
+    policy = card.size_policy
+    fixed: dict[str, int] = {}
+    if isinstance(policy, TilePolicy):
+        fixed = {"tile_px": policy.tile_px}
+    elif isinstance(policy, LetterboxPolicy):
+        fixed = {"height_px": policy.height_px, "width_px": policy.width_px}
+    for name, size_px in fixed.items():
+        if size_px < stride:
+            raise ValueError(f"{name} {size_px} is smaller than the network's stride {stride}")
+        if size_px % stride:
+            raise ValueError(f"{name} {size_px} is not a multiple of the network's stride {stride}")
+
+
+class _PoolingWatch(TorchDispatchMode):
+    """Notes whether an operation makes one number from all of an image: global means, attention, GroupNorm."""
+
+    pooled = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith(("aten.mean", "aten.sum", "aten.amax")) and len(args) > 1 and isinstance(args[1], list):
+            axes, rank = args[1], args[0].dim()
+            # Two axes at once are height and width; the middle one of three is that of the patches.
+            self.pooled |= len(axes) >= 2 or (rank == 3 and axes[0] % rank == 1)
+        self.pooled |= any(word in name for word in ("adaptive", "group_norm", "softmax", "scaled_dot_product"))
+        # InstanceNorm is a BatchNorm that uses the statistics of its input.
+        self.pooled |= name.startswith("aten.native_batch_norm") and args[5] is True
+        return func(*args, **(kwargs or {}))
+
+
+def _pools_whole_image(card: Card, network: torch.nn.Module, stride: int) -> bool:
+    """Runs the network without arithmetic, on the meta device. Raises ValueError where it does not take the card's
+    sizes, or does not put out what the card says.
+    """
+    policy = card.size_policy
+    if isinstance(policy, TilePolicy):
+        height, width = policy.tile_px, policy.tile_px
+    elif isinstance(policy, LetterboxPolicy):
+        height, width = policy.height_px, policy.width_px
+    else:
+        step = card.canvas_multiple
+        height, width = -(-64 // step) * step, (-(-64 // step) + 1) * step
+    shape = (1, card.input_channels, height, width)
+    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
+    watch = _PoolingWatch()
+    try:
+        with torch.no_grad(), watch:
+            logits = torch.func.functional_call(network, tensors, (torch.empty(shape, device="meta"),))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{card.architecture} does not take {height} x {width} pixels with {card.input_channels} bands, as the "
+            f"card's size_policy {policy.kind!r} needs: {reason}"
+        ) from error
+    logits = logits["out"] if isinstance(logits, dict) else logits
+    if logits.shape != (1, card.network_channels, height, width):
+        raise ValueError(
+            f"{card.architecture} puts out {tuple(logits.shape)} for an input of {shape}: "
+            f"it must be (1, {card.network_channels}, {height}, {width})"
+        )
+    return watch.pooled

@@ -29,17 +29,101 @@ class ClassInfo(_Frozen):
     color: tuple[Channel, Channel, Channel]
 
 
-class Preprocessing(_Frozen):
-    """From uint8 RGB to the network's input.
+#: The values that a pixel type spans, unless the card says otherwise.
+VALUE_RANGES: Mapping[str, tuple[float, float]] = {"uint8": (0, 255), "uint16": (0, 65535), "float32": (0, 1)}
 
-    `imagenet`: (x / 255 - mean) / std with the constants of torchvision's ImageNet models. `per_image`: (x -
-    m) / max(s, `std_floor`), with m and s the mean and the population standard deviation over all valid
-    pixels and channels of the image.
+
+class Preprocessing(_Frozen):
+    """From the pixels of an image to the network's input. The defaults are those of 8-bit RGB.
+
+    With v the pixel mapped linearly from `value_range` to 0..1: `imagenet` is (v - mean) / std with the constants of
+    torchvision's ImageNet models; `mean_std` the same with the card's own `mean` and `std`; `unit` is v itself.
+    `per_image` is (x - m) / max(s, `std_floor`) of the raw pixel x, with m and s the mean and the population standard
+    deviation over all valid pixels and channels of the image.
     """
 
-    normalization: Literal["imagenet", "per_image"] = "per_image"
-    #: Grey levels (0..255 units): keeps a blank image from being blown up into noise.
+    normalization: Literal["imagenet", "per_image", "mean_std", "unit"] = "per_image"
+    #: In the units of the pixels (grey levels): keeps a blank image from being blown up into noise.
     std_floor: float = Field(default=1.0, gt=0)
+    #: `mean_std` only: one number per input channel, in 0..1 units.
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    #: Which bands of an image become the network's channels, in this order; the image's first band is 0.
+    bands: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    #: The type of pixel that the network was made for. Images of another type are refused.
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    #: The pixel values that become 0 and 1. None: the whole range of the type, 0..1 for float32.
+    value_range: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _constants_fit(self) -> Preprocessing:
+        channels = len(self.bands)
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if (numbers is not None) != (self.normalization == "mean_std"):
+                raise ValueError(
+                    f"{name} belongs to normalization 'mean_std', which needs it; got {self.normalization!r}"
+                )
+            if numbers is not None and len(numbers) != channels:
+                raise ValueError(f"{name} has {len(numbers)} numbers for {channels} bands")
+        if self.normalization == "imagenet" and channels != 3:
+            raise ValueError(f"normalization 'imagenet' is for 3 bands, got {channels}: use 'mean_std'")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range goes from low to high, got {self.value_range}")
+        return self
+
+    @property
+    def low_high(self) -> tuple[float, float]:
+        """The pixel values that become 0 and 1."""
+        return self.value_range or VALUE_RANGES[self.dtype]
+
+
+class NativeSize(_Frozen):
+    """Images keep their size, and are padded at the right and bottom to a multiple of the card's `canvas_multiple`."""
+
+    kind: Literal["native"] = "native"
+
+
+class ResizePolicy(_Frozen):
+    """Images are resized so that the short side has `short_side_px`, then padded as `native` ones are.
+
+    Sizes are those of torchvision's `resize(size=short_side_px, max_size=long_side_px)`: the long side is cut to an
+    integer, and where it would pass `long_side_px` that side decides. Logits are brought back to the image's own size.
+    """
+
+    kind: Literal["resize"] = "resize"
+    short_side_px: int = Field(ge=1)
+    long_side_px: int | None = None
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> ResizePolicy:
+        if self.long_side_px is not None and self.long_side_px <= self.short_side_px:
+            raise ValueError(f"long_side_px {self.long_side_px} must be above short_side_px {self.short_side_px}")
+        return self
+
+
+class LetterboxPolicy(_Frozen):
+    """Images are resized to fit into one fixed canvas, at its top left; the rest repeats their edge."""
+
+    kind: Literal["letterbox"] = "letterbox"
+    height_px: int = Field(ge=1)
+    width_px: int = Field(ge=1)
+
+
+class TilePolicy(_Frozen):
+    """Images are cut into square tiles that overlap; smaller images are padded to one tile."""
+
+    kind: Literal["tile"] = "tile"
+    tile_px: int = Field(ge=1)
+    overlap_px: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _tiles_advance(self) -> TilePolicy:
+        if self.overlap_px >= self.tile_px:
+            raise ValueError(f"overlap_px {self.overlap_px} must be smaller than tile_px {self.tile_px}")
+        return self
+
+
+SizePolicy = Annotated[NativeSize | ResizePolicy | LetterboxPolicy | TilePolicy, Field(discriminator="kind")]
 
 
 class ArgmaxPostprocessing(_Frozen):
@@ -64,7 +148,25 @@ class WatershedPostprocessing(_Frozen):
     min_area_px: int = Field(default=16, ge=0)
 
 
-Postprocessing = Annotated[ArgmaxPostprocessing | WatershedPostprocessing, Field(discriminator="kind")]
+class DetectionsPostprocessing(_Frozen):
+    """Instance: the network finds boxes, each with a class, a score and a mask of its own (Mask R-CNN)."""
+
+    kind: Literal["detections"] = "detections"
+    #: Detections at or below this score are dropped.
+    score_threshold: float = Field(default=0.05, ge=0, lt=1)
+    #: A pixel belongs to an instance where the mask's probability is at least this.
+    mask_threshold: float = Field(default=0.5, gt=0, lt=1)
+    #: Of two boxes that overlap by more than this, the one of lower score is dropped.
+    nms_iou: float = Field(default=0.5, gt=0, le=1)
+    #: True: only boxes of the same class suppress each other.
+    nms_per_class: bool = True
+    #: The best detections of an image that are kept.
+    top_k: int = Field(default=100, ge=1)
+
+
+Postprocessing = Annotated[
+    ArgmaxPostprocessing | WatershedPostprocessing | DetectionsPostprocessing, Field(discriminator="kind")
+]
 
 
 class Card(_Frozen):
@@ -77,23 +179,28 @@ class Card(_Frozen):
     #: A key of `models.architectures.ARCHITECTURES`, and the arguments which that architecture takes.
     architecture: str
     architecture_args: dict[str, JsonValue]
-    #: What the mask's ids mean. Semantic: one per network channel, in the channels' order.
+    #: What the mask's ids mean. Semantic and detections: one per network channel, in the channels' order.
     classes: tuple[ClassInfo, ...] = Field(min_length=1)
     #: The id of "nothing here", where there is one: not counted as foreground.
     background_id: int | None = None
     preprocessing: Preprocessing = Preprocessing()
-    #: `native`: images keep their size and are padded at the right and bottom to a multiple of
-    #: `canvas_multiple`.
-    size_policy: Literal["native"] = "native"
+    #: How an image's size becomes the network's. The bare string "native" is read too.
+    size_policy: SizePolicy = NativeSize()
     #: Pixels; a multiple of the network's stride.
     canvas_multiple: int = Field(default=32, ge=1)
-    #: True for networks that pool over the whole image: padding would change their answer.
-    pools_whole_image: bool = False
+    #: Networks that pool over the whole image answer to padding anywhere: theirs is the least that their stride allows.
+    #: None: as `models.architectures` finds by looking at the network.
+    pools_whole_image: bool | None = None
     postprocessing: Postprocessing
     #: How the weights came about: data, code, settings, seed, hardware, time.
     provenance: dict[str, JsonValue] = {}
     #: Measured figures, as `{"dataset/split": {"metric": value}}`.
     metrics: dict[str, JsonValue] = {}
+
+    @field_validator("size_policy", mode="before")
+    @classmethod
+    def _bare_names_are_policies(cls, policy: Any) -> Any:
+        return {"kind": policy} if isinstance(policy, str) else policy
 
     @field_validator("classes")
     @classmethod
@@ -108,23 +215,38 @@ class Card(_Frozen):
     def _parts_agree(self) -> Card:
         if self.background_id is not None and self.background_id not in {info.id for info in self.classes}:
             raise ValueError(f"background_id {self.background_id} is not among the classes")
-        kind = "watershed" if self.task == "instance" else "argmax"
-        if self.postprocessing.kind != kind:
-            raise ValueError(f"task {self.task!r} needs postprocessing {kind!r}, got {self.postprocessing.kind!r}")
-        if self.task == "instance" and (self.background_id is None or len(self.classes) != 2):
-            raise ValueError("an instance model has exactly two classes, of which background_id names one")
+        kind = self.postprocessing.kind
+        fitting = ("argmax",) if self.task == "semantic" else ("watershed", "detections")
+        if kind not in fitting:
+            names = " or ".join(map(repr, fitting))
+            raise ValueError(f"task {self.task!r} needs postprocessing {names}, got {kind!r}")
+        if kind == "watershed" and (self.background_id is None or len(self.classes) != 2):
+            raise ValueError("an instance model by watershed has exactly two classes, of which background_id names one")
+        if kind == "detections":
+            if self.background_id != self.classes[0].id or len(self.classes) < 2:
+                raise ValueError("a model of detections has the background as its first class, and at least one more")
+            if self.size_policy.kind != "native":
+                raise ValueError(
+                    f"a model of detections resizes by itself (min_size_px and max_size_px of its architecture): its "
+                    f"size_policy is 'native', not {self.size_policy.kind!r}"
+                )
         return self
 
     @property
     def network_channels(self) -> int:
         """Number of channels that the network must put out."""
-        return 3 if self.task == "instance" else len(self.classes)
+        return 3 if self.postprocessing.kind == "watershed" else len(self.classes)
+
+    @property
+    def input_channels(self) -> int:
+        """Number of channels that the network must take."""
+        return len(self.preprocessing.bands)
 
     @property
     def foreground_id(self) -> int:
-        """Instance models: the id of the one class that is not background. Raises ValueError for others."""
-        if self.task != "instance":
-            raise ValueError(f"model {self.name!r} has task {self.task!r}: it has no single foreground class")
+        """Watershed models: the id of the one class that is not background. Raises ValueError for others."""
+        if self.postprocessing.kind != "watershed":
+            raise ValueError(f"model {self.name!r} ({self.postprocessing.kind}) has no single foreground class")
         return next(info.id for info in self.classes if info.id != self.background_id)
 
     @property

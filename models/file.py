@@ -163,4 +163,7 @@ def _check_fit(card: Card, expected: Mapping[str, torch.Tensor], given: Mapping[
         raise ModelFileError(f"{what}: {len(extra)} tensors are unknown, the first is {extra[0]!r}")
     for name, tensor in expected.items():
         if tensor.shape != given[name].shape:
-            raise ModelFileError(f"{what}: {name!r} has shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}")
+            raise ModelFileError(
+                f"{what}: {name!r} has shape {tuple(given[name].shape)}, not {tuple(tensor.shape)} "
+                f"(the card says {card.network_channels} channels out, {card.input_channels} bands in)"
+            )

@@ -1,5 +1,5 @@
-"""One network on one device: batches of uint8 pixels in, class ids and per-image figures out. Owns: the
-device, the precision, the forward pass and the reductions. Must not know: decoding, batching, tables, Ray.
+"""One network on one device: batches of pixels in, class ids, instances and per-image figures out. Owns: the
+device, the precision, uploads and downloads, the forward pass. Must not know: decoding, batching, tables, Ray.
 
 For the same batch shape, precision, thread count and device type, an image's results are bit-identical
 whatever its neighbours and its slot: all arithmetic is per image or per pixel, and sums are taken over
@@ -8,73 +8,76 @@ integers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from models.card import ArgmaxPostprocessing, Card, Postprocessing, WatershedPostprocessing
+from models.architectures import architecture
+from models.card import Card, DetectionsPostprocessing, Postprocessing, WatershedPostprocessing
+from models.compilation import CompiledNetwork
+from models.detection import detect
+from models.fitting import fit_size, lies_as_it_is, place
 from models.masks import Instance
-from models.postprocessing import describe_instances, split_instances, threshold_level
+from models.pasting import Detections, paste_detections
+from models.postprocessing import describe_instances, split_instances
+from models.precision import lower_precision
 from models.preprocessing import normalize
+from models.reduction import QUANTUM, reduce_logits, reduce_resampled
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Probabilities and entropies are summed in units of 1 / _QUANTUM.
-_QUANTUM = 65535
-
-
-class SegmenterSettings(BaseModel):
-    """What changes the answer of a Segmenter, beyond the model itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    precision: Precision = "fp32"
-    #: None: what the card says.
-    postprocessing: Postprocessing | None = None
 
 
 class Prediction(NamedTuple):
     """What the network says about one image of h × w pixels. Arrays are on the CPU and own their memory."""
 
-    #: uint8 [h, w], before post-processing.
+    #: uint8 [h, w], before post-processing. Empty for detections, of which post-processing makes them.
     class_ids: NDArray[np.uint8]
-    #: int64 [C], in the order of `card.classes`.
+    #: int64 [C], in the order of `card.classes`. Zeros for detections.
     pixels: NDArray[np.int64]
     #: float64 [C]: mean, over the pixels of the class, of the probability of the class; NaN where it is
-    #: absent.
+    #: absent. Detections: mean score of those of the class.
     confidence: NDArray[np.float64]
-    #: Mean over all pixels of the probability of the pixel's class, 0..1. NaN if the network put out NaN for any
-    #: pixel: then nothing in this prediction means anything.
+    #: Mean over all pixels of the probability of the pixel's class, 0..1; detections: mean score, 0 where there are
+    #: none. NaN if the network put out NaN or infinity anywhere: then nothing in this prediction means anything.
     mean_confidence: float
-    #: Mean over all pixels of the entropy of the network's channels divided by its maximum, 0..1.
+    #: Mean over all pixels (or detections; 0 where there are none) of the entropy of the network's channels divided by
+    #: its maximum, 0..1.
     mean_entropy: float
-    #: Instance models: `interior` and `foreground` probabilities as uint8 [h, w] (p * 255, rounded). Else
+    #: Watershed models: `interior` and `foreground` probabilities as uint8 [h, w] (p * 255, rounded). Else
     #: None.
     instance_evidence: dict[str, NDArray[np.uint8]] | None
+    #: Models of detections only.
+    detections: Detections | None = None
+
+
+#: Maps and figures: each with a first axis of slots, or slot by slot.
+Results = dict[str, torch.Tensor] | list[dict[str, torch.Tensor] | None]
 
 
 class Pending:
     """A submitted batch. Only `Segmenter.finish` looks inside."""
 
-    __slots__ = ("event", "results", "sizes_N2")
+    __slots__ = ("event", "image_sizes_N2", "results")
 
     def __init__(
-        self, results: dict[str, torch.Tensor], sizes_N2: NDArray[np.int32], event: torch.cuda.Event | None
+        self,
+        results: Results,
+        image_sizes_N2: NDArray[np.int32],
+        event: torch.cuda.Event | None,
     ) -> None:
         self.results = results
-        self.sizes_N2 = sizes_N2
+        self.image_sizes_N2 = image_sizes_N2
         self.event = event
 
 
 class Segmenter:
     """Holds one network on one device.
 
-    `submit` and `finish` belong to one thread; `postprocess` may be called from several at once.
+    `submit` and `finish` belong to one thread; `canvas`, `fit` and `postprocess` may be called from several at once.
     """
 
     def __init__(
@@ -85,10 +88,12 @@ class Segmenter:
         device: str,
         precision: str,
         postprocessing: Postprocessing | None = None,
+        compile: bool = False,
     ) -> None:
         """Moves `module` (as from `load_module`) to the device; it must not be used elsewhere afterwards.
 
-        Raises ValueError for a precision that the device cannot compute, or post-processing of another task.
+        `compile`: through torch.compile, for each canvas once; answers then differ in their last bits. Raises
+        ValueError for a precision that the device cannot compute, or post-processing of another task.
         """
         _check_precision(device, precision)
         self.card = card
@@ -101,61 +106,101 @@ class Segmenter:
             )
         self._dtype = _DTYPES[precision]
         self._on_cuda = torch.device(device).type == "cuda"
-        self._module = _in_precision(module.eval(), self._dtype).to(device).to(memory_format=torch.channels_last)
+        network: Any = module.eval()
+        if isinstance(self.postprocessing, DetectionsPostprocessing):
+            # Boxes do not survive 8 bits of mantissa, and torchvision's pooling knows no bf16.
+            lower_precision(network.backbone, self._dtype)
+        elif self._dtype != torch.float32:
+            logits_layers = architecture(card.architecture).logits_layers(network)
+            lower_precision(network, self._dtype, logits_layers=logits_layers)
+        network = network.to(device).to(memory_format=torch.channels_last)
+        self._module = network
+        if compile and isinstance(self.postprocessing, DetectionsPostprocessing):
+            network.backbone = CompiledNetwork(network.backbone, on_cuda=self._on_cuda)
+        self._forward = CompiledNetwork(network, on_cuda=self._on_cuda) if compile else network
         self._ids = torch.tensor([info.id for info in card.classes], dtype=torch.uint8, device=device)
+        self._uploads = torch.cuda.Stream(device) if self._on_cuda else None
+
+    @property
+    def input_dtype(self) -> np.dtype[Any]:
+        """The type of pixel that `submit` takes: uint8, uint16 or float32."""
+        return np.dtype(self.card.preprocessing.dtype)
+
+    @property
+    def input_channels(self) -> int:
+        """The channels that `submit` takes."""
+        return self.card.input_channels
+
+    @property
+    def lies_as_it_is(self) -> bool:
+        """True where `fit` of an 8-bit RGB image would only pad, so that it may be decoded straight onto its canvas."""
+        return lies_as_it_is(self.card)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """The padded (height, width) in which an image of this size must be submitted."""
-        step = self.card.canvas_multiple
-        if self.card.pools_whole_image and (height % step or width % step):
-            raise ValueError(
-                f"model {self.card.name!r} pools over the whole image: sizes must be multiples of {step}, "
-                f"got {height} x {width}"
-            )
-        return -(-height // step) * step, -(-width // step) * step
+        """The (height, width) in which an image of this size must be submitted: a function of it and the card alone.
+
+        Raises ValueError for a size that the card's size policy cannot serve.
+        """
+        fit = fit_size(self.card, height, width)
+        return fit.canvas_height, fit.canvas_width
+
+    def fit(self, pixels: NDArray[Any], out: NDArray[Any]) -> tuple[int, int]:
+        """Puts an image [h, w, B] onto its canvas [*canvas(h, w), input_channels]; gives its height and width there.
+
+        See `models.fitting.place`. `out` may hold the pixels already, at its top left, where nothing is resized.
+        Raises ValueError for bands, a type or a size that the card does not serve.
+        """
+        return place(self.card, pixels, out)
 
     def submit(
-        self, images_NHWC: NDArray[np.uint8], sizes_N2: NDArray[np.int32], statistics_N2: NDArray[np.float32]
+        self,
+        images_NHWC: NDArray[Any],
+        sizes_N2: NDArray[np.int32],
+        statistics_N2: NDArray[np.float32],
+        image_sizes_N2: NDArray[np.int32] | None = None,
     ) -> Pending:
-        """Starts one batch. On CUDA it returns before the device is done, without synchronising.
+        """Starts one batch. On CUDA it returns before the device is done, without synchronising (but for detections,
+        which cannot be computed without); the batch is brought over beside the one that is still being computed.
 
-        `images_NHWC` uint8 [N, H, W, 3], each image at the top left, padded to the canvas by repeating its
-        edge; it may be reused as soon as this returns. `sizes_N2`: height and width of the valid part, height
-        0 for an empty slot. `statistics_N2`: mean and standard deviation of each valid part over all
-        channels, 0..255. Raises torch.OutOfMemoryError when the device's memory does not hold the batch; safe
-        to retry with a smaller one.
+        `images_NHWC` [N, H, W, input_channels] of `input_dtype`, each image at the top left, padded to the canvas by
+        repeating its edge, as `fit` does; it may be reused as soon as this returns. `sizes_N2`: height and width of the
+        image on the canvas, height 0 for an empty slot. `statistics_N2`: mean and standard deviation of each valid part
+        over all channels, in the pixels' units. `image_sizes_N2`: height and width of the image itself, which the
+        results will have; needed where the card resizes, else those on the canvas. Raises ValueError for what does not
+        fit, torch.OutOfMemoryError when the device's memory does not hold the batch; safe to retry with a smaller one.
         """
-        count, height, width = images_NHWC.shape[:3]
-        if sizes_N2.shape != (count, 2) or statistics_N2.shape != (count, 2):
-            raise ValueError(f"{count} images need sizes and statistics of shape ({count}, 2)")
-        if images_NHWC.dtype != np.uint8 or (height, width) != self.canvas(height, width):
-            raise ValueError(
-                f"images must be uint8 on a canvas of multiples of {self.card.canvas_multiple}, "
-                f"got {images_NHWC.dtype} {images_NHWC.shape}"
-            )
+        self._check(images_NHWC, sizes_N2, statistics_N2, image_sizes_N2)
+        image_sizes = np.array(sizes_N2 if image_sizes_N2 is None else image_sizes_N2, dtype=np.int32)
+        image_sizes[sizes_N2[:, 0] <= 0] = 0
         with torch.inference_mode():
-            images = self._upload(images_NHWC)
-            sizes = self._upload(sizes_N2)
-            inputs = normalize(images, self._upload(statistics_N2), self.card.preprocessing, dtype=self._dtype)
-            logits_NCHW = self._module(inputs).float()
-            results = self._reduce(logits_NCHW, sizes)
+            images, sizes, statistics = self._upload(images_NHWC, sizes_N2, statistics_N2)
+            results: Results
+            if isinstance(self.postprocessing, DetectionsPostprocessing):
+                results = self._detect(images, statistics, image_sizes)
+            else:
+                inputs = normalize(images, statistics, self.card.preprocessing, dtype=self._dtype)
+                answer = self._forward(inputs)
+                logits_NCHW = (answer["out"] if isinstance(answer, Mapping) else answer).float()
+                results = self._reduce(logits_NCHW, sizes, sizes_N2, image_sizes)
             if not self._on_cuda:
-                return Pending(results, sizes_N2.copy(), None)
-            on_host = {name: _download(tensor) for name, tensor in results.items()}
+                return Pending(results, image_sizes, None)
+            results = _download(results)
             event = torch.cuda.Event()
             event.record()
-        return Pending(on_host, sizes_N2.copy(), event)
+        return Pending(results, image_sizes, event)
 
     def finish(self, pending: Pending) -> list[Prediction]:
         """Waits for the device and returns one Prediction per non-empty slot, in the slots' order."""
         if pending.event is not None:
             pending.event.synchronize()
-        arrays = {name: tensor.numpy() for name, tensor in pending.results.items()}
-        return [
-            self._prediction(arrays, slot, int(height), int(width))
-            for slot, (height, width) in enumerate(pending.sizes_N2)
-            if height > 0
-        ]
+        predictions = []
+        for slot, (height, width) in enumerate(pending.image_sizes_N2.tolist()):
+            arrays = _arrays_of(pending.results, slot)
+            if arrays is None or height <= 0:
+                continue
+            make = self._detected if "boxes" in arrays else self._prediction
+            predictions.append(make(arrays, height, width))
+        return predictions
 
     def postprocess(self, prediction: Prediction) -> tuple[NDArray[np.uint8], list[Instance]]:
         """Final class ids uint8 [h, w] and instances (none for semantic models). On the CPU, thread safe,
@@ -164,71 +209,134 @@ class Segmenter:
         For instance models the class ids are those of the instances kept: foreground that belongs to none is
         background, so pixels per class must be counted on this result and not taken from the prediction.
         """
-        if not isinstance(self.postprocessing, WatershedPostprocessing) or prediction.instance_evidence is None:
+        settings = self.postprocessing
+        if isinstance(settings, DetectionsPostprocessing) and prediction.detections is not None:
+            return paste_detections(
+                prediction.detections,
+                [info.id for info in self.card.classes],
+                background_id=self.card.background_id or 0,
+                mask_threshold=settings.mask_threshold,
+            )
+        if not isinstance(settings, WatershedPostprocessing) or prediction.instance_evidence is None:
             return prediction.class_ids, []
         evidence = prediction.instance_evidence
-        labels = split_instances(evidence["interior"], evidence["foreground"], self.postprocessing)
+        labels = split_instances(evidence["interior"], evidence["foreground"], settings)
         instances = describe_instances(labels, evidence["foreground"], self.card.foreground_id)
         background_id = self.card.background_id or 0
         class_ids = np.where(labels > 0, np.uint8(self.card.foreground_id), np.uint8(background_id))
         return class_ids, instances
 
-    def _upload(self, array: NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if not self._on_cuda:
-            return tensor
-        # Pinned memory is torch's own copy, which its allocator keeps until the transfer is done.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def _reduce(self, logits_NCHW: torch.Tensor, sizes_N2: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pixel maps and integer sums per image, on the device, with no synchronisation."""
-        _, channels, height, width = logits_NCHW.shape
-        log_probabilities = logits_NCHW.log_softmax(dim=1)
-        probabilities = log_probabilities.exp()
-        entropy_NHW = (probabilities * log_probabilities).sum(dim=1).neg_().div_(math.log(max(channels, 2)))
-        maps: dict[str, torch.Tensor] = {}
-        if isinstance(self.postprocessing, ArgmaxPostprocessing):
-            winner_NHW, index_NHW = probabilities.max(dim=1)
+    def _check(
+        self,
+        images_NHWC: NDArray[Any],
+        sizes_N2: NDArray[np.int32],
+        statistics_N2: NDArray[np.float32],
+        image_sizes_N2: NDArray[np.int32] | None,
+    ) -> None:
+        count, height, width, channels = images_NHWC.shape
+        if sizes_N2.shape != (count, 2) or statistics_N2.shape != (count, 2):
+            raise ValueError(f"{count} images need sizes and statistics of shape ({count}, 2)")
+        policy, step = self.card.size_policy, self.card.canvas_multiple
+        if policy.kind in ("native", "resize"):
+            fits, where = not height % step and not width % step, f"multiples of {step}"
         else:
-            maps["foreground"] = _to_uint8(probabilities[:, 1] + probabilities[:, 2])
-            maps["interior"] = _to_uint8(probabilities[:, 1])
-            inside = maps["foreground"] >= threshold_level(self.postprocessing.foreground_threshold)
-            foreground_index = [info.id for info in self.card.classes].index(self.card.foreground_id)
-            index_NHW = (inside if foreground_index == 1 else ~inside).long()
-            background = probabilities[:, 0]
-            winner_NHW = torch.where(inside, 1 - background, background)
-        maps["class_ids"] = self._ids[index_NHW]
-        rows = torch.arange(height, device=logits_NCHW.device, dtype=torch.int32).view(1, -1, 1)
-        columns = torch.arange(width, device=logits_NCHW.device, dtype=torch.int32).view(1, 1, -1)
-        valid_NHW = (rows < sizes_N2[:, 0].view(-1, 1, 1)) & (columns < sizes_N2[:, 1].view(-1, 1, 1))
-        maps["broken"] = (winner_NHW.isnan() & valid_NHW).any(dim=2).any(dim=1)
-        winner = _quantised(winner_NHW, valid_NHW)
-        pixels, confidence = [], []
-        for index in range(len(self.card.classes)):
-            of_class = (index_NHW == index) & valid_NHW
-            pixels.append(of_class.sum(dim=(1, 2)))
-            confidence.append((winner * of_class).sum(dim=(1, 2)))
-        maps["pixels"] = torch.stack(pixels, dim=1)
-        maps["confidence"] = torch.stack(confidence, dim=1)
-        maps["entropy"] = _quantised(entropy_NHW, valid_NHW).sum(dim=(1, 2))
-        return maps
+            fixed = self.canvas(1, 1)
+            fits, where = (height, width) == fixed, f"{fixed[0]} x {fixed[1]}"
+        if images_NHWC.dtype != self.input_dtype or channels != self.input_channels or not fits:
+            raise ValueError(
+                f"images must be {self.input_dtype} on a canvas of {where} with {self.input_channels} channels, "
+                f"got {images_NHWC.dtype} {images_NHWC.shape}"
+            )
+        if image_sizes_N2 is None and policy.kind in ("resize", "letterbox"):
+            raise ValueError(f"size_policy {policy.kind!r} needs the images' own sizes too")
+        if image_sizes_N2 is not None and image_sizes_N2.shape != (count, 2):
+            raise ValueError(f"{count} images need image sizes of shape ({count}, 2), got {image_sizes_N2.shape}")
+        used = sizes_N2[sizes_N2[:, 0] > 0]
+        if self.postprocessing.kind == "detections" and not bool((used == (height, width)).all()):
+            raise ValueError(f"model {self.card.name!r} takes images without padding, in batches of one size")
 
-    def _prediction(self, arrays: dict[str, NDArray[np.generic]], slot: int, height: int, width: int) -> Prediction:
-        pixels = np.asarray(arrays["pixels"][slot], dtype=np.int64)
-        sums = np.asarray(arrays["confidence"][slot], dtype=np.int64)
+    def _upload(self, *arrays: NDArray[Any]) -> list[torch.Tensor]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        if self._uploads is None:
+            return tensors
+        # Pinned memory is torch's own copy, which its allocator keeps until the transfer is done. On a stream of its
+        # own the transfer does not wait for the batch before, which the current stream is still computing.
+        with torch.cuda.stream(self._uploads):
+            moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._uploads)
+        for tensor in moved:
+            tensor.record_stream(current)
+        return moved
+
+    def _reduce(
+        self,
+        logits_NCHW: torch.Tensor,
+        sizes: torch.Tensor,
+        sizes_N2: NDArray[np.int32],
+        image_sizes_N2: NDArray[np.int32],
+    ) -> Results:
+        if self.card.size_policy.kind in ("native", "tile"):
+            return reduce_logits(logits_NCHW, self._ids, self.card, self.postprocessing, sizes)
+        results: list[dict[str, torch.Tensor] | None] = []
+        for slot, ((height, width), (own_height, own_width)) in enumerate(
+            zip(sizes_N2.tolist(), image_sizes_N2.tolist(), strict=True)
+        ):
+            if height <= 0:
+                results.append(None)
+                continue
+            window_CHW = logits_NCHW[slot, :, :height, :width]
+            results.append(
+                reduce_resampled(
+                    window_CHW, self._ids, self.card, self.postprocessing, height=own_height, width=own_width
+                )
+            )
+        return results
+
+    def _detect(
+        self, images: torch.Tensor, statistics: torch.Tensor, image_sizes_N2: NDArray[np.int32]
+    ) -> list[dict[str, torch.Tensor] | None]:
+        if not isinstance(self.postprocessing, DetectionsPostprocessing):
+            raise TypeError(f"postprocessing {self.postprocessing.kind!r} has no detections")
+        inputs = normalize(images, statistics, self.card.preprocessing, dtype=torch.float32)
+        wanted = [bool(height > 0) for height in image_sizes_N2[:, 0]]
+        return detect(self._module, inputs, self.postprocessing, wanted=wanted, dtype=self._dtype)
+
+    def _prediction(self, arrays: dict[str, NDArray[Any]], height: int, width: int) -> Prediction:
+        pixels = np.array(arrays["pixels"], dtype=np.int64)
+        sums = np.asarray(arrays["confidence"], dtype=np.int64)
         with np.errstate(invalid="ignore"):
-            confidence = sums / (pixels * float(_QUANTUM))
-        scale = float("nan") if arrays["broken"][slot] else 1 / (height * width * _QUANTUM)
+            confidence = sums / (pixels * float(QUANTUM))
+        scale = float("nan") if arrays["broken"] else 1 / (height * width * QUANTUM)
         evidence = None
         if "interior" in arrays:
-            evidence = {name: _cropped(arrays[name], slot, height, width) for name in ("interior", "foreground")}
+            evidence = {name: _cropped(arrays[name], height, width) for name in ("interior", "foreground")}
         return Prediction(
-            class_ids=_cropped(arrays["class_ids"], slot, height, width),
-            pixels=pixels.copy(),
+            class_ids=_cropped(arrays["class_ids"], height, width),
+            pixels=pixels,
             confidence=confidence,
             mean_confidence=float(sums.sum()) * scale,
-            mean_entropy=float(np.asarray(arrays["entropy"])[slot]) * scale,
+            mean_entropy=float(arrays["entropy"]) * scale,
             instance_evidence=evidence,
+        )
+
+    def _detected(self, arrays: dict[str, NDArray[Any]], height: int, width: int) -> Prediction:
+        classes = len(self.card.classes)
+        boxes, scores, labels, masks = (arrays[name].copy() for name in ("boxes", "scores", "labels", "masks"))
+        counts = np.bincount(labels, minlength=classes)
+        with np.errstate(invalid="ignore"):
+            confidence = np.bincount(labels, weights=scores, minlength=classes) / counts
+        nothing = float("nan") if arrays["broken"] else 0.0
+        figures = (scores, arrays["entropy"]) if len(labels) else (np.zeros(1), np.zeros(1))
+        means = [float(figure.mean(dtype=np.float64)) for figure in figures]
+        return Prediction(
+            class_ids=np.empty((0, 0), np.uint8),
+            pixels=np.zeros(classes, np.int64),
+            confidence=confidence,
+            mean_confidence=means[0] + nothing,
+            mean_entropy=means[1] + nothing,
+            instance_evidence=None,
+            detections=Detections(boxes, scores, labels, masks, height, width),
         )
 
 
@@ -254,31 +362,26 @@ def _check_precision(device: str, precision: str) -> None:
         raise ValueError("precision 'fp16' is for GPUs: on the CPU use 'bf16' or 'fp32'")
 
 
-def _in_precision(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Weights in `dtype`; BatchNorm stays float32, because its running statistics do not survive 8 bits of
-    mantissa.
-    """
-    if dtype == torch.float32:
-        return module
-    for part in module.modules():
-        if not isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            for name, parameter in part.named_parameters(recurse=False):
-                part.register_parameter(name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
-    return module
+def _download(results: Results) -> Results:
+    """Copies under way into pinned memory: to be read once the stream has come so far."""
+    if isinstance(results, list):
+        return [None if result is None else _copied(result) for result in results]
+    return _copied(results)
 
 
-def _download(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
 
 
-def _to_uint8(probability: torch.Tensor) -> torch.Tensor:
-    return probability.nan_to_num(0.0).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+def _arrays_of(results: Results, slot: int) -> dict[str, NDArray[Any]] | None:
+    if isinstance(results, list):
+        result = results[slot]
+        return None if result is None else {name: tensor.numpy() for name, tensor in result.items()}
+    return {name: tensor.numpy()[slot] for name, tensor in results.items()}
 
 
-def _quantised(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """float [N, H, W] in 0..1 to int32 multiples of 1 / _QUANTUM; 0 where not valid or NaN."""
-    return values.nan_to_num(0.0).clamp(0, 1).mul_(_QUANTUM).round_().to(torch.int32).mul_(valid)
-
-
-def _cropped(maps: NDArray[np.generic], slot: int, height: int, width: int) -> NDArray[np.uint8]:
-    return np.array(maps[slot, :height, :width], dtype=np.uint8)
+def _cropped(map_HW: NDArray[Any], height: int, width: int) -> NDArray[np.uint8]:
+    return np.array(map_HW[:height, :width], dtype=np.uint8)

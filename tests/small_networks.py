@@ -1,0 +1,112 @@
+"""Every architecture as small as it comes, with weights under which classes and detections are far apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.architectures import ARCHITECTURES, architecture, build, card_for
+from models.card import Card
+from models.segmenter import Prediction, Segmenter
+
+CLASSES = ("background", "road", "tree", "car")
+#: Arguments under which each architecture is small.
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    "unetplusplus": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    "deeplabv3plus": {"decoder_channels": 16},
+    "fpn": {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 32},
+    "pspnet": {"psp_out_channels": 16},
+    "linknet": {},
+    "upernet": {"decoder_channels": 16},
+    "segformer": {"encoder": "mit_b0", "decoder_segmentation_channels": 16},
+    "dpt": {
+        "encoder": "tu-vit_tiny_patch16_224",
+        "decoder_intermediate_channels": [16, 16, 16, 16],
+        "decoder_fusion_channels": 16,
+    },
+    "maskrcnn_resnet50_fpn": {"min_size_px": 96, "max_size_px": 160},
+    "maskrcnn_resnet50_fpn_v2": {"min_size_px": 96, "max_size_px": 160},
+    "maskrcnn_mobilenet_v3_large_fpn": {"min_size_px": 96, "max_size_px": 160},
+}
+DETECTORS = tuple(name for name, entry in ARCHITECTURES.items() if entry.detects)
+SEMANTIC = tuple(name for name in ARCHITECTURES if name not in DETECTORS)
+#: Those whose test takes more than a second or so.
+HEAVY = frozenset({"fcn_resnet101", "deeplabv3_resnet101"})
+
+
+def small_card(name: str, **fields: Any) -> Card:
+    """A card of four classes, or of two by watershed where `task="instance"`."""
+    if fields.get("task") == "instance" and not architecture(name).detects:
+        fields["class_names"] = ("background", "nucleus")
+    return card_for("small", name, SMALL.get(name), **{"class_names": CLASSES} | fields)
+
+
+def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
+    """The card's network with fixed weights, scaled so that no two classes are nearly alike anywhere."""
+    torch.manual_seed(seed)
+    network: Any = build(card)
+    with torch.no_grad():
+        for part in network.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                # The statistics of no data at all leave deep features all but equal.
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 1.5)
+        if architecture(card.architecture).detects:
+            heads = network.roi_heads
+            heads.box_predictor.cls_score.weight.mul_(20)
+            heads.mask_predictor.mask_fcn_logits.weight.mul_(50)
+            return network
+        layers: list[Any] = architecture(card.architecture).logits_layers(network)
+        for layer in layers:
+            layer.weight.copy_(torch.randn_like(layer.weight))
+        images = torch.rand(1, card.input_channels, *_probe_size(card)) * 4 - 2
+        # Logits of each class then spread about as much, around nothing.
+        for layer in layers:
+            layer.bias.zero_()
+        scale = 8 / _logits(network, images).std()
+        for layer in layers:
+            layer.weight.mul_(scale)
+        layers[0].bias.copy_(-_logits(network, images).mean(dim=(0, 2, 3)))
+    return network
+
+
+def _logits(network: Any, images_NCHW: torch.Tensor) -> torch.Tensor:
+    answer = network(images_NCHW)
+    return answer["out"] if isinstance(answer, dict) else answer
+
+
+def _probe_size(card: Card) -> tuple[int, int]:
+    policy = card.size_policy
+    if policy.kind == "letterbox":
+        return policy.height_px, policy.width_px
+    return 64, 96
+
+
+def make_image(height: int, width: int, seed: int, *, bands: int = 3, dtype: str = "uint8") -> np.ndarray:
+    """Soft blotches with some noise."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, bands))
+    smooth = coarse.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    image = (smooth // 2 + random.integers(0, 100, (height, width, bands))).astype(np.uint8)
+    scale = {"uint8": 1, "uint16": 257, "float32": np.float32(1 / 255)}[dtype]
+    return (image.astype(np.float64) * scale).astype(dtype)
+
+
+def run(segmenter: Segmenter, slots: list[np.ndarray | None], canvas: tuple[int, int] | None = None) -> list[Prediction]:
+    """Predictions of a batch of these images; an empty slot holds rubbish."""
+    from models.preprocessing import picture_statistics, select_bands
+
+    first = next(image for image in slots if image is not None)
+    canvas = canvas or segmenter.canvas(*first.shape[:2])
+    images = np.full((len(slots), *canvas, segmenter.input_channels), 7, segmenter.input_dtype)
+    sizes, own_sizes = np.zeros((2, len(slots), 2), dtype=np.int32)
+    statistics = np.zeros((len(slots), 2), dtype=np.float32)
+    for slot, image in enumerate(slots):
+        if image is not None:
+            sizes[slot] = segmenter.fit(image, images[slot])
+            own_sizes[slot] = image.shape[:2]
+            statistics[slot] = picture_statistics(select_bands(image, segmenter.card.preprocessing))[:2]
+    return segmenter.finish(segmenter.submit(images, sizes, statistics, own_sizes))
