@@ -94,14 +94,14 @@ def split_in_blocks(
     for index, top in enumerate(range(0, height, block_px)):
         bottom = min(top + block_px, height)
         below = seeds.rows(index + 1) if bottom < height else current[:0]
-        rows = np.concatenate([above, current, below[:halo_px]])
         first = top - len(above)
         for left in range(0, width, block_px):
             right = min(left + block_px, width)
             if not current[:, left:right].any():
                 continue
             near = slice(max(0, left - halo_px), min(width, right + halo_px))
-            labels = _labels(rows[:, near], evidence.foreground[first : first + len(rows), near])
+            near_seeds = np.concatenate([above[:, near], current[:, near], below[:halo_px, near]])
+            labels = _labels(near_seeds, evidence.foreground[first : first + len(near_seeds), near])
             core = labels[top - first : bottom - first, left - near.start : right - near.start]
             objects.add(top, left, core, evidence.foreground[top:bottom, left:right])
         objects.close(bottom)
@@ -161,9 +161,11 @@ class _Seeds:
         there is foreground that some marker must reach; 0 for background.
         """
         top = band * self._band_px
-        seeds = self._region_tables[band][_labelled(self._evidence.inside(top, top + self._band_px))]
-        numbers = self._core_tables[band][_labelled(self._evidence.cores(top, top + self._band_px))]
-        np.copyto(seeds, numbers, where=numbers > 0)
+        seeds = _labelled(self._evidence.inside(top, top + self._band_px))
+        cores = _labelled(self._evidence.cores(top, top + self._band_px))
+        for row, core in zip(seeds, cores, strict=True):  # in place: these are the largest arrays here
+            number = self._core_tables[band][core]
+            row[:] = np.where(number > 0, number, self._region_tables[band][row])
         return seeds
 
     def last_rows(self, halo_px: int) -> NDArray[np.int64]:

@@ -26,6 +26,8 @@ _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _JPEG_COMPRESSIONS = {6, 7, 34892, 33007}
 #: Bytes of one value, by the type of a field.
 _TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+#: What pixels need: bits, offsets and sizes of segments, colours, kinds of samples, tables of JPEGs.
+_FIELDS = {258, 273, 279, 320, 324, 325, 338, 339, 347}
 #: A segment that decodes to more than this is no window on anything.
 _SEGMENT_BYTES = 256 << 20
 #: Uncompressed strips are read in pieces of about this size.
@@ -65,6 +67,10 @@ class ByteSource:
             return self._handle.read(count)
 
     def close(self) -> None:
+        """Lets go of the bytes, and of the file unless it is the caller's."""
+        if self.in_memory:
+            self._data = b""
+            self._handle.close()  # tifffile's objects refer to it in circles
         if self._owned is not None:
             self._owned.close()
 
@@ -140,14 +146,20 @@ def layout_of(page: tifffile.TiffPage, size_bytes: int) -> Layout | None:
     )
 
 
-def directory_fault(error: Exception, file: ByteSource) -> ImageError:
+def directory_fault(error: Exception) -> ImageError:
     """The ImageError for a directory that cannot be read."""
     if isinstance(error, MemoryError):
         return ImageError("no memory to read a TIFF's directory", kind="out_of_memory")
-    text = f"{type(error).__name__}: {error}"
-    if _directory_end(file) > file.size_bytes:
-        return ImageError(f"the TIFF ends too early ({text})", kind="truncated")
-    return ImageError(f"the TIFF's directory cannot be read ({text})", kind="corrupt")
+    return ImageError(f"the TIFF's directory cannot be read ({type(error).__name__}: {error})", kind="corrupt")
+
+
+def check_directory_is_there(file: ByteSource) -> None:
+    """Raises ImageError `truncated` where the file ends before its first directory or the fields that matter do:
+    tifffile takes such fields for absent.
+    """
+    missing_bytes = _directory_end(file) - file.size_bytes
+    if missing_bytes > 0:
+        raise ImageError(f"the TIFF ends {missing_bytes} bytes before its directory does", kind="truncated")
 
 
 def _in_pieces(
@@ -198,7 +210,7 @@ def _look(page: tifffile.TiffPage) -> tuple[Callable[[np.ndarray], np.ndarray] |
 
 
 def _directory_end(file: ByteSource) -> int:
-    """The last byte that the first directory and its fields need, of a classic TIFF or a BigTIFF."""
+    """The last byte that the first directory and its `_FIELDS` need, of a classic TIFF or a BigTIFF."""
     start = file.start
     order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
     big = start[2:4] in (b"+\x00", b"\x00+")
@@ -213,6 +225,6 @@ def _directory_end(file: ByteSource) -> int:
     table = bytes(file.fetch(at + count_bytes, entry_bytes * entries))
     for entry in (table[i : i + entry_bytes] for i in range(0, len(table), entry_bytes)):
         size_bytes = _TYPE_BYTES.get(int.from_bytes(entry[2:4], order), 1) * int.from_bytes(entry[4 : 4 + word], order)
-        if size_bytes > word:
+        if size_bytes > word and int.from_bytes(entry[:2], order) in _FIELDS:
             end = max(end, int.from_bytes(entry[4 + word :], order) + size_bytes)
     return end

@@ -1,6 +1,6 @@
 """Windows of an image that is larger than memory, read from its file without the rest of it.
-Owns: which files can be read by window, segments (tiles and strips) and their cache, orientation, bands and their
-scale. Must not know: grids of tiles, models, batches.
+Owns: which files can be read by window, the cache of segments (tiles and strips), orientation. Must not know: grids of
+tiles, models, batches.
 
 Only TIFF can be read by window: tiled or striped, classic or BigTIFF (so COG too), 1 to 64 bits a sample, interleaved
 or planar, with every compression that `imagecodecs` has. In a JPEG or a PNG each row depends on the rows before it;
@@ -20,7 +20,7 @@ import tifffile
 from pipeline.corpus import header
 from pipeline.corpus.bands import Alpha
 from pipeline.corpus.decode import Decoded, decode
-from pipeline.corpus.tiff_layout import ByteSource, Layout, directory_fault, layout_of
+from pipeline.corpus.tiff_layout import ByteSource, Layout, check_directory_is_there, directory_fault, layout_of
 from pipeline.errors import ImageError
 
 _CACHE_BYTES = 128 << 20
@@ -73,6 +73,7 @@ def open_windows(source: bytes | str | os.PathLike[str] | BinaryIO) -> WindowRea
         if header.image_format(file.start) != "TIFF":
             file.close()
             return None
+        check_directory_is_there(file)
         page = tifffile.TiffFile(file.handle()).pages.first
         layout = layout_of(page, file.size_bytes)
     except ImageError:
@@ -80,7 +81,7 @@ def open_windows(source: bytes | str | os.PathLike[str] | BinaryIO) -> WindowRea
         raise
     except Exception as error:
         file.close()
-        raise directory_fault(error, file) from error
+        raise directory_fault(error) from error
     if layout is None:
         file.close()
         return None

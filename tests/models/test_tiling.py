@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,7 @@ def test_every_pixel_lies_in_a_window_and_windows_overlap(
     assert covered.min() >= 1
     assert len(windows) == len(grid) and windows == sorted(windows)
     for starts in (grid.rows.starts, grid.columns.starts):
-        assert all(after - before <= step for before, after in zip(starts[:-1], starts[1:], strict=True))
+        assert all(after - before <= step for before, after in itertools.pairwise(starts))
 
 
 def test_windows_are_where_one_expects_them() -> None:
