@@ -48,10 +48,31 @@ class StandIn:
         self._seconds_per_image = seconds_per_image
         self._answers = [self._answer(seed) for seed in range(16)]
 
+    input_dtype = np.dtype(np.uint8)
+    input_channels = 3
+    lies_as_it_is = True
+
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         return height, width
 
-    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> int:
+    def fit(self, pixels: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+        raise NotImplementedError("every image has the size of its canvas")
+
+    def mosaic(self, height: int, width: int) -> None:
+        return None
+
+    def assemble(self, mosaic: Any) -> Any:
+        raise NotImplementedError("no image is large enough for tiles")
+
+    def submit(
+        self,
+        images_NHWC: np.ndarray,
+        sizes_N2: np.ndarray,
+        statistics_N2: np.ndarray,
+        image_sizes_N2: np.ndarray,
+        *,
+        tiles: bool,
+    ) -> int:
         count = int((sizes_N2[:, 0] > 0).sum())
         if self._seconds_per_image:
             time.sleep(self._seconds_per_image * count)

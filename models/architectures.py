@@ -103,6 +103,13 @@ def build(card: Card) -> torch.nn.Module:
             f"its postprocessing cannot be {card.postprocessing.kind!r}"
         )
     network = found.make(args, input_channels=card.input_channels).eval()
+    check_sizes(card, network)
+    return network
+
+
+def check_sizes(card: Card, network: torch.nn.Module) -> None:
+    """Raises ValueError where the card's sizes are none that its network can serve."""
+    found = architecture(card.architecture)
     stride = found.stride(network)
     _check_sizes(card, stride)
     pools = True if found.detects else _pools_whole_image(card, network, stride)
@@ -113,7 +120,6 @@ def build(card: Card) -> torch.nn.Module:
             f"{card.architecture} pools over the whole image, so padding changes its answer: canvas_multiple must be "
             f"its stride, {stride}, not {card.canvas_multiple}"
         )
-    return network
 
 
 def untrained_card(

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from models.refinement import AugmentationSettings, CleanupSettings, CrfSettings
+
 #: Raised whenever a reader of an older release could misread a card.
 CARD_FORMAT: Literal[1] = 1
 
@@ -191,7 +193,15 @@ class Card(_Frozen):
     #: Networks that pool over the whole image answer to padding anywhere: theirs is the least that their stride allows.
     #: None: as `models.architectures` finds by looking at the network.
     pools_whole_image: bool | None = None
+    #: Images of more pixels are cut into tiles whatever `size_policy` says, but for those that it resizes. None: never.
+    tile_above_pixels: int | None = Field(default=16 << 20, ge=1)
     postprocessing: Postprocessing
+    #: Morphology on the finished mask, or on each instance.
+    cleanup: CleanupSettings | None = None
+    #: Dense CRF between the network and the mask. Not for detections.
+    crf: CrfSettings | None = None
+    #: Test-time augmentation. Not for detections.
+    augmentation: AugmentationSettings | None = None
     #: How the weights came about: data, code, settings, seed, hardware, time.
     provenance: dict[str, JsonValue] = {}
     #: Measured figures, as `{"dataset/split": {"metric": value}}`.
@@ -222,7 +232,11 @@ class Card(_Frozen):
             raise ValueError(f"task {self.task!r} needs postprocessing {names}, got {kind!r}")
         if kind == "watershed" and (self.background_id is None or len(self.classes) != 2):
             raise ValueError("an instance model by watershed has exactly two classes, of which background_id names one")
+        if self.crf is not None and (self.preprocessing.dtype != "uint8" or self.input_channels != 3):
+            raise ValueError("a CRF compares the colours of 8-bit RGB pixels, which this model does not take")
         if kind == "detections":
+            if self.crf is not None or self.augmentation is not None:
+                raise ValueError("crf and augmentation refine probabilities of pixels, which detections have not")
             if self.background_id != self.classes[0].id or len(self.classes) < 2:
                 raise ValueError("a model of detections has the background as its first class, and at least one more")
             if self.size_policy.kind != "native":

@@ -16,6 +16,9 @@ from models.preprocessing import select_bands
 
 #: A resized image longer than so many short sides is refused: with no limit a line of pixels would fill the memory.
 _LONGEST = 64
+#: Where the card says nothing of tiles. Measured in docs/decisions/0009.
+_TILE_PX = 1024
+_OVERLAP_PX = 128
 
 
 class Fit(NamedTuple):
@@ -51,6 +54,20 @@ def fit_size(card: Card, height: int, width: int) -> Fit:
     if isinstance(policy, ResizePolicy):
         inner = _resized(policy, height, width)
     return Fit(*inner, -(-inner[0] // step) * step, -(-inner[1] // step) * step)
+
+
+def tile_policy(card: Card, height: int, width: int) -> TilePolicy | None:
+    """How an image of `height` by `width` is cut; None where it goes through the network in one piece.
+
+    By the card's own policy where that is to tile, else above `tile_above_pixels` where images keep their size.
+    """
+    policy = card.size_policy
+    if isinstance(policy, TilePolicy):
+        return policy if max(height, width) > policy.tile_px else None
+    if policy.kind != "native" or card.tile_above_pixels is None or height * width <= card.tile_above_pixels:
+        return None
+    step = card.canvas_multiple
+    return TilePolicy(tile_px=-(-_TILE_PX // step) * step, overlap_px=_OVERLAP_PX)
 
 
 def lies_as_it_is(card: Card) -> bool:

@@ -16,19 +16,31 @@ import torch
 from numpy.typing import NDArray
 
 from models.architectures import architecture
+from models.augmented import average_probabilities
 from models.card import Card, DetectionsPostprocessing, Postprocessing, WatershedPostprocessing
+from models.cleanup import clean_class_ids, clean_labels
 from models.compilation import CompiledNetwork
+from models.crf import refine
 from models.detection import detect
-from models.fitting import fit_size, lies_as_it_is, place
+from models.fitting import fit_size, lies_as_it_is, place, tile_policy
 from models.masks import Instance
+from models.mosaic import DetectionMosaic, Mosaic
 from models.pasting import Detections, paste_detections
 from models.postprocessing import describe_instances, split_instances
 from models.precision import lower_precision
 from models.preprocessing import normalize
+from models.probabilities import pixel_softmax
 from models.reduction import QUANTUM, reduce_logits, reduce_resampled
+from models.runs import clean_instances, paint
+from models.seams import InstanceEvidence, split_in_blocks
+from models.tiling import TileGrid
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# Keeps a logarithm finite: what is no probability at all must still show.
+_LEAST_PROBABILITY = 1e-30
 
 
 class Prediction(NamedTuple):
@@ -52,6 +64,8 @@ class Prediction(NamedTuple):
     instance_evidence: dict[str, NDArray[np.uint8]] | None
     #: Models of detections only.
     detections: Detections | None = None
+    #: Images in tiles only: for watershed models in place of `instance_evidence`, for detections the objects found.
+    whole: InstanceEvidence | list[Instance] | None = None
 
 
 #: Maps and figures: each with a first axis of slots, or slot by slot.
@@ -144,6 +158,19 @@ class Segmenter:
         fit = fit_size(self.card, height, width)
         return fit.canvas_height, fit.canvas_width
 
+    def mosaic(self, height: int, width: int) -> Mosaic | DetectionMosaic | None:
+        """What takes the tiles of an image of this size; None for one that goes through the network in one piece.
+
+        Tiles are submitted with `tiles=True`, on the canvas of their window, and their answers added to the mosaic.
+        """
+        policy = tile_policy(self.card, height, width)
+        if policy is None:
+            return None
+        grid = TileGrid(height, width, tile_px=policy.tile_px, overlap_px=policy.overlap_px)
+        if isinstance(self.postprocessing, DetectionsPostprocessing):
+            return DetectionMosaic(grid, self.card)
+        return Mosaic(grid, self.card)
+
     def fit(self, pixels: NDArray[Any], out: NDArray[Any]) -> tuple[int, int]:
         """Puts an image [h, w, B] onto its canvas [*canvas(h, w), input_channels]; gives its height and width there.
 
@@ -158,6 +185,8 @@ class Segmenter:
         sizes_N2: NDArray[np.int32],
         statistics_N2: NDArray[np.float32],
         image_sizes_N2: NDArray[np.int32] | None = None,
+        *,
+        tiles: bool = False,
     ) -> Pending:
         """Starts one batch. On CUDA it returns before the device is done, without synchronising (but for detections,
         which cannot be computed without); the batch is brought over beside the one that is still being computed.
@@ -166,8 +195,9 @@ class Segmenter:
         repeating its edge, as `fit` does; it may be reused as soon as this returns. `sizes_N2`: height and width of the
         image on the canvas, height 0 for an empty slot. `statistics_N2`: mean and standard deviation of each valid part
         over all channels, in the pixels' units. `image_sizes_N2`: height and width of the image itself, which the
-        results will have; needed where the card resizes, else those on the canvas. Raises ValueError for what does not
-        fit, torch.OutOfMemoryError when the device's memory does not hold the batch; safe to retry with a smaller one.
+        results will have; needed where the card resizes, else those on the canvas. `tiles`: the images are tiles of
+        larger ones, and `finish` gives what a mosaic takes. Raises ValueError for what does not fit,
+        torch.OutOfMemoryError when the device's memory does not hold the batch; safe to retry with a smaller one.
         """
         self._check(images_NHWC, sizes_N2, statistics_N2, image_sizes_N2)
         image_sizes = np.array(sizes_N2 if image_sizes_N2 is None else image_sizes_N2, dtype=np.int32)
@@ -179,9 +209,11 @@ class Segmenter:
                 results = self._detect(images, statistics, image_sizes)
             else:
                 inputs = normalize(images, statistics, self.card.preprocessing, dtype=self._dtype)
-                answer = self._forward(inputs)
-                logits_NCHW = (answer["out"] if isinstance(answer, Mapping) else answer).float()
-                results = self._reduce(logits_NCHW, sizes, sizes_N2, image_sizes)
+                logits_NCHW = self._refined(inputs, images, sizes)
+                if tiles:
+                    results = {"probabilities": pixel_softmax(logits_NCHW).to(torch.float16)}
+                else:
+                    results = self._reduce(logits_NCHW, sizes, sizes_N2, image_sizes)
             if not self._on_cuda:
                 return Pending(results, image_sizes, None)
             results = _download(results)
@@ -189,18 +221,46 @@ class Segmenter:
             event.record()
         return Pending(results, image_sizes, event)
 
-    def finish(self, pending: Pending) -> list[Prediction]:
-        """Waits for the device and returns one Prediction per non-empty slot, in the slots' order."""
+    def finish(self, pending: Pending) -> list[Any]:
+        """Waits for the device and returns one Prediction per non-empty slot, in the slots' order.
+
+        For tiles: what their mosaic takes, which is a Prediction for detections, else probabilities float16 [C, h, w].
+        """
         if pending.event is not None:
             pending.event.synchronize()
-        predictions = []
+        predictions: list[Any] = []
         for slot, (height, width) in enumerate(pending.image_sizes_N2.tolist()):
             arrays = _arrays_of(pending.results, slot)
             if arrays is None or height <= 0:
                 continue
+            if "probabilities" in arrays:
+                predictions.append(arrays["probabilities"][:, :height, :width])
+                continue
             make = self._detected if "boxes" in arrays else self._prediction
             predictions.append(make(arrays, height, width))
         return predictions
+
+    def assemble(self, mosaic: Mosaic | DetectionMosaic) -> Prediction:
+        """The prediction of an image all of whose tiles have been added. Raises ValueError while some are missing."""
+        grid = mosaic.grid
+        if isinstance(mosaic, Mosaic):
+            figures = mosaic.summary()
+            return Prediction(mosaic.class_ids, *figures, instance_evidence=None, whole=mosaic.evidence)
+        found = mosaic.found()
+        scores = np.array([one.score for one in found.instances])
+        ids = np.array([one.class_id for one in found.instances], np.int64)
+        confidence = [scores[ids == info.id].mean() if (ids == info.id).any() else np.nan for info in self.card.classes]
+        return Prediction(
+            class_ids=paint(
+                found.instances, height=grid.height, width=grid.width, background_id=self.card.background_id or 0
+            ),
+            pixels=np.zeros(len(self.card.classes), np.int64),
+            confidence=np.array(confidence),
+            mean_confidence=found.mean_confidence,
+            mean_entropy=found.mean_entropy,
+            instance_evidence=None,
+            whole=found.instances,
+        )
 
     def postprocess(self, prediction: Prediction) -> tuple[NDArray[np.uint8], list[Instance]]:
         """Final class ids uint8 [h, w] and instances (none for semantic models). On the CPU, thread safe,
@@ -209,22 +269,69 @@ class Segmenter:
         For instance models the class ids are those of the instances kept: foreground that belongs to none is
         background, so pixels per class must be counted on this result and not taken from the prediction.
         """
-        settings = self.postprocessing
-        if isinstance(settings, DetectionsPostprocessing) and prediction.detections is not None:
-            return paste_detections(
-                prediction.detections,
-                [info.id for info in self.card.classes],
-                background_id=self.card.background_id or 0,
-                mask_threshold=settings.mask_threshold,
-            )
-        if not isinstance(settings, WatershedPostprocessing) or prediction.instance_evidence is None:
-            return prediction.class_ids, []
-        evidence = prediction.instance_evidence
-        labels = split_instances(evidence["interior"], evidence["foreground"], settings)
-        instances = describe_instances(labels, evidence["foreground"], self.card.foreground_id)
+        settings, cleanup = self.postprocessing, self.card.cleanup
         background_id = self.card.background_id or 0
-        class_ids = np.where(labels > 0, np.uint8(self.card.foreground_id), np.uint8(background_id))
-        return class_ids, instances
+        if isinstance(settings, DetectionsPostprocessing) and (prediction.detections or prediction.whole is not None):
+            class_ids, instances = prediction.class_ids, prediction.whole
+            if prediction.detections is not None:
+                class_ids, instances = paste_detections(
+                    prediction.detections,
+                    [info.id for info in self.card.classes],
+                    background_id=background_id,
+                    mask_threshold=settings.mask_threshold,
+                )
+            assert isinstance(instances, list)
+            return self._cleaned(class_ids, instances, may_overlap=True)
+        if isinstance(settings, WatershedPostprocessing) and isinstance(prediction.whole, InstanceEvidence):
+            class_ids, instances = split_in_blocks(
+                prediction.whole, class_id=self.card.foreground_id, background_id=background_id
+            )
+            return self._cleaned(class_ids, instances, may_overlap=False)
+        if isinstance(settings, WatershedPostprocessing) and prediction.instance_evidence is not None:
+            evidence = prediction.instance_evidence
+            labels = split_instances(evidence["interior"], evidence["foreground"], settings)
+            if cleanup is not None and not cleanup.does_nothing:
+                labels = clean_labels(labels, cleanup)
+            instances = describe_instances(labels, evidence["foreground"], self.card.foreground_id)
+            return np.where(labels > 0, np.uint8(self.card.foreground_id), np.uint8(background_id)), instances
+        if cleanup is not None and not cleanup.does_nothing:
+            return clean_class_ids(prediction.class_ids, cleanup, background_id=self.card.background_id), []
+        return prediction.class_ids, []
+
+    def _cleaned(
+        self, class_ids: NDArray[np.uint8], instances: list[Instance], *, may_overlap: bool
+    ) -> tuple[NDArray[np.uint8], list[Instance]]:
+        cleanup = self.card.cleanup
+        if cleanup is None or cleanup.does_nothing:
+            return class_ids, instances
+        background_id = self.card.background_id or 0
+        taken = None if may_overlap else class_ids
+        instances = clean_instances(instances, cleanup, taken=taken, background_id=background_id)
+        height, width = class_ids.shape
+        return paint(instances, height=height, width=width, background_id=background_id), instances
+
+    def _logits(self, inputs_NCHW: torch.Tensor) -> torch.Tensor:
+        answer = self._forward(inputs_NCHW)
+        return (answer["out"] if isinstance(answer, Mapping) else answer).float()
+
+    def _refined(self, inputs_NCHW: torch.Tensor, images_NHWC: torch.Tensor, sizes_N2: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [N, C, H, W], or the logarithms of probabilities that were made of several."""
+        card = self.card
+        if card.augmentation is None:
+            logits_NCHW = self._logits(inputs_NCHW)
+        else:
+            averaged_NCHW = average_probabilities(
+                self._logits,
+                inputs_NCHW,
+                card.augmentation,
+                canvas_multiple=card.canvas_multiple,
+                sizes_N2=sizes_N2.clamp_min(1),
+            )
+            logits_NCHW = averaged_NCHW.clamp_min_(_LEAST_PROBABILITY).log_()
+        if card.crf is not None:
+            refined_NCHW = refine(logits_NCHW, images_NHWC, card.crf, sizes_N2=sizes_N2)
+            logits_NCHW = refined_NCHW.clamp_min_(_LEAST_PROBABILITY).log_()
+        return logits_NCHW
 
     def _check(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.card import ArgmaxPostprocessing, Card, Postprocessing, WatershedPostprocessing
+from models.card import Card, Postprocessing, WatershedPostprocessing
 from models.postprocessing import threshold_level
 
 #: Probabilities and entropies are summed in units of 1 / _QUANTUM, as `models.segmenter` does.
@@ -250,11 +250,12 @@ class TileBlender:
         channels, height, width = probabilities_CHW.shape
         place = np.s_[top : top + height, left : left + width]
         entropy_HW = torch.special.entr(probabilities_CHW).sum(dim=0).div_(math.log(max(channels, 2)))
-        if isinstance(self._postprocessing, ArgmaxPostprocessing) or band.foreground is None or band.interior is None:
+        settings = self._postprocessing
+        if not isinstance(settings, WatershedPostprocessing) or band.foreground is None or band.interior is None:
             winner_HW, index_HW = probabilities_CHW.max(dim=0)
         else:
             foreground = _to_uint8(probabilities_CHW[1] + probabilities_CHW[2])
-            inside = foreground >= threshold_level(self._postprocessing.foreground_threshold)
+            inside = foreground >= threshold_level(settings.foreground_threshold)
             index_HW = (inside if self._foreground_index == 1 else ~inside).long()
             winner_HW = torch.where(inside, 1 - probabilities_CHW[0], probabilities_CHW[0])
             band.foreground[place] = foreground.cpu().numpy()

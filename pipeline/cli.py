@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from models.overrides import parse_settings
 from pipeline import screen
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.errors import MaskmillError, UsageError
@@ -143,6 +144,15 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     shard_size: Annotated[
         int | None, _option("Images per shard, and so per Parquet file.", panel=_HOW, metavar="N")
     ] = None,
+    change: Annotated[
+        list[str] | None,
+        _option(
+            "Change a field of the model's card for this run: postprocessing.min_area_px=30; may be repeated.",
+            "--set",
+            panel=_HOW,
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     max_pixels: Annotated[
         int, _option("Larger images become `too_large` rows.", panel=_HOW, metavar="N")
     ] = 200_000_000,
@@ -191,6 +201,10 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     Exit status: 0 done; 1 infrastructure failed, what was committed is kept; 2 wrong usage;
     3 done, but too many errors; 130 interrupted.
     """
+    try:
+        settings = parse_settings(change or ())
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
     config = SegmentConfig(
         source=source, dest=dest, model=model, engine=engine, actors=actors, gpus_per_actor=gpus_per_actor,
         batch_size=batch_size, shard_size=shard_size, threads=threads, precision=precision, limit=limit, canary=canary,
@@ -198,6 +212,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
+        settings=settings,
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

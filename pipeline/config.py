@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
@@ -52,7 +52,14 @@ class SegmentConfig(BaseModel):
     shared_filesystem: bool = Field(False, description="Local paths mean the same on every node of the cluster.")
     suffixes: tuple[str, ...] = Field(DEFAULT_SUFFIXES, description="File endings that count as images in a listing.")
     run_date: dt.date | None = Field(None, description="The date that the run files under. Default: today, UTC.")
-    max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large` rows.")
+    settings: dict[str, JsonValue] = Field(
+        {}, description="What this run changes of the model's card: size_policy, postprocessing, cleanup and the like."
+    )
+    max_pixels: int = Field(
+        200_000_000,
+        ge=1,
+        description="Larger images become `too_large` rows (TIFFs that are read in tiles may be larger).",
+    )
     memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Decoded pixels in flight in one worker, at most.")
     lease_ttl_s: float = Field(30.0, gt=0, description="A lease that stands still this long is dead.")
     drain_timeout_s: float = Field(30.0, ge=0, description="On Ctrl-C, how long shards in flight may take to finish.")

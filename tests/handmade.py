@@ -170,3 +170,23 @@ def make_record(plan: Plan, **changes: Any) -> RunRecord:
         "megapixels_per_s": 1.0, "model_busy_fraction": 0.5, "workers": [],
     }  # fmt: skip
     return RunRecord(**(fields | changes))
+
+
+class EightBitRgb:
+    """The half of a stand-in model that says which pixels it takes: 8-bit RGB, its edge repeated, no tiles."""
+
+    input_dtype = np.dtype(np.uint8)
+    input_channels = 3
+    lies_as_it_is = True
+
+    def fit(self, pixels: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+        height, width = pixels.shape[:2]
+        bottom, right = out.shape[0] - height, out.shape[1] - width
+        out[...] = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge")
+        return height, width
+
+    def mosaic(self, height: int, width: int) -> Any:
+        return None
+
+    def assemble(self, mosaic: Any) -> Any:
+        raise NotImplementedError

@@ -234,14 +234,18 @@ def _over_white(image: Image.Image) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _place(pixels: np.ndarray, orientation: int, out: np.ndarray | None) -> np.ndarray:
-    """Turn pixels upright (Exif tag 0x0112, CIPA DC-008), and into `out` where it has the right shape."""
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [h, w, ...] turned as the Exif orientation says (tag 0x0112, CIPA DC-008)."""
     if orientation >= 5:
         pixels = cv2.transpose(pixels)
     # After the transposition, what is left of each orientation is a mirroring of columns, rows, or both.
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    if flip is not None:
-        pixels = cv2.flip(pixels, flip)
+    return pixels if flip is None else cv2.flip(pixels, flip)
+
+
+def _place(pixels: np.ndarray, orientation: int, out: np.ndarray | None) -> np.ndarray:
+    """Upright, and in `out` where it has the right shape."""
+    pixels = upright(pixels, orientation)
     if out is not None and out.shape == pixels.shape:
         np.copyto(out, pixels)
         return out

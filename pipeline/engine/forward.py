@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from models.masks import Instance
+from models.mosaic import DetectionMosaic, Mosaic
 from pipeline.engine.batches import Batch
 from pipeline.errors import DeviceLostError
 
@@ -23,9 +24,26 @@ class SegmenterLike(Protocol):
 
     @property
     def card(self) -> Any: ...
+    @property
+    def input_dtype(self) -> np.dtype[Any]: ...
+    @property
+    def input_channels(self) -> int: ...
+    @property
+    def lies_as_it_is(self) -> bool: ...
     def canvas(self, height: int, width: int) -> tuple[int, int]: ...
-    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> Any: ...
+    def fit(self, pixels: np.ndarray, out: np.ndarray) -> tuple[int, int]: ...
+    def mosaic(self, height: int, width: int) -> Mosaic | DetectionMosaic | None: ...
+    def submit(
+        self,
+        images_NHWC: np.ndarray,
+        sizes_N2: np.ndarray,
+        statistics_N2: np.ndarray,
+        image_sizes_N2: np.ndarray,
+        *,
+        tiles: bool,
+    ) -> Any: ...
     def finish(self, pending: Any) -> Sequence[Any]: ...
+    def assemble(self, mosaic: Mosaic | DetectionMosaic) -> Any: ...
     def postprocess(self, prediction: Any) -> tuple[np.ndarray, Sequence[Instance]]: ...
 
 
@@ -58,7 +76,7 @@ class Forward:
         """Submits `batch`; never raises."""
         began_s = time.perf_counter()
         try:
-            pending = self._segmenter.submit(batch.images_NHWC, batch.sizes_N2, batch.statistics_N2)
+            pending = self._submit(batch, batch.images_NHWC, batch.sizes_N2, range(len(batch.items)))
         except Exception as error:  # noqa: BLE001 - tried again in smaller pieces, and recorded there
             # A traceback keeps the frames, and those the tensors, of a failed call: memory that the next one needs.
             pending = error.with_traceback(None)
@@ -117,12 +135,20 @@ class Forward:
         sizes_N2 = batch.sizes_N2[at]
         sizes_N2[len(chosen) :] = 0
         try:
-            return list(
-                self._segmenter.finish(self._segmenter.submit(batch.images_NHWC[at], sizes_N2, batch.statistics_N2[at]))
-            )
+            return list(self._segmenter.finish(self._submit(batch, batch.images_NHWC[at], sizes_N2, at)))
         except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
             _raise_if_device_is_lost(error)
             return error.with_traceback(None)
+
+    def _submit(self, batch: Batch, images_NHWC: np.ndarray, sizes_N2: np.ndarray, at: Sequence[int]) -> Any:
+        chosen = list(at)
+        return self._segmenter.submit(
+            images_NHWC,
+            sizes_N2,
+            batch.statistics_N2[chosen],
+            batch.image_sizes_N2[chosen],
+            tiles=batch.shape.tiles,
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

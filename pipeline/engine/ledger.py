@@ -49,6 +49,7 @@ class Command(BaseModel):
     limit: int | None
     retry_errors: bool
     force: bool
+    settings: dict[str, Any] = {}
 
 
 class WorkCounts(BaseModel):

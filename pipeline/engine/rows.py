@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from models.masks import Instance, count_regions_by_class, encode_mask_png, mask_crc32
+from models.masks import Instance, count_pixels_by_class, count_regions_by_class, encode_mask_png, mask_crc32
 from pipeline.storage import Blob
 
 _MESSAGE_CHARS = 500
@@ -62,11 +62,11 @@ class RowMaker:
         if not math.isfinite(prediction.mean_confidence):
             raise ValueError("the network's output holds NaN or infinity")
         class_ids, instances = self._interpreter.postprocess(prediction)
-        if class_ids is prediction.class_ids:
+        if class_ids is prediction.class_ids and self._interpreter.card.task == "semantic":
             pixels = dict(zip(self._names, prediction.pixels.tolist(), strict=True))
         else:
-            counts = np.bincount(class_ids.reshape(-1), minlength=len(self._palette)).tolist()
-            pixels = {class_id: counts[class_id] for class_id in self._names}
+            counts = count_pixels_by_class(class_ids)
+            pixels = {class_id: counts.get(class_id, 0) for class_id in self._names}
         total = class_ids.size
         background = 0 if self._background_id is None else pixels[self._background_id]
         row = self._common(ref, blob) | picture._asdict()

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import duckdb
 
+from models.overrides import with_settings
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import Crew
@@ -89,7 +90,7 @@ class _Segmentation:
         self._create_only = True
 
     def run(self) -> Outcome:
-        model = resolve(self._config.model)
+        model = _as_asked(resolve(self._config.model), self._config)
         try:
             return self._continue(model) or self._plan_and_work(model)
         except duckdb.Error as error:
@@ -180,8 +181,11 @@ class _Segmentation:
         settings: dict[str, Any] = {
             "precision": precision,
             "max_pixels": config.max_pixels,
+            "tile_above_pixels": model.card.tile_above_pixels,
             "postprocessing": model.card.postprocessing.model_dump(mode="json"),
         }
+        card = model.card.model_dump(mode="json")
+        settings |= {name: card[name] for name in sorted(config.settings)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         held: dict[str, Path] = {}
         for other in open_plans:
@@ -220,7 +224,7 @@ class _Segmentation:
             command=self._command(model),
             model_name=model.card.name,
             model_version=model.version,
-            card=model.card.model_dump(mode="json"),
+            card=card,
             card_digest=hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:12],
             settings=settings,
             settings_digest=digest,
@@ -262,6 +266,7 @@ class _Segmentation:
             limit=config.limit,
             retry_errors=config.retry_errors,
             force=config.force,
+            settings=config.settings,
         )
 
     def _check_dest(self) -> None:
@@ -426,6 +431,7 @@ class _Segmentation:
             model_name=plan.model_name,
             model_version=plan.model_version,
             settings_digest=plan.settings_digest,
+            card_settings=plan.command.settings,
             run_id=plan.run_id,
             precision=plan.precision,
             threads=plan.threads,
@@ -494,6 +500,14 @@ class _Segmentation:
                 "model_version": model.version,
             }
         )
+
+
+def _as_asked(model: Model, config: SegmentConfig) -> Model:
+    """The model with its card as this command wants it. Raises UsageError."""
+    try:
+        return model._replace(card=with_settings(model.card, config.settings))
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
 
 
 def _guessed_row_bytes(counts: WorkCounts) -> float:

@@ -13,6 +13,7 @@ Longer than most modules: every method here waits on, or wakes, the one conditio
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import threading
@@ -20,21 +21,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.corpus.decode import decode, image_statistics, peek
-from pipeline.engine.batches import Batch, Rack, Slot
+from models.mosaic import DetectionMosaic, Mosaic
+from models.tiling import Window
+from pipeline.corpus.decode import peek
+from pipeline.engine.batches import Batch, Rack, Shape, Slot
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
+from pipeline.engine.intake import Tiles, place_image
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import WORLD_KINDS, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _CHUNK_IMAGES = 16
 _CHUNK_BYTES = 32 << 20
 
@@ -51,6 +56,7 @@ class StreamConfig(BaseModel):
     threads: int = Field(2, ge=1, description="Threads that decode and encode.")
     fetch_threads: int = Field(0, ge=0, description="Fetches in flight; 0: the decoding threads read by themselves.")
     max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large`.")
+    max_tiled_pixels: int = Field(4_000_000_000, ge=1, description="The same, for TIFFs that are read in tiles.")
     breaker_images: int = Field(
         WINDOW_IMAGES, ge=1, description="Outcomes over which failures of the world are watched."
     )
@@ -75,11 +81,42 @@ class Work(NamedTuple):
 
 
 class _Item(NamedTuple):
+    """A whole image in a slot."""
+
     work: Work
     row: int
     blob: Blob
     picture: Picture
     timings: dict[str, float]
+
+
+class _Tiled:
+    """An image that is in tiles. Its row is made once, by whoever settles it."""
+
+    def __init__(self, work: Work, row: int, blob: Blob, mosaic: Mosaic | DetectionMosaic) -> None:
+        self.work = work
+        self.row = row
+        self.blob = blob
+        self.mosaic = mosaic
+        self.picture: Picture | None = None
+        self.timings = {"fetch_ms": 0.0, "decode_ms": 0.0}
+        self.infer_ms = 0.0
+        self._settled = threading.Lock()
+
+    @property
+    def is_settled(self) -> bool:
+        return self._settled.locked()
+
+    def settle(self) -> bool:
+        """True for the first who asks."""
+        return self._settled.acquire(blocking=False)
+
+
+class _Tile(NamedTuple):
+    """A tile in a slot."""
+
+    owner: _Tiled
+    window: Window
 
 
 class _StreamEndedError(Exception):
@@ -121,8 +158,13 @@ class Stream:
         self._window: deque[list[tuple[Work, int, Future[Blob] | None]]] = deque()
         self._window_images = 0
         self._rack = Rack(
-            batch_size=config.batch_size, batch_pixels=config.batch_pixels, memory_bytes=config.memory_bytes
+            batch_size=config.batch_size,
+            batch_pixels=config.batch_pixels,
+            memory_bytes=config.memory_bytes,
+            channels=segmenter.input_channels,
+            dtype=segmenter.input_dtype,
         )
+        self._large_is_busy = False
         self._to_encode: deque[Answered] = deque()
         self._window_bytes = 0
         self._outstanding = 0
@@ -251,34 +293,38 @@ class Stream:
                         self._state.notify_all()
 
     def _load(self, work: Work, index: int, fetched: Future[Blob] | None) -> None:
-        """Fetches and decodes one image into a slot, or makes its error row."""
+        """Fetches and decodes one image into a slot, or into many, or makes its error row."""
         blob: Blob | None = None
         began_s = fetched_s = time.perf_counter()
-        slot: Slot | None = None
-        failure: tuple[str, str] | None = None
+        tiled: _Tiled | None = None
         try:
             blob = self._fetched(work.uris[index], fetched)
             fetched_s = time.perf_counter()
             height, width = peek(blob.data)
-            if height * width > self._config.max_pixels:
-                raise ImageError(
-                    f"{width}×{height} is more than max_pixels={self._config.max_pixels}", kind="too_large"
+            mosaic = self._segmenter.mosaic(height, width)
+            if mosaic is not None:
+                tiled = _Tiled(work, index, blob._replace(data=b""), mosaic)
+                tiled.timings["fetch_ms"] = (fetched_s - began_s) * 1e3
+                self._load_tiles(tiled, blob.data)
+                return
+            timings = {"fetch_ms": (fetched_s - began_s) * 1e3}
+            with self._slot(Shape(*self._canvas(height, width))) as slot:
+                placed, picture = place_image(
+                    self._segmenter,
+                    blob.data,
+                    slot.canvas_pixels,
+                    height=height,
+                    width=width,
+                    max_pixels=self._config.max_pixels,
                 )
-            slot = self._acquire(self._canvas(height, width))
-            view = slot.canvas_pixels
-            exact = slot.batch.canvas == (height, width)
-            decoded = decode(blob.data, max_pixels=self._config.max_pixels, out=view if exact else None)
-            pixels = decoded.pixels
-            if pixels.shape[:2] != (height, width):
-                raise ImageError(
-                    f"header says {width}×{height}, pixels are {pixels.shape[1]}×{pixels.shape[0]}",
-                    kind="corrupt",
+                timings["decode_ms"] = (time.perf_counter() - fetched_s) * 1e3
+                slot.fill(
+                    _Item(work, index, blob._replace(data=b""), picture, timings),
+                    size=(placed.height, placed.width),
+                    image_size=(height, width),
+                    statistics=(placed.mean, placed.std),
                 )
-            if not exact:
-                view[:height, :width] = pixels
-                view[height:, :width] = view[height - 1, :width]
-                view[:, width:] = view[:, width - 1 : width]
-            mean, std, brightness, contrast = image_statistics(pixels)
+            return
         except (ImageError, StorageError) as error:
             failure = (error.kind, str(error))
         except MemoryError as error:
@@ -290,27 +336,48 @@ class Stream:
             failure = ("corrupt", f"{type(error).__name__}: {error}")
         decoded_s = time.perf_counter()
         timings = {"fetch_ms": (fetched_s - began_s) * 1e3, "decode_ms": (decoded_s - fetched_s) * 1e3}
-        if failure is not None:
-            if slot is not None:
-                with self._state:
-                    if self._rack.give_back(slot):
-                        self._state.notify_all()
+        if tiled is None or tiled.settle():
             self._emit(work, [self._rows_of.error(work.ref(index), blob, *failure) | timings])
-            return
-        assert blob is not None and slot is not None
-        item = _Item(
-            work=work,
-            row=index,
-            blob=blob._replace(data=b""),
-            picture=Picture(height, width, decoded.format, brightness, contrast),
-            timings=timings,
-        )
-        with self._state:
-            slot.batch.sizes_N2[slot.position] = (height, width)
-            slot.batch.statistics_N2[slot.position] = (mean, std)
-            slot.batch.items[slot.position] = item
-            if self._rack.written(slot):
+
+    def _load_tiles(self, tiled: _Tiled, data: bytes) -> None:
+        """Puts one large image into slots, tile by tile; one such image at a time, for its pixels are in no budget."""
+        self._wait_for(self._take_large)
+        try:
+            began_s = time.perf_counter()
+            tiles = Tiles(
+                self._segmenter,
+                data,
+                tiled.mosaic,
+                max_pixels=self._config.max_pixels,
+                max_tiled_pixels=self._config.max_tiled_pixels,
+            )
+            try:
+                tiled.picture, mean, std = tiles.measure()
+                for window in tiles.windows():
+                    if tiled.is_settled:
+                        return
+                    shape = Shape(*self._canvas(window.height, window.width), tiles=True)
+                    with self._slot(shape) as slot:
+                        size = tiles.place(window, slot.canvas_pixels)
+                        tiled.timings["decode_ms"] = (time.perf_counter() - began_s) * 1e3
+                        slot.fill(
+                            _Tile(tiled, window),
+                            size=size,
+                            image_size=(window.height, window.width),
+                            statistics=(mean, std),
+                        )
+            finally:
+                tiles.close()
+        finally:
+            with self._state:
+                self._large_is_busy = False
                 self._state.notify_all()
+
+    def _take_large(self) -> bool:
+        """Called with the lock held."""
+        free = not self._large_is_busy
+        self._large_is_busy = True
+        return free
 
     def _fetched(self, uri: str, fetched: Future[Blob] | None) -> Blob:
         """The image's bytes. What the caller's own set-up gets wrong is no fault of the bytes either."""
@@ -329,21 +396,35 @@ class Stream:
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _acquire(self, canvas: tuple[int, int]) -> Slot:
-        """A free slot for `canvas`. While opening one more batch would pass the budget, helps to make rows, or
-        waits."""
+    @contextlib.contextmanager
+    def _slot(self, shape: Shape) -> Iterator[Slot]:
+        """A slot to be filled in the body; where that raises, it goes back."""
+        slot = self._wait_for(lambda: self._rack.take(shape))
+        try:
+            yield slot
+        except BaseException:
+            with self._state:
+                if self._rack.give_back(slot):
+                    self._state.notify_all()
+            raise
+        with self._state:
+            if self._rack.written(slot):
+                self._state.notify_all()
+
+    def _wait_for(self, take: Callable[[], _T | None]) -> _T:
+        """What `take` gives, called with the lock held. While it gives nothing, helps to make rows, or waits."""
         waiting = False
         while True:
             with self._state:
                 ended = bool(self._failure or self._closed)
-                slot = None if ended else self._rack.take(canvas)
-                if waiting and (ended or slot):
+                taken = None if ended else take()
+                if waiting and (ended or taken):
                     self._decoding += 1
                     self._blocked -= 1
                 if ended:
                     raise _StreamEndedError from self._failure
-                if slot is not None:
-                    return slot
+                if taken:
+                    return taken
                 if not waiting:
                     waiting = True
                     self._blocked += 1
@@ -386,7 +467,7 @@ class Stream:
                     answered = self._forward.finish(under_way)
                     with self._state:
                         if answered.slots < len(answered.batch.items):
-                            self._rack.limit(answered.batch.canvas, answered.slots)
+                            self._rack.limit(answered.batch.shape, answered.slots)
                         self._to_encode.append(answered)
                         self._state.notify()
                 under_way = started
@@ -399,24 +480,15 @@ class Stream:
         batch = answered.batch
         try:
             rows: list[tuple[Work, dict[str, Any]]] = []
-            processed_at = dt.datetime.now(dt.UTC)
             items = [item for item in batch.items if item is not None]
-            for item, prediction in zip(items, answered.answers, strict=True):
-                began_s = time.perf_counter()
-                try:
-                    if isinstance(prediction, Exception):
-                        raise prediction
-                    row = self._rows_of.ok(item.work.ref(item.row), item.blob, item.picture, prediction)
-                except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
-                    kind, message = _blame(error)
-                    row = self._rows_of.error(item.work.ref(item.row), item.blob, kind, message)
-                    row |= item.picture._asdict()
-                row["processed_at"] = processed_at
-                row |= item.timings
-                row["infer_ms"] = answered.infer_ms
-                row["encode_ms"] = (time.perf_counter() - began_s) * 1e3
-                rows.append((item.work, row))
-            for work in {id(item.work): item.work for item in items}.values():
+            for item, answer in zip(items, answered.answers, strict=True):
+                if isinstance(item, _Tile):
+                    if (row := self._tile_row(item, answer, answered.infer_ms)) is not None:
+                        rows.append((item.owner.work, row))
+                else:
+                    row = self._row(item, item.picture, answer, answered.infer_ms)
+                    rows.append((item.work, row))
+            for work in {id(work): work for work, _ in rows}.values():
                 self._emit(work, [row for owner, row in rows if owner is work])
         except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
             self._break(error)
@@ -425,6 +497,41 @@ class Stream:
                 self._rack.retire(batch)
                 self._outstanding -= 1
                 self._state.notify_all()
+
+    def _row(self, item: _Item | _Tiled, picture: Picture, answer: Any, infer_ms: float) -> dict[str, Any]:
+        """The row of an image that was decoded. `answer`: a prediction, a Mosaic, or an exception."""
+        began_s = time.perf_counter()
+        ref = item.work.ref(item.row)
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            prediction = self._segmenter.assemble(answer) if isinstance(answer, (Mosaic, DetectionMosaic)) else answer
+            row = self._rows_of.ok(ref, item.blob, picture, prediction)
+        except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
+            row = self._rows_of.error(ref, item.blob, *_blame(error)) | picture._asdict()
+        row["processed_at"] = dt.datetime.now(dt.UTC)
+        row |= item.timings
+        row["infer_ms"] = infer_ms
+        row["encode_ms"] = (time.perf_counter() - began_s) * 1e3
+        return row
+
+    def _tile_row(self, tile: _Tile, answer: Any, infer_ms: float) -> dict[str, Any] | None:
+        """The whole image's row, with its last tile or its first that failed; None before and after."""
+        owner = tile.owner
+        if owner.is_settled:
+            return None
+        assert owner.picture is not None
+        # Lost updates between threads cost a figure its last digit, not a row.
+        owner.infer_ms += infer_ms
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            if not owner.mosaic.add(tile.window, answer):
+                return None
+            result: Any = owner.mosaic
+        except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
+            result = error
+        return self._row(owner, owner.picture, result, owner.infer_ms) if owner.settle() else None
 
     def _emit(self, work: Work, rows: list[dict[str, Any]]) -> None:
         if self._failure:

@@ -15,7 +15,7 @@ from importlib import metadata, resources
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from pipeline.config import Precision
 from pipeline.engine.forward import SegmenterLike
@@ -47,6 +47,7 @@ class WorkerSpec(BaseModel):
     model_name: str
     model_version: str
     settings_digest: str
+    card_settings: dict[str, JsonValue] = {}
     run_id: str
     precision: Precision
     threads: int
@@ -219,6 +220,7 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
     import torch
 
     from models.file import load_module
+    from models.overrides import with_settings
     from models.segmenter import Segmenter, default_device
 
     cv2.setNumThreads(1)
@@ -228,6 +230,8 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         card, module = load_module(model)
-        return Segmenter(module, card, device=default_device(), precision=spec.precision)
+        return Segmenter(
+            module, with_settings(card, spec.card_settings), device=default_device(), precision=spec.precision
+        )
     except ValueError as error:
         raise ModelError(f"model {spec.model_name} cannot run here: {error}") from error

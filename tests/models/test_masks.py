@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from models import masks
 from models.masks import (
     count_regions_by_class,
     decode_mask_png,
@@ -119,3 +120,20 @@ def test_regions_of_all_classes_are_those_of_each(highest: int) -> None:
             for class_id in np.unique(class_ids).tolist()
         }
         assert count_regions_by_class(class_ids) == each
+
+
+@pytest.mark.parametrize("band_px", [1, 37, 200, 4000])
+def test_counts_in_bands_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, band_px: int) -> None:
+    """Blobs that cross band borders straight and by a corner only."""
+    random = np.random.default_rng(5)
+    fine = random.integers(0, 4, (61, 37)).astype(np.uint8)
+    coarse = np.kron(random.integers(0, 3, (9, 6)), np.ones((7, 7))).astype(np.uint8)[:61, :37]
+    corner = np.zeros((61, 37), np.uint8)
+    corner[np.arange(37), np.arange(37)] = 7
+    for mask in (fine, coarse, corner, np.full((61, 37), 255, np.uint8)):
+        regions, pixels = masks.count_regions_by_class(mask), masks.count_pixels_by_class(mask)
+        assert pixels == dict(zip(*(column.tolist() for column in np.unique(mask, return_counts=True)), strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_BAND_PX", band_px)
+            assert masks.count_regions_by_class(mask) == regions
+            assert masks.count_pixels_by_class(mask) == pixels

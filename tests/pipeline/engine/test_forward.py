@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade import EightBitRgb
 
-from pipeline.engine.batches import Batch
+from pipeline.engine.batches import Batch, Shape
 from pipeline.engine.forward import Forward, is_out_of_memory
 from pipeline.errors import DeviceLostError
 
 
-class Echo:
+class Echo(EightBitRgb):
     """Answers each image with its first value. `check` may raise, at the submission or at the finish."""
 
     card = None
@@ -25,7 +26,15 @@ class Echo:
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         return height, width
 
-    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> Any:
+    def submit(
+        self,
+        images_NHWC: np.ndarray,
+        sizes_N2: np.ndarray,
+        statistics_N2: np.ndarray,
+        image_sizes_N2: np.ndarray,
+        *,
+        tiles: bool,
+    ) -> Any:
         values = [int(image[0, 0, 0]) for image, size in zip(images_NHWC, sizes_N2, strict=True) if size[0]]
         if not self._late:
             self._check(values, len(images_NHWC))
@@ -41,7 +50,7 @@ class Echo:
 
 
 def batch(slots: int, filled: list[int]) -> Batch:
-    made = Batch((4, 4), np.zeros((slots, 4, 4, 3), np.uint8))
+    made = Batch(Shape(4, 4), np.zeros((slots, 4, 4, 3), np.uint8))
     for slot in filled:
         made.free.remove(slot)
         made.images_NHWC[slot] = slot

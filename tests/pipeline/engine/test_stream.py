@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+from handmade import EightBitRgb
 
 from models.architectures import untrained_card
 from models.card import Card
@@ -23,7 +24,7 @@ from pipeline.storage import Blob, open_storage
 from pipeline.table.schema import WORK
 
 
-class Threshold:
+class Threshold(EightBitRgb):
     """A model that is one comparison: class 1 where the image is bright. Records the batches that it is given."""
 
     def __init__(self, *, multiple: int = 32, before: Callable[[np.ndarray, np.ndarray], None] | None = None) -> None:
@@ -37,7 +38,15 @@ class Threshold:
         step = self._multiple
         return -(-height // step) * step, -(-width // step) * step
 
-    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, statistics_N2: np.ndarray) -> Any:
+    def submit(
+        self,
+        images_NHWC: np.ndarray,
+        sizes_N2: np.ndarray,
+        statistics_N2: np.ndarray,
+        image_sizes_N2: np.ndarray,
+        *,
+        tiles: bool,
+    ) -> Any:
         if self._before:
             self._before(images_NHWC, sizes_N2)
         self.shapes.append(images_NHWC.shape)
