@@ -3,20 +3,26 @@ writing, with retries and digest checks. Must not know: images, Parts, Runs, or 
 are for.
 
 `uris` what a URI is; `blob` the values, the `Storage` protocol and the digest check; `disk` file://;
-`bucket` s3:// and gs://, with `aws` for what only boto3 does, `failures` for what errors mean, `parallel`
-for listings and `bucket_files` for DuckDB; `remote` everything else through fsspec."""
+`bucket` s3:// and gs://, with `aws` for what only boto3 does, `failures` for what errors mean,
+`bucket_listing` for listings and `bucket_files` for DuckDB; `remote` everything else through fsspec;
+`parallel` the threads of a listing."""
 
 from __future__ import annotations
 
 from pipeline.storage.blob import LISTING_SCHEMA, Blob, ObjectInfo, Storage, default_timeout_s
 from pipeline.storage.uris import (
+    check_web_address,
     clean_etag,
     duckdb_path,
+    file_uri,
     join_uri,
     local_path,
     normalize_uri,
+    path_text,
+    recorded_uri,
     uri_name,
     uri_scheme,
+    without_secrets,
 )
 
 __all__ = [
@@ -24,14 +30,19 @@ __all__ = [
     "Blob",
     "ObjectInfo",
     "Storage",
+    "check_web_address",
     "clean_etag",
     "duckdb_path",
+    "file_uri",
     "join_uri",
     "local_path",
     "normalize_uri",
     "open_storage",
+    "path_text",
+    "recorded_uri",
     "uri_name",
     "uri_scheme",
+    "without_secrets",
 ]
 
 
@@ -42,9 +53,13 @@ def open_storage(uri: str, *, profile: str | None = None, timeout_s: float | Non
     `profile` names an AWS profile (S3 only; other stores ignore it). `timeout_s` is how long a request may
     go without a byte; default `MASKMILL_STORAGE_TIMEOUT_S` or 60. Credentials come from the environment,
     the profile or an attached role, never from a parameter. Raises UsageError for a scheme that nothing
-    installed serves."""
+    installed serves, and for a profile that does not exist."""
     uri = normalize_uri(uri)
     scheme = uri_scheme(uri)
+    if profile is not None:
+        from pipeline.storage.aws import check_profile
+
+        check_profile(profile)
     if scheme == "file":
         from pipeline.storage.disk import DiskStorage
 

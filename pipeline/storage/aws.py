@@ -1,6 +1,5 @@
 """What only AWS's own library does. Owns: finding credentials, endpoint and region the way every AWS tool
-does, keys that obstore cannot name, and one level of a listing. Must not know: obstore's clients, retries of
-whole operations.
+does, and keys that obstore cannot name. Must not know: obstore's clients, retries of whole operations.
 
 boto3's errors leave this module as OSError: FileNotFoundError, PermissionError, or OSError with the store's
 code in its text."""
@@ -14,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.storage.blob import Blob, ObjectInfo, listing_batch
 from pipeline.storage.uris import clean_etag
 
@@ -33,14 +32,6 @@ _DENIED_CODES = {
     "InvalidToken",
 }
 _CREDENTIALS_TTL = timedelta(minutes=5)  # botocore renews at least 10 minutes before the end
-_MAX_LEVELS = 8
-
-
-class Level(NamedTuple):
-    """One level of a key space: the objects in it, and the prefixes (each ending in `/`) below it."""
-
-    objects: pa.RecordBatch
-    prefixes: list[str]
 
 
 @contextmanager
@@ -88,15 +79,9 @@ class AwsAccess:
     @cached_property
     def _session(self) -> Any:
         import boto3
-        from botocore.exceptions import ProfileNotFound
 
-        try:
-            return boto3.Session(profile_name=self._profile)
-        except ProfileNotFound as error:
-            raise StorageError(
-                f"there is no AWS profile {self._profile!r}; `aws configure list-profiles` names all",
-                kind="denied",
-            ) from error
+        check_profile(self._profile or os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE"))
+        return boto3.Session(profile_name=self._profile)
 
     @property
     def _client(self) -> Any:
@@ -201,22 +186,18 @@ class AwsAccess:
                 if batch.num_rows:
                     yield batch
 
-    def split_prefix(self, bucket: str, prefix: str) -> Level | None:
-        """The first level under `prefix` that has several prefixes, or None where a level has more than one
-        page of entries (too many to hold, or better listed in one go).
-        """
-        found: list[pa.RecordBatch] = []
-        with _errors_as_os_errors(f"s3://{bucket}/{prefix}"):
-            for _ in range(_MAX_LEVELS):
-                page = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
-                if page.get("IsTruncated"):
-                    return None if not found else Level(_concat(found), [prefix])
-                found.append(_page_batch(bucket, page))
-                prefixes = [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
-                if len(prefixes) != 1:
-                    return Level(_concat(found), prefixes)
-                prefix = prefixes[0]
-        return Level(_concat(found), [prefix])
+
+def check_profile(profile: str | None) -> None:
+    """Raises UsageError, with the names that there are, where AWS's configuration files have no such profile. None is
+    fine."""
+    if profile is None:
+        return
+    from botocore.session import Session
+
+    known = Session(profile=None).available_profiles
+    if profile not in known:
+        names = ", ".join(sorted(known)) or "none at all"
+        raise UsageError(f"there is no AWS profile {profile!r}; the configuration files name {names}")
 
 
 def _anonymous() -> bool:
@@ -235,7 +216,3 @@ def _page_batch(bucket: str, page: dict[str, Any]) -> pa.RecordBatch:
         [entry["Size"] for entry in entries],
         [round(entry["LastModified"].timestamp() * 1_000_000) for entry in entries],
     )
-
-
-def _concat(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return pa.concat_batches(batches)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from pipeline.errors import StorageError
+from pipeline.storage.uris import without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -201,16 +202,6 @@ def listing_batch(uris: list[str], etags: list[str], sizes: list[int], modified_
         pa.array(modified_us, pa.int64()).cast(pa.timestamp("us", "UTC")),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
-
-
-def without_secrets(uri: str) -> str:
-    """`uri` fit to be shown: a web address may carry a password or a signature, a key of a bucket may not."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme in ("file", "s3", "gs", "memory"):
-        return uri
-    place, query, _ = rest.partition("?")
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?…' if query else ''}"
 
 
 def failed(what: str, uri: str, why: str, *, kind: str) -> StorageError:

@@ -7,7 +7,8 @@ boto3 here (S3 only)."""
 
 from __future__ import annotations
 
-import re
+import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 import pyarrow as pa
-import pyarrow.compute as pc
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -30,7 +30,6 @@ from obstore.store import GCSStore, S3Store
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage.aws import AwsAccess
 from pipeline.storage.blob import (
-    LISTING_SCHEMA,
     Blob,
     DigestCheck,
     ObjectInfo,
@@ -39,8 +38,9 @@ from pipeline.storage.blob import (
     wait_before_retry,
 )
 from pipeline.storage.bucket_files import BucketFiles, Folder, Reads
+from pipeline.storage.bucket_listing import NOT_FOR_OBSTORE, BucketListing, KeyRange
 from pipeline.storage.failures import failure, is_cut_off, is_refusal, kind_of
-from pipeline.storage.parallel import merge
+from pipeline.storage.parallel import Jobs, spread
 from pipeline.storage.uris import clean_etag, join_uri
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 5
 _RETRIES_PER_REQUEST = 8
-_LIST_CHUNK = 10_000
 _UPLOAD_BYTES_PER_S = 500_000  # slower uploads than this count as stalled
-_NOT_FOR_OBSTORE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
 
 
 class BucketStorage:
@@ -149,7 +147,7 @@ class BucketStorage:
             return True
         for attempt in range(_ATTEMPTS):
             try:
-                if _NOT_FOR_OBSTORE.search(key):
+                if NOT_FOR_OBSTORE.search(key):
                     self._aws(uri).put(bucket, key, data, new=True)
                 else:
                     store = self._store(bucket, upload_bytes=len(data))
@@ -206,69 +204,15 @@ class BucketStorage:
     # -- listing
 
     def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
-        """As `Storage.list`: the folders of the first level that has several are listed side by side, by up
-        to `parallel` threads.
-        """
+        """As `Storage.list`: folders of more than a page are listed side by side, by up to `parallel` threads."""
         bucket, key = self._split(prefix_uri, folder=True)
         prefix = key.rstrip("/") + "/" if key else ""
-        if self._access is None:
-            yield from self._list_prefix(bucket, prefix)
-            return
-        try:
-            level = self._access.split_prefix(bucket, prefix) if parallel > 1 else None
-        except OSError as error:
-            raise failure("list", prefix_uri, error) from error
-        if level is None:
-            yield from self._list_prefix(bucket, prefix)
-            return
-        if level.objects.num_rows:
-            yield level.objects
-        yield from merge([partial(self._list_prefix, bucket, p) for p in level.prefixes], parallel=parallel)
 
-    def _list_prefix(self, bucket: str, prefix: str) -> Iterator[pa.RecordBatch]:
-        """obstore repeats requests, but not one whose body breaks off: then the listing goes on after its last key."""
-        base = f"{self._scheme}://{bucket}/"
-        last, failures = "", 0
-        while _NOT_FOR_OBSTORE.search(prefix.removesuffix("/")) is None or not prefix:
-            try:
-                stream = obstore.list(
-                    self._store(bucket),
-                    prefix.removesuffix("/") or None,
-                    offset=last or None,
-                    chunk_size=_LIST_CHUNK,
-                    return_arrow=True,
-                )
-                for chunk in stream:
-                    batch = pa.record_batch(chunk)
-                    last, failures = batch.column("path")[-1].as_py(), 0
-                    batch = self._drop_markers(bucket, _listing_of(batch, base))
-                    if batch.num_rows:
-                        yield batch
-                return
-            except (InvalidPathError, ValueError):
-                break
-            except (BaseError, OSError) as error:
-                failures += 1
-                if failures == _ATTEMPTS or kind_of(error) != "fetch_failed" or not is_cut_off(error):
-                    raise failure("list", base + prefix, error) from error
-                wait_before_retry(failures)
-        try:
-            yield from self._aws(base + prefix).list(bucket, prefix, start_after=last)
-        except OSError as error:
-            raise failure("list", base + prefix, error) from error
+        def odd(prefix: str, after: str) -> Iterator[pa.RecordBatch]:
+            return self._aws(f"{self._scheme}://{bucket}/{prefix}").list(bucket, prefix, start_after=after)
 
-    def _drop_markers(self, bucket: str, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Without the empty objects that turn out to be folder markers: obstore lists `photos/` as
-        `photos`.
-        """
-        empty = pc.equal(batch.column("size_bytes"), 0)
-        if not pc.any(empty).as_py():
-            return batch
-        keep = [
-            not is_empty or self.exists(uri.as_py())
-            for is_empty, uri in zip(empty.to_pylist(), batch.column("uri"), strict=True)
-        ]
-        return batch.filter(pa.array(keep))
+        listing = BucketListing(f"{self._scheme}://{bucket}/", partial(self._store, bucket), odd, self.exists)
+        return spread(Jobs([KeyRange(prefix)], readers=parallel), listing.read, parallel=parallel)
 
     # -- access for others
 
@@ -322,7 +266,7 @@ class BucketStorage:
         mapped.
         """
         try:
-            if _NOT_FOR_OBSTORE.search(key) is None:
+            if NOT_FOR_OBSTORE.search(key) is None:
                 try:
                     return first()
                 except (ValueError, InvalidPathError) as error:
@@ -389,7 +333,9 @@ class BucketStorage:
         started_s = time.monotonic()
         try:
             if self._access is None:
-                store: Any = GCSStore(bucket, client_options=client, retry_config=retry)
+                emulator = _gcs_emulator()
+                client["allow_http"] = bool(emulator)
+                store: Any = GCSStore(bucket, client_options=client, retry_config=retry, **emulator)
             else:
                 arguments = self._access.store_arguments(bucket)
                 client["allow_http"] = arguments.pop("allow_http")
@@ -402,13 +348,12 @@ class BucketStorage:
         return self._stores.setdefault((bucket, upload_s), store)
 
 
-def _listing_of(batch: pa.RecordBatch, base: str) -> pa.RecordBatch:
-    """obstore's listing columns as LISTING_SCHEMA."""
-    etag = pc.utf8_trim(pc.replace_substring_regex(pc.fill_null(batch.column("e_tag"), ""), "^W/", ""), '"')
-    columns = [
-        pc.binary_join_element_wise(base, batch.column("path").cast(pa.string()), ""),
-        etag.cast(pa.string()),
-        batch.column("size").cast(pa.int64()),
-        batch.column("last_modified").cast(pa.timestamp("us", "UTC")),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
+def _gcs_emulator() -> dict[str, Any]:
+    """Arguments for a GCSStore that talks, without credentials, to the server that `STORAGE_EMULATOR_HOST` names, as
+    Google's own libraries do; none where it is not set."""
+    host = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
+    if not host:
+        return {}
+    account = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    url = host if "://" in host else f"http://{host}"
+    return {"service_account_key": json.dumps(account | {"gcs_base_url": url, "disable_oauth": True})}

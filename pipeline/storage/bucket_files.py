@@ -3,8 +3,8 @@ Must not know: clients, retries, what the files hold.
 
 DuckDB asks the same file for its size, time and bytes several times a query. Through s3fs each question is a
 request of its own (30 for a Part of a few rows), nothing is checked, and a 503 to a HEAD ends the query. Here a file
-costs one HEAD and, up to `WHOLE_BYTES`, one GET whose digest is checked; larger ones are read in ranges, for which no
-store gives a digest."""
+costs one HEAD and, up to `WHOLE_BYTES`, one GET whose digest is checked. A larger one is read in ranges, for which no
+store gives a digest; whoever asks for all of it at once gets one GET and its check."""
 
 from __future__ import annotations
 
@@ -93,12 +93,20 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         if size_bytes <= WHOLE_BYTES:
             data = self._whole(uri)
             return ObjectFile(len(data), lambda start, stop: data[start:stop])
-        return ObjectFile(size_bytes, lambda start, stop: self._reads.part(uri, start, stop))
+
+        def part(start: int, stop: int) -> bytes:
+            if (start, stop) == (0, size_bytes):
+                return self._reads.whole(uri)
+            return self._reads.part(uri, start, stop)
+
+        return ObjectFile(size_bytes, part)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes of a file, or some of them."""
         with self.open(path) as file:
-            return file.read()[start:end]
+            first, last = slice(start, end).indices(file.size_bytes)[:2]
+            file.seek(first)
+            return file.read(max(0, last - first))
 
     def _info(self, path: str) -> ObjectInfo:
         uri = self._uri(path)
@@ -142,7 +150,7 @@ class ObjectFile(io.RawIOBase):
 
     def __init__(self, size_bytes: int, part: Callable[[int, int], bytes]) -> None:
         super().__init__()
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
         self._part = part
         self._at = 0
         self._chunk = b""
@@ -158,20 +166,20 @@ class ObjectFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size_bytes}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
         """Exactly `size` bytes, fewer at the end of the file only."""
         start = self._at
-        stop = self._size_bytes if size is None or size < 0 else min(start + size, self._size_bytes)
+        stop = self.size_bytes if size is None or size < 0 else min(start + size, self.size_bytes)
         if start >= stop:
             return b""
         if start < self._chunk_at or stop > self._chunk_at + len(self._chunk):
             # Near the end, as for a Parquet footer, the chunk reaches back instead of ahead.
-            first = max(0, min(start, self._size_bytes - _CHUNK_BYTES))
-            last = min(self._size_bytes, max(stop, first + _CHUNK_BYTES))
+            first = max(0, min(start, self.size_bytes - _CHUNK_BYTES))
+            last = min(self.size_bytes, max(stop, first + _CHUNK_BYTES))
             self._chunk, self._chunk_at = self._part(first, last), first
         self._at = stop
         return self._chunk[start - self._chunk_at : stop - self._chunk_at]

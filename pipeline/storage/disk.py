@@ -1,5 +1,12 @@
 """The local disk. Owns: reading, listing and atomic writing of `file://` URIs with nothing but `os`.
 Must not know: object stores.
+
+Listing asks `os.stat` for every file in Python, since nothing else gives times in nanoseconds, of which the etag is
+made; what it keeps of a file is a path and two numbers, in columns of at most 5,000 that then become Arrow. Measured
+with 200,000 files in 100 folders on 2 cores, ext4, everything in memory: 0.8 s of CPU and 50 MiB in one thread (in
+eight 1.0 s and 120 MiB), and no more memory for a million files. Threads gain nothing there, as Python runs one at a
+time, and much on a file system that answers late: so the second begins when the first was kept waiting for three
+quarters of its time.
 """
 
 from __future__ import annotations
@@ -10,17 +17,22 @@ import os
 import stat
 import time
 import uuid
+from array import array
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import NoReturn
+from functools import partial
+from typing import NamedTuple, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import StorageError
-from pipeline.storage.blob import Blob, ObjectInfo, failed, listing_batch, wait_before_retry
-from pipeline.storage.uris import join_uri, local_path
+from pipeline.storage.blob import LISTING_SCHEMA, Blob, ObjectInfo, failed, wait_before_retry
+from pipeline.storage.parallel import Jobs, spread
+from pipeline.storage.uris import file_uri, join_uri, local_path
 
-_ROWS_PER_BATCH = 50_000
+_ROWS_PER_BATCH = 5_000
+_WAITING = 4.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _READ_ATTEMPTS = 3
 _STALE_TEMPORARY_S = 24 * 3600
@@ -54,29 +66,6 @@ def _etag(status: os.stat_result) -> str:
 
 def _modified(status: os.stat_result) -> datetime:
     return _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000)
-
-
-def _text(path: str) -> str:
-    """A path as valid unicode; bytes that are not UTF-8 show as U+FFFD, and `_resolve` finds them again."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(path).decode("utf-8", "replace")
-    return path
-
-
-def _resolve(path: str) -> str:
-    """The real path behind one in which `_text` replaced bytes that are not UTF-8; `path` itself where
-    there is none.
-    """
-    found = "/"
-    for name in path.strip("/").split("/"):
-        candidate = os.path.join(found, name)
-        if "\ufffd" in name and not os.path.lexists(candidate):
-            with os.scandir(found) as entries:
-                candidate = next((entry.path for entry in entries if _text(entry.name) == name), candidate)
-        found = candidate
-    return found
 
 
 def _read_descriptor(path: str) -> tuple[bytes, os.stat_result, bool]:
@@ -121,9 +110,6 @@ class DiskStorage:
             try:
                 data, status, steady = _read_descriptor(path)
             except (OSError, ValueError) as error:
-                if "\ufffd" in path and (real := _resolve(path)) != path:
-                    path = real
-                    continue
                 if attempt + 1 < _READ_ATTEMPTS and getattr(error, "errno", None) in (
                     errno.EIO,
                     errno.ESTALE,
@@ -136,9 +122,8 @@ class DiskStorage:
         raise failed("read", uri, "the file kept changing while it was read; try again later", kind="fetch_failed")
 
     def head(self, uri: str) -> ObjectInfo:
-        path = local_path(uri)
         try:
-            status = os.stat(_resolve(path) if "\ufffd" in path else path)
+            status = os.stat(local_path(uri))
         except (OSError, ValueError) as error:
             _raise_for(error, "look at", uri)
         if not stat.S_ISREG(status.st_mode):
@@ -157,7 +142,8 @@ class DiskStorage:
     def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
         """As `Storage.list`. Symbolic links are followed, to files and to folders, except where one leads
         back to a folder that it lies in. Dangling links, devices and files that vanish meanwhile are left
-        out; a folder that may not be read raises StorageError(kind="denied"). `parallel` has no effect.
+        out; a folder that may not be read raises StorageError(kind="denied"). Folders are read side by side,
+        by up to `parallel` threads, where the file system keeps one waiting.
         """
         root = local_path(prefix_uri).rstrip("/") or "/"
         try:
@@ -166,7 +152,8 @@ class DiskStorage:
             _raise_for(error, "list", prefix_uri)
         if not stat.S_ISDIR(status.st_mode):
             raise failed("list", prefix_uri, "it is a file, not a folder", kind="missing")
-        return _walk(root, (status.st_dev, status.st_ino))
+        jobs = Jobs([_Folder(root, frozenset([(status.st_dev, status.st_ino)]))], readers=1)
+        return spread(jobs, partial(_read_folders, parallel=parallel), parallel=parallel)
 
     def put_new(self, uri: str, data: bytes) -> bool:
         path = local_path(uri)
@@ -300,20 +287,25 @@ def _make_folders(path: str) -> None:
     _sync_folder(parent)
 
 
-def _walk(root: str, identity: tuple[int, int]) -> Iterator[pa.RecordBatch]:
-    uris: list[str] = []
-    etags: list[str] = []
-    sizes: list[int] = []
-    modified_us: list[int | None] = []
-    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset([identity]))]
-    while folders:
-        folder, ancestors = folders.pop()
+class _Folder(NamedTuple):
+    """A folder to read, and the (device, inode) of it and of all that it was reached through."""
+
+    path: str
+    ancestors: frozenset[tuple[int, int]]
+
+
+def _read_folders(jobs: Jobs[_Folder], *, parallel: int) -> Iterator[pa.RecordBatch]:
+    paths: list[str] = []
+    sizes = array("q")
+    modified_ns = array("q")
+    for folder in jobs:
+        began_s, worked_s = time.monotonic(), time.thread_time()
         try:
-            entries = os.scandir(folder)
+            entries = os.scandir(folder.path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 continue
-            _raise_for(error, "list", "file://" + _text(folder))
+            _raise_for(error, "list", file_uri(folder.path))
         with entries:
             for entry in entries:
                 try:
@@ -321,20 +313,36 @@ def _walk(root: str, identity: tuple[int, int]) -> Iterator[pa.RecordBatch]:
                 except OSError as error:
                     if error.errno in _MISSING:
                         continue
-                    _raise_for(error, "look at", "file://" + _text(entry.path))
-                if stat.S_ISDIR(status.st_mode):
+                    _raise_for(error, "look at", file_uri(entry.path))
+                mode = status.st_mode
+                if stat.S_ISREG(mode):
+                    paths.append(entry.path)
+                    sizes.append(status.st_size)
+                    modified_ns.append(status.st_mtime_ns)
+                    if len(paths) >= _ROWS_PER_BATCH:
+                        yield _listing_of(paths, sizes, modified_ns)
+                        paths, sizes, modified_ns = [], array("q"), array("q")
+                        began_s, worked_s = time.monotonic(), time.thread_time()
+                elif stat.S_ISDIR(mode):
                     here = (status.st_dev, status.st_ino)
-                    if here not in ancestors:
-                        folders.append((entry.path, ancestors | {here}))
-                    continue
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                uris.append("file://" + _text(entry.path))
-                etags.append(_etag(status))
-                sizes.append(status.st_size)
-                modified_us.append(status.st_mtime_ns // 1000)
-                if len(uris) >= _ROWS_PER_BATCH:
-                    yield listing_batch(uris, etags, sizes, modified_us)
-                    uris, etags, sizes, modified_us = [], [], [], []
-    if uris:
-        yield listing_batch(uris, etags, sizes, modified_us)
+                    if here not in folder.ancestors:
+                        jobs.add(_Folder(entry.path, folder.ancestors | {here}))
+        if time.monotonic() - began_s > _WAITING * (time.thread_time() - worked_s):
+            jobs.widen(parallel)
+    if paths:
+        yield _listing_of(paths, sizes, modified_ns)
+
+
+def _listing_of(paths: list[str], sizes: array[int], modified_ns: array[int]) -> pa.RecordBatch:
+    try:
+        names = pa.array(paths, pa.string())
+        is_plain = not pc.any(pc.match_substring_regex(names, "[\uef80-\uefff]")).as_py()
+    except UnicodeEncodeError:
+        is_plain = False
+    uris = (
+        pc.binary_join_element_wise("file://", names, "") if is_plain else pa.array(map(file_uri, paths), pa.string())
+    )
+    size_bytes, mtime_ns = pa.array(sizes, pa.int64()), pa.array(modified_ns, pa.int64())
+    etags = pc.binary_join_element_wise(size_bytes.cast(pa.string()), mtime_ns.cast(pa.string()), "-")
+    modified = mtime_ns.cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("us", "UTC"), safe=False)
+    return pa.RecordBatch.from_arrays([uris, etags, size_bytes, modified], schema=LISTING_SCHEMA)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -24,13 +25,14 @@ from pipeline.storage.blob import (
     listing_batch,
     wait_before_retry,
 )
-from pipeline.storage.uris import clean_etag, join_uri, uri_scheme
+from pipeline.storage.parallel import Jobs, spread
+from pipeline.storage.uris import check_web_address, clean_etag, join_uri, uri_scheme, without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _ATTEMPTS = 4
-_ROWS_PER_BATCH = 10_000
+_ROWS_PER_BATCH = 5_000
 _READ_ONLY = ("http", "https")
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
@@ -125,34 +127,48 @@ class RemoteStorage:
         return True
 
     def list(self, prefix_uri: str, *, parallel: int = 8) -> Iterator[pa.RecordBatch]:
-        """As `Storage.list`, one folder at a time. `parallel` has no effect."""
+        """As `Storage.list`, by up to `parallel` threads. What fsspec says of one folder is held at a time, by each
+        thread, and nothing of a folder before it."""
         root = self._path(prefix_uri).rstrip("/")
-        base = prefix_uri.rstrip("/")
-        rows: list[tuple[str, str, int, int | None]] = []
         try:
             if not self._files.isdir(root or "/"):
                 if self._scheme == "memory":  # where a folder is there only while something is in it
-                    return
+                    return iter(())
                 raise FileNotFoundError("no such folder")
-            for _, _, files in self._files.walk(root or "/", detail=True, on_error="raise"):
-                for entry in files.values():
-                    info = _object_info(entry)
-                    modified_us = None if info.modified is None else round(info.modified.timestamp() * 1_000_000)
-                    rows.append(
-                        (
-                            base + entry["name"].rstrip("/")[len(root) :],
-                            info.etag,
-                            info.size_bytes,
-                            modified_us,
-                        )
-                    )
-                if len(rows) >= _ROWS_PER_BATCH:
-                    yield _batch(rows)
-                    rows = []
         except Exception as error:
             raise self._failure("list", prefix_uri, error) from error
-        if rows:
-            yield _batch(rows)
+        read = partial(self._read_folders, prefix_uri.rstrip("/"), len(root))
+        return spread(Jobs([root or "/"], readers=parallel), read, parallel=parallel)
+
+    def _read_folders(self, base: str, root_length: int, jobs: Jobs[str]) -> Iterator[pa.RecordBatch]:
+        uris: list[str] = []
+        etags: list[str] = []
+        sizes: list[int] = []
+        modified_us: list[int | None] = []
+        for folder in jobs:
+            try:
+                entries = self._files.ls(folder, detail=True)
+                self._files.invalidate_cache(folder)  # it would keep the entries of every folder
+            except Exception as error:
+                raise self._failure("list", base + folder.rstrip("/")[root_length:], error) from error
+            while entries:
+                entry = entries.pop()
+                name = entry["name"].rstrip("/")
+                if name == folder.rstrip("/"):
+                    continue
+                if entry["type"] == "directory":
+                    jobs.add(name)
+                    continue
+                info = _object_info(entry)
+                uris.append(base + name[root_length:])
+                etags.append(info.etag)
+                sizes.append(info.size_bytes)
+                modified_us.append(None if info.modified is None else round(info.modified.timestamp() * 1_000_000))
+                if len(uris) >= _ROWS_PER_BATCH:
+                    yield listing_batch(uris, etags, sizes, modified_us)
+                    uris, etags, sizes, modified_us = [], [], [], []
+        if uris:
+            yield listing_batch(uris, etags, sizes, modified_us)
 
     def put_new(self, uri: str, data: bytes) -> bool:
         path = self._writable_path(uri)
@@ -204,7 +220,9 @@ class RemoteStorage:
     def _path(self, uri: str) -> str:
         """The file system's own name for `uri`."""
         if uri_scheme(uri) != self._scheme:
-            raise UsageError(f"{uri!r} is not of this store; expected {self._scheme}://...")
+            raise UsageError(f"{without_secrets(uri)!r} is not of this store; expected {self._scheme}://...")
+        if self._scheme in _READ_ONLY:
+            check_web_address(uri)
         return str(self._files._strip_protocol(uri))
 
     def _writable_path(self, uri: str) -> str:
@@ -260,7 +278,3 @@ def _moment(value: object) -> datetime | None:
             except ValueError:
                 return None
     return None
-
-
-def _batch(rows: list[tuple[str, str, int, int | None]]) -> pa.RecordBatch:
-    return listing_batch([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows])

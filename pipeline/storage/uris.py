@@ -3,15 +3,33 @@ Must not know: any store or client.
 
 A URI is absolute, `scheme://rest`, and raw: it is never percent-encoded or percent-decoded, so a name with
 spaces, quotes, `#`, `?`, `%` or unicode in it stays as it is in the store. Local files are
-`file:///absolute/path`."""
+`file:///absolute/path`.
+
+A URI is valid UTF-8, and the names of local files may be any bytes. A byte that is not part of valid UTF-8, 0x80 to
+0xFF, is written as the character U+EF00 plus the byte, U+EF80 to U+EFFF, of Unicode's private use area. So that this
+can be undone, a name that really holds one of those characters has each of its three bytes written that way. Every
+name has one URI of its own, and its URI leads back to it. In Python the bytes of such a name are
+`b"".join(bytes([ord(c) - 0xEF00]) if 0xEF80 <= ord(c) <= 0xEFFF else c.encode() for c in name)`."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from urllib.parse import urlsplit
 
 from pipeline.errors import UsageError
 
+_ESCAPE = 0xEF00
+_ESCAPED = re.compile("[\uef80-\uefff]+")
+_SURROGATES = re.compile("[\udc80-\udcff]+")  # how Python's paths hold such bytes
+_UNWRITABLE = re.compile("[\uef80-\uefff\udc80-\udcff]+")
+# Parameters by which stores sign an address (AWS, Google, CloudFront, Azure, Alibaba), and what sounds like a secret.
+_SECRET_PARAMETER = re.compile(
+    r"(?:x-(?:amz|goog|oss)-[^=]*|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid|s[vreptk]|sip|spr|sdd|sig"
+    r"|sk[a-z]+|ss|srt|[^=]*(?:sign|token|secret|passw|key|auth|cred|session)[^=]*)(?:=|\Z)",
+    re.IGNORECASE,
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
@@ -26,10 +44,16 @@ def normalize_uri(text: str) -> str:
     if text.startswith("file:") and not text.startswith("file://"):
         text = "file://" + text[len("file:") :]
     if _SCHEME.match(text):
+        text = _SURROGATES.sub(_escape, text)
         if text.startswith("file://") and not text.startswith("file:///"):
             raise UsageError(f"{text!r} is not absolute; write file:///folder/name with three slashes, or a plain path")
         return text
-    return "file://" + os.path.abspath(os.path.expanduser(text))
+    return file_uri(os.path.abspath(os.path.expanduser(text)))
+
+
+def file_uri(path: str) -> str:
+    """The URI of an absolute path, as `os` gives it."""
+    return "file://" + (path if path.isascii() else _UNWRITABLE.sub(_escape, path))
 
 
 def uri_scheme(uri: str) -> str:
@@ -51,15 +75,64 @@ def uri_name(uri: str) -> str:
 
 
 def local_path(uri: str) -> str:
-    """`/x` of `file:///x`, raw. Raises UsageError for another scheme or a relative path."""
+    """`/x` of `file:///x`, for `os`. Raises UsageError for another scheme or a relative path."""
     if not uri.startswith("file:///"):
         raise UsageError(f"{uri!r} is not a local file; expected file:///absolute/path")
-    return uri[len("file://") :]
+    return path_text(uri[len("file://") :])
+
+
+def path_text(text: str) -> str:
+    """A part of a local URI as `os` wants it."""
+    if text.isascii() or not _ESCAPED.search(text):
+        return text
+    # All at once: bytes that were written one by one may be a character together.
+    return os.fsdecode(_ESCAPED.sub(_unescape, text).encode("utf-8", "surrogateescape"))
 
 
 def duckdb_path(uri: str) -> str:
-    """What DuckDB is to be given for this URI: local files by their path, everything else unchanged."""
-    return local_path(uri) if uri.startswith("file://") else uri
+    """What DuckDB is to be given for this URI: local files by their path, everything else unchanged. Raises UsageError
+    for a path that is not UTF-8."""
+    if not uri.startswith("file://"):
+        return uri
+    path = local_path(uri)
+    if _SURROGATES.search(path):
+        raise UsageError(f"{uri!r}: DuckDB cannot read a path that is not UTF-8; rename the folder")
+    return path
+
+
+def check_web_address(uri: str) -> None:
+    """Raises UsageError where an `http://` or `https://` URI names no host, or nothing that could be one."""
+    shown = without_secrets(uri)
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"{shown!r} is no web address: {error}") from error
+    if not host:
+        raise UsageError(f"{shown!r} names no host; expected {parts.scheme}://host/path")
+
+
+def without_secrets(uri: str) -> str:
+    """`uri` fit to be shown: a web address may carry a password or a signature, a key of a bucket may not. Elsewhere
+    what precedes an `@` may be a container's name; what follows a colon in it is a password."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme in ("file", "s3", "gs", "memory"):
+        return uri
+    place, query, _ = rest.partition("?")
+    host, slash, path = place.partition("/")
+    user, at, host = host.rpartition("@")
+    user = "" if scheme.lower() in ("http", "https") else user.partition(":")[0] + at
+    return f"{scheme}://{user}{host}{slash}{path}{'?…' if query else ''}"
+
+
+def recorded_uri(uri: str) -> str:
+    """`without_secrets(uri)`, with a digest of those parts of its query that say what is asked for: it stays the same
+    when the address is signed anew, and tells `?id=1` from `?id=2`."""
+    shown = without_secrets(uri)
+    if not shown.endswith("?…"):
+        return shown
+    asked = [part for part in uri.partition("?")[2].split("&") if not _SECRET_PARAMETER.match(part)]
+    return shown + hashlib.sha256("&".join(asked).encode()).hexdigest()[:8] if asked else shown
 
 
 def clean_etag(etag: str | None) -> str:
@@ -67,3 +140,11 @@ def clean_etag(etag: str | None) -> str:
     if not etag:
         return ""
     return etag.removeprefix("W/").strip('"')
+
+
+def _escape(found: re.Match[str]) -> str:
+    return "".join(chr(_ESCAPE + byte) for byte in found[0].encode("utf-8", "surrogateescape"))
+
+
+def _unescape(found: re.Match[str]) -> str:
+    return bytes(ord(character) - _ESCAPE for character in found[0]).decode("ascii", "surrogateescape")

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import pickle
+import random
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,23 +21,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chaos.faultproxy import FaultProxy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import (
     LISTING_SCHEMA,
     Storage,
+    check_web_address,
     clean_etag,
     duckdb_path,
+    file_uri,
     join_uri,
     local_path,
     normalize_uri,
     open_storage,
+    recorded_uri,
     uri_name,
     uri_scheme,
+    without_secrets,
 )
 from pipeline.storage.blob import DigestCheck, failure_text
+from pipeline.storage.bucket_listing import BucketListing, KeyRange
 from pipeline.storage.failures import is_refusal
-from pipeline.storage.parallel import merge
+from pipeline.storage.parallel import Jobs, spread
 
 ODD_NAMES = [
     "a b.jpg",
@@ -254,6 +263,64 @@ class TestUris:
     def test_etags(self, etag: str | None, clean: str) -> None:
         assert clean_etag(etag) == clean
 
+    @given(
+        name=st.one_of(
+            st.binary(min_size=1), st.text(min_size=1, alphabet="a\u00e9\uef7f\uef80\uefff\uf000").map(str.encode)
+        )
+    )
+    def test_every_path_has_a_uri_that_leads_back_to_it(self, name: bytes) -> None:
+        path = os.fsdecode(b"/" + name.replace(b"/", b"").replace(b"\0", b""))
+        uri = file_uri(path)
+        assert uri.encode().decode() == uri
+        assert os.fsencode(local_path(uri)) == os.fsencode(path)
+        assert normalize_uri(uri) == uri
+        written = b"".join(
+            bytes([ord(c) - 0xEF00]) if 0xEF80 <= ord(c) <= 0xEFFF else c.encode() for c in uri.removeprefix("file://")
+        )
+        assert written == os.fsencode(path)
+
+    def test_escapes_are_as_documented(self) -> None:
+        assert file_uri(os.fsdecode(b"/caf\xe9")) == "file:///caf\uefe9"
+        assert file_uri("/\uef80") == "file:///\uefee\uefbe\uef80"
+        assert normalize_uri(os.fsdecode(b"file:///caf\xe9")) == normalize_uri(os.fsdecode(b"/caf\xe9"))
+        with pytest.raises(UsageError, match="not UTF-8"):
+            duckdb_path("file:///caf\uefe9")
+
+    @pytest.mark.parametrize(
+        ("uri", "shown"),
+        [
+            ("https://user:pass@host/a.csv?X-Amz-Signature=1&b=2", "https://host/a.csv?…"),
+            ("https://token@host/a.csv", "https://host/a.csv"),
+            ("sftp://user:pass@host/a", "sftp://user@host/a"),
+            ("abfs://container@account.dfs.core.windows.net/a b", "abfs://container@account.dfs.core.windows.net/a b"),
+            ("s3://b/k?x=1@y", "s3://b/k?x=1@y"),
+            ("file:///a?b@c", "file:///a?b@c"),
+        ],
+    )
+    def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
+        assert without_secrets(uri) == shown
+
+    def test_an_address_that_is_signed_anew_is_recorded_alike(self) -> None:
+        plain = "https://host/list.csv"
+        aws = plain + "?X-Amz-Credential=AKIA%2F2026&X-Amz-Date={0}&X-Amz-Expires=60&X-Amz-Signature={0}"
+        azure = plain + "?sv=2025&sr=b&sp=r&se={0}&sig={0}"
+        for signed in (aws, azure, plain + "?AWSAccessKeyId=A&Expires={0}&Signature={0}", plain + "?token={0}"):
+            assert recorded_uri(signed.format("one")) == recorded_uri(signed.format("two")) == plain + "?…"
+        asked = [recorded_uri(f"{plain}?id={n}&X-Amz-Signature={secret}") for n in (1, 2) for secret in ("abc", "def")]
+        assert asked[0] == asked[1] != asked[2] == asked[3]
+        assert asked[0].startswith(plain + "?…") and "abc" not in asked[0]
+        for uri in ("s3://b/k?token=1", "file:///a?token=1", plain):
+            assert recorded_uri(uri) == uri
+
+    @pytest.mark.parametrize(
+        "uri", ["http:///", "https://", "http:///a.jpg", "http://h:99999/a", "http://[::1/a", "http://:80/a"]
+    )
+    def test_what_is_no_web_address(self, uri: str) -> None:
+        with pytest.raises(UsageError):
+            check_web_address(uri)
+        with pytest.raises(UsageError):
+            open_storage("https://host").get(uri.replace("http:", "https:"))
+
     def test_an_unknown_scheme_says_what_to_do(self) -> None:
         with pytest.raises(UsageError, match=r"'nosuch'.*install"):
             open_storage("nosuch://x/y")
@@ -359,10 +426,49 @@ class TestDisk:
         with open(folder + b"/im\xff.jpg", "wb") as file:
             file.write(b"data")
         (uri,) = listed(disk, disk.root)
-        assert uri == f"{disk.root}/caf\ufffd/im\ufffd.jpg"
+        assert uri == f"{disk.root}/caf\uefe9/im\uefff.jpg"
         assert disk.get(uri).data == b"data"
         assert disk.head(uri).size_bytes == 4
-        assert kind_of(lambda: disk.get(f"{disk.root}/caf\ufffd/other\ufffd.jpg")) == "missing"
+        assert kind_of(lambda: disk.get(f"{disk.root}/caf\uefe9/other\uefff.jpg")) == "missing"
+
+    def test_names_that_differ_in_their_odd_bytes_only(self, disk: Storage, tmp_path: Path) -> None:
+        names = [b"\xe9.jpg", b"\xe8.jpg", b"\xff\xfe.jpg", "\ufffd.jpg".encode(), "\uef80.jpg".encode(), b"\x80.jpg"]
+        for name in names:
+            with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+                file.write(name)
+        rows = listed(disk, disk.root)
+        assert len(rows) == len(names)
+        assert {disk.get(uri).data for uri in rows} == set(names)
+        for uri, row in rows.items():
+            uri.encode()
+            assert disk.head(uri).etag == disk.get(uri).etag == row["etag"]
+        for uri in list(rows):
+            disk.put(uri, b"replaced")
+            disk.delete(uri)
+        assert os.listdir(tmp_path) == ["_tmp"]
+
+    def test_folders_are_read_side_by_side_where_the_disk_is_slow(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for n in range(40):
+            (tmp_path / f"{n}").mkdir()
+            (tmp_path / f"{n}" / "x").write_bytes(b"")
+        scandir = os.scandir
+        busy, most = [0], [0]
+
+        def slow(path: str) -> Any:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+            time.sleep(0.02)
+            busy[0] -= 1
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", slow)
+        assert len(listed(disk, disk.root, parallel=4)) == 40
+        assert most == [4]
+        most[0] = 0
+        assert len(listed(disk, disk.root, parallel=1)) == 40
+        assert most == [1]
 
     def test_missing_and_unreadable_folders(
         self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -505,6 +611,44 @@ class TestRemote:
             storage.put(f"{storage.root}/{n % 3}/{n}", b"x")
         assert len(listed(storage, storage.root)) == 10
 
+    def test_folders_are_listed_side_by_side_and_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage = open_storage(f"memory://{uuid.uuid4().hex}")
+        for n in range(30):
+            storage.put(f"{storage.root}/{n % 10}/{n}", b"x")
+        files = storage.filesystem()
+        ls = files.ls
+        asked: list[str] = []
+        forgotten: list[str] = []
+        threads = set()
+
+        def slow(path: str, detail: bool) -> Any:
+            threads.add(threading.current_thread().name)
+            asked.append(path)
+            time.sleep(0.02)
+            return ls(path, detail=detail)
+
+        monkeypatch.setattr(files, "ls", slow)
+        monkeypatch.setattr(files, "invalidate_cache", forgotten.append)
+        assert len(listed(storage, storage.root, parallel=4)) == 30
+        assert len(threads) == 4 and len(asked) == 11 and sorted(asked) == sorted(forgotten)
+
+    def test_a_folder_that_cannot_be_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage = open_storage(f"memory://{uuid.uuid4().hex}")
+        for n in range(3):
+            storage.put(f"{storage.root}/{n}/x", b"x")
+        files = storage.filesystem()
+        ls = files.ls
+
+        def refuse(path: str, detail: bool) -> Any:
+            if path.endswith("/1"):
+                raise PermissionError("no")
+            return ls(path, detail=detail)
+
+        monkeypatch.setattr(files, "ls", refuse)
+        with pytest.raises(StorageError, match=f"list '{storage.root}/1'") as caught:
+            list(storage.list(storage.root))
+        assert caught.value.kind == "denied"
+
     def test_duckdb_reads_through_it(self) -> None:
         import duckdb
 
@@ -528,6 +672,161 @@ class TestRemote:
 )
 def test_what_is_worth_another_try(text: str, refused: bool) -> None:
     assert is_refusal(OSError(text)) is refused
+
+
+#: For pages of 50: two folders of several pages, one of them deep down, small ones, and files beside them.
+LARGE_TREE = [
+    *(f"a/{n:04}" for n in range(170)),
+    *(f"b/{n:02}/x" for n in range(40)),
+    *(f"c/deep/er/{n:04}" for n in range(110)),
+    "c/deep0",
+    "c0",
+    "d",
+]
+
+
+def fill(storage: Storage, keys: list[str]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: storage.put(f"{storage.root}/{key}", b"x"), keys))
+
+
+def check_listing_requests(requests: list[str], parallel: int) -> None:
+    """The server's own pages hold all of it: one request, and one for each range that was cut off."""
+    prefixes = Counter(request.partition("prefix=")[2].partition("&")[0] for request in requests)
+    assert all(request.startswith("GET ") for request in requests)
+    if parallel == 1:
+        assert prefixes == {"": 1}
+    else:
+        assert {"", "a%2F", "c%2Fdeep%2Fer%2F"} <= set(prefixes)
+        assert all("start-after=" in request or "delimiter=" in request for request in requests[1:])
+        assert len(requests) <= 30
+
+
+class TestBucketListing:
+    """Over obstore's own store in memory, which sorts and pages as the others do."""
+
+    @staticmethod
+    def read(keys: list[str], prefix: str, parallel: int, seen: list[KeyRange] | None = None) -> list[str]:
+        import obstore
+        from obstore.store import MemoryStore
+
+        store = MemoryStore()
+        for key in keys:
+            obstore.put(store, key, b"x")
+        listing = BucketListing("t://b/", lambda: store, lambda *_: pytest.fail("an odd key"), lambda uri: True)
+
+        def read(jobs: Jobs[KeyRange]) -> Iterator[pa.RecordBatch]:
+            def note() -> Iterator[KeyRange]:
+                for job in jobs:
+                    if seen is not None:
+                        seen.append(job)
+                    yield job
+
+            watched: Any = type("Watched", (), {"__iter__": lambda _: note(), "add": jobs.add, "hungry": jobs.hungry})()
+            return listing.read(watched)
+
+        batches = spread(Jobs([KeyRange(prefix)], readers=parallel), read, parallel=parallel)
+        return [uri for batch in batches for uri in batch["uri"].to_pylist()]
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        names=st.sets(
+            st.lists(
+                st.sampled_from(["a", "b", "b0", "B-", "b.x", "é", "\U0010ffff", "z"]), min_size=1, max_size=5
+            ).map("/".join),
+            max_size=60,
+        ),
+        prefix=st.sampled_from(["", "a/", "b/", "b/a/"]),
+        parallel=st.sampled_from([1, 2, 5]),
+        page=st.sampled_from([1, 2, 7]),
+        pieces=st.sampled_from([1, 3, 32]),
+    )
+    def test_every_key_once(self, names: set[str], prefix: str, parallel: int, page: int, pieces: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.storage.bucket_listing._PIECES", pieces)
+            patch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", page)
+            found = self.read(sorted(names), prefix, parallel)
+        assert sorted(found) == sorted(f"t://b/{name}" for name in names if name.startswith(prefix))
+
+    def test_what_is_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", 3)
+        keys = [f"x/{folder}/{n}" for folder in ("a", "b", "c") for n in range(9)]
+        seen: list[KeyRange] = []
+        assert len(self.read(keys, "", 8, seen)) == len(keys)
+        assert seen[0] == KeyRange("")
+        cut = {KeyRange("x/a/", "x/a/2\0"), KeyRange("x/", "x/a0", level="wanted"), KeyRange("", "x0", level="wanted")}
+        assert cut <= set(seen)
+        assert {KeyRange("x/", "x/b/", "x/c/", "one"), KeyRange("x/", "x/c/", "", "one")} <= set(seen)
+        assert len(seen) == 1 + 3 + 3
+        seen.clear()
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PIECES", 1)
+        assert len(self.read(keys, "", 8, seen)) == len(keys)
+        assert KeyRange("x/", "x/b/", "", "known") in seen
+        seen.clear()
+        assert len(self.read(keys, "", 1, seen)) == len(keys)
+        assert seen == [KeyRange("")]
+
+    def test_a_level_that_takes_too_long_is_listed_all_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import asyncio
+
+        cancelled = []
+
+        async def endless(*_: object, **__: object) -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(1)
+                raise
+
+        monkeypatch.setattr("obstore.list_with_delimiter_async", endless)
+        monkeypatch.setattr("pipeline.storage.bucket_listing._LEVEL_TIMEOUT_S", 0.05)
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", 3)
+        keys = [f"{folder}/{n}" for folder in ("a", "b", "c") for n in range(9)]
+        assert sorted(self.read(keys, "", 8)) == [f"t://b/{key}" for key in keys]
+        assert cancelled
+
+
+@pytest.mark.s3
+class TestGoogle:
+    """gs:// against the S3 server: Google's XML API lists, looks and reads as S3 does. Its writes and its errors
+    differ, and are not shown by this."""
+
+    @pytest.fixture
+    def bucket(self, s3_client: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+        name = f"test{uuid.uuid4().hex[:16]}"
+        s3_client.create_bucket(Bucket=name, ACL="public-read")
+        with FaultProxy(int(s3_server.rpartition(":")[2])) as proxy:
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{proxy.port}")
+            self.proxy, self.client = proxy, s3_client
+            yield open_storage(f"gs://{name}")
+
+    def write(self, bucket: Storage, keys: list[str]) -> None:
+        name = bucket.root.removeprefix("gs://")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda key: self.client.put_object(Bucket=name, Key=key, Body=b"x", ACL="public-read"), keys))
+
+    @pytest.mark.parametrize("parallel", [1, 8])
+    def test_listing(self, bucket: Storage, parallel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.write(bucket, LARGE_TREE)
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", 50)
+        rows = listed(bucket, bucket.root, parallel=parallel)
+        assert set(rows) == {f"{bucket.root}/{key}" for key in LARGE_TREE}
+        check_listing_requests(self.proxy.requests, parallel)
+        info = bucket.head(f"{bucket.root}/c0")
+        assert rows[f"{bucket.root}/c0"] == {"uri": f"{bucket.root}/c0"} | info._asdict()
+        assert info.etag == hashlib.md5(b"x").hexdigest()
+        inside = {f"{bucket.root}/{key}" for key in LARGE_TREE if key.startswith("c/")}
+        assert set(listed(bucket, bucket.root + "/c", parallel=parallel)) == inside
+
+    def test_reading(self, bucket: Storage) -> None:
+        names = [name for name in ODD_NAMES if "\t" not in name]
+        self.write(bucket, names)
+        self.proxy.inject("flip", limit=1, match="GET")
+        for name in names:
+            assert bucket.get(f"{bucket.root}/{name}").data == b"x", name
+        assert self.proxy.hits["flip"] == 1
+        assert set(listed(bucket, bucket.root)) == {f"{bucket.root}/{name}" for name in names}
+        assert kind_of(lambda: bucket.get(f"{bucket.root}/{S3_ONLY_NAMES[0]}")) == "fetch_failed"
 
 
 @pytest.mark.s3
@@ -575,7 +874,7 @@ class TestS3:
         assert listed(bucket, bucket.root + "/photos", parallel=parallel) == found
 
     def test_pages(self, bucket: Storage, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipeline.storage.bucket._LIST_CHUNK", 300)
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", 300)
         for n in range(1050):
             bucket.put(f"{bucket.root}/flat/{n:04}", b"x")
         s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat2/x", Body=b"x")
@@ -583,6 +882,17 @@ class TestS3:
         assert len(listed(bucket, bucket.root)) == 1051
         s3_client.put_object(Bucket=bucket.root.removeprefix("s3://"), Key="flat/0500//odd", Body=b"x")
         assert len(listed(bucket, bucket.root + "/flat")) == 1051
+
+    @pytest.mark.parametrize("parallel", [1, 8])
+    def test_folders_of_many_pages_are_listed_side_by_side(
+        self, bucket: Storage, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, parallel: int
+    ) -> None:
+        fill(bucket, LARGE_TREE)
+        fault_proxy.clear()
+        storage = open_storage(bucket.root)
+        monkeypatch.setattr("pipeline.storage.bucket_listing._PAGE_ROWS", 50)
+        assert set(listed(storage, bucket.root, parallel=parallel)) == {f"{bucket.root}/{key}" for key in LARGE_TREE}
+        check_listing_requests(fault_proxy.requests, parallel)
 
     def test_a_missing_bucket(self, s3_environment: str) -> None:
         storage = open_storage("s3://no-such-bucket-here")
@@ -636,10 +946,24 @@ class TestS3:
         monkeypatch.setenv("AWS_PROFILE", "lab")
         assert open_storage(bucket.root).get(bucket.root + "/x.csv").data == b"x\n1\n"
 
+    def test_an_unknown_profile_of_the_environment(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_PROFILE", "nobody")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        with pytest.raises(UsageError, match="'nobody'"):
+            open_storage(s3_bucket).get(s3_bucket + "/x")
+
+    def test_an_unknown_profile_is_told_the_known_ones(
+        self, tmp_path: Path, s3_environment: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "config").write_text("[profile lab]\nregion = eu-west-1\n[default]\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        with pytest.raises(UsageError, match=r"'nobody'.* default, lab\Z"):
+            open_storage(f"file://{tmp_path}", profile="nobody")
+        open_storage(f"file://{tmp_path}", profile="lab")
+
     def test_an_unknown_profile(self, s3_bucket: str) -> None:
-        with pytest.raises(StorageError, match="'nobody'") as caught:
-            open_storage(s3_bucket, profile="nobody").get(s3_bucket + "/x")
-        assert caught.value.kind == "denied"
+        with pytest.raises(UsageError, match="'nobody'"):
+            open_storage(s3_bucket, profile="nobody")
 
     def test_no_credentials(self, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -828,6 +1152,40 @@ class TestS3Faults:
             assert file.read(1 << 20) == large[1 << 20 : 2 << 20]
         assert sum(fault_proxy.hits.values()) == 7
 
+    @pytest.mark.parametrize("read", ["get", "cat_file", "open", "readall"])
+    def test_a_flipped_bit_of_a_large_object_is_noticed(
+        self, bucket: Storage, fault_proxy: FaultProxy, read: str
+    ) -> None:
+        large = os.urandom((1 << 20) + 1)
+        uri = bucket.root + "/large"
+        bucket.put(uri, large)
+        fault_proxy.clear()
+        fault_proxy.inject("flip", limit=1, match="GET .*/large")
+        files = bucket.filesystem()
+        assert files is not None
+        calls: dict[str, Callable[[], bytes]] = {
+            "get": lambda: bucket.get(uri).data,
+            "cat_file": lambda: files.cat_file(uri),
+            "open": lambda: files.open(uri).read(),
+            "readall": lambda: files.open(uri).readall(),
+        }
+        assert calls[read]() == large
+        assert fault_proxy.hits["flip"] == 1
+
+    def test_a_large_object_whose_etag_is_no_digest_is_fetched_twice(
+        self, bucket: Storage, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        large = os.urandom((1 << 20) + 1)
+        bucket.put(bucket.root + "/large", large)
+        monkeypatch.setattr("pipeline.storage.bucket.clean_etag", lambda etag: "0" * 32)
+        fault_proxy.clear()
+        files = bucket.filesystem()
+        assert files is not None
+        assert files.cat_file(bucket.root + "/large") == large
+        assert [request.split(" ")[0] for request in fault_proxy.requests] == ["HEAD", "GET", "GET"]
+        assert files.cat_file(bucket.root + "/large", 5, -3) == large[5:-3]
+        assert files.cat_file(bucket.root + "/large", -9) == large[-9:]
+
     def test_one_in_ten_of_everything(self, bucket: Storage, fault_proxy: FaultProxy) -> None:
         for kind in ("unavailable", "reset_before", "reset_after", "truncate", "flip"):
             fault_proxy.inject(kind, probability=0.1, match="(GET|PUT) .*/data")
@@ -928,7 +1286,15 @@ class TestDigestCheck:
         assert check.enabled
 
 
-class TestMerge:
+def merge(streams: list[Callable[[], Iterator[int]]], *, parallel: int) -> Iterator[int]:
+    def read(jobs: Jobs[Callable[[], Iterator[int]]]) -> Iterator[int]:
+        for stream in jobs:
+            yield from stream()
+
+    return spread(Jobs(streams, readers=parallel), read, parallel=parallel)
+
+
+class TestSpread:
     def test_everything_arrives(self) -> None:
         streams = [lambda n=n: iter(range(n * 100, n * 100 + 100)) for n in range(20)]
         assert sorted(merge(streams, parallel=4)) == list(range(2000))
@@ -961,6 +1327,60 @@ class TestMerge:
                 thread.join(5)
         assert not names & {thread.name for thread in threading.enumerate()}
         assert len(read) < 20  # they never ran far ahead
+
+    def test_jobs_are_found_while_others_are_done(self) -> None:
+        """A tree of numbers: n leads to 10 n ... 10 n + 9, below 10,000."""
+
+        def read(jobs: Jobs[int]) -> Iterator[int]:
+            for n in jobs:
+                yield n
+                if n < 1000:
+                    jobs.add(*(10 * n + digit for digit in range(10) if n or digit))
+
+        for parallel in (1, 2, 8):
+            assert sorted(spread(Jobs([0], readers=parallel), read, parallel=parallel)) == list(range(10_000))
+
+    def test_readers_flush_at_their_end(self) -> None:
+        def read(jobs: Jobs[int]) -> Iterator[list[int]]:
+            kept = []
+            for n in jobs:
+                kept.append(n)
+                time.sleep(random.random() / 1000)
+                if n < 100:
+                    jobs.add(n + 100, n + 200)
+            yield kept
+
+        found = [n for some in spread(Jobs(range(100), readers=4), read, parallel=4) for n in some]
+        assert sorted(found) == list(range(300))
+
+    def test_more_readers_come_when_they_are_allowed(self) -> None:
+        both = threading.Barrier(2, timeout=10)
+
+        def read(jobs: Jobs[str]) -> Iterator[str]:
+            for job in jobs:
+                if job == "first":
+                    assert not jobs.hungry()
+                    jobs.add("other")
+                    jobs.widen(2)
+                both.wait()
+                yield job
+
+        assert sorted(spread(Jobs(["first"], readers=1), read, parallel=2)) == ["first", "other"]
+
+    def test_an_error_ends_readers_that_wait(self) -> None:
+        def read(jobs: Jobs[int]) -> Iterator[int]:
+            for n in jobs:
+                if n == 0:
+                    time.sleep(0.1)
+                    raise StorageError("broken", kind="denied")
+                yield n
+
+        with pytest.raises(StorageError, match="broken"):
+            list(spread(Jobs([0, 1, 2], readers=3), read, parallel=3))
+        for thread in threading.enumerate():
+            if thread.name.startswith("list-"):
+                thread.join(5)
+                assert not thread.is_alive()
 
 
 def test_failure_text_hides_what_may_be_secret() -> None:
