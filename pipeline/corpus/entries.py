@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
-from pipeline.storage import LISTING_SCHEMA, Storage, join_uri, local_path, uri_scheme
+from pipeline.storage import LISTING_SCHEMA, Storage, join_uri, local_path, uri_scheme, without_secrets
 
 ENTRY_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 URI_COLUMNS = ("uri", "image_uri", "path", "url")
@@ -37,27 +38,38 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
     Raises UsageError for a file that cannot be read as what its suffix says, that has no column for the URI,
     or in which a row has none. Local files are read piece by piece; remote ones are fetched whole first.
     """
-    folder = uri.rpartition("/")[0]
+    shown = without_secrets(uri)
+    folder = _location(uri).rpartition("/")[0]
     row = 0
     try:
         with open_bytes(uri, storage) as stream:
-            for batch in _READERS[_suffix(uri)](stream):
+            for batch in _READERS[posixpath.splitext(file_name(uri))[1]](stream):
                 columns = {name: batch.column(name) for name in batch.schema.names}
                 rows = _rows(columns, folder)
                 missing = pc.index(rows.column("uri"), "").as_py()
                 if missing >= 0:
-                    raise UsageError(f"the manifest {uri!r} has no URI in row {row + missing + 1}; remove that row")
+                    raise UsageError(f"the manifest {shown!r} has no URI in row {row + missing + 1}; remove that row")
                 row += batch.num_rows
                 yield rows
     except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, _EntryError) as error:
         text = str(error).partition("\n")[0]
-        raise UsageError(f"the manifest {uri!r} cannot be read near row {row + 1}: {text}") from error
+        raise UsageError(f"the manifest {shown!r} cannot be read near row {row + 1}: {text}") from error
+
+
+def file_name(uri: str) -> str:
+    """The last part of `uri` in lower case: what tells a manifest by its suffix."""
+    return _location(uri).rpartition("/")[2].lower()
+
+
+def _location(uri: str) -> str:
+    """`uri`, of a web address without the query, which is not part of the name."""
+    return uri.partition("?")[0] if uri_scheme(uri) in ("http", "https") else uri
 
 
 def open_bytes(uri: str, storage: Storage) -> pa.NativeFile:
     """The bytes of `uri` as a random access file; a local file is not held in memory."""
     if uri_scheme(uri) == "file":
-        return pa.OSFile(local_path(uri), "rb")
+        return pa.OSFile(os.fsencode(local_path(uri)), "rb")
     return pa.BufferReader(storage.get(uri).data)
 
 
@@ -124,10 +136,6 @@ def _tidy(uri: str) -> str:
     """Without `.`, `..` and empty segments, as a path on a disk would be resolved."""
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{posixpath.normpath(rest)}"
-
-
-def _suffix(uri: str) -> str:
-    return posixpath.splitext(uri)[1].lower()
 
 
 def _read_parquet(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

@@ -8,6 +8,7 @@ with the corpus.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import uuid
@@ -22,24 +23,31 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import DEFAULT_SUFFIXES
-from pipeline.corpus.entries import ENTRY_SUFFIXES, read_entries
+from pipeline.corpus.entries import ENTRY_SUFFIXES, file_name, read_entries
 from pipeline.corpus.inventory import read_inventory
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import (
     LISTING_SCHEMA,
     ObjectInfo,
     Storage,
+    check_web_address,
+    file_uri,
     local_path,
     normalize_uri,
     open_storage,
+    path_text,
     uri_scheme,
+    without_secrets,
 )
+
+log = logging.getLogger(__name__)
 
 MANIFEST_SCHEMA = LISTING_SCHEMA
 
 _ROWS_PER_GROUP = 100_000
 _HEAD_THREADS = 32
 _GLOB = re.compile(r"[*?\[]")
+_WEB = ("http", "https")
 
 
 class Corpus(NamedTuple):
@@ -73,7 +81,8 @@ def read_source(
     in which no part below the folder begins with a dot. A URI that a manifest names always has its row.
 
     Rows for which no etag is known are filled by a HEAD each, `head_threads` at a time; where the image is
-    missing or denied, or its store does not answer, the etag is "" and the size null: the run will say which.
+    missing or denied, its store does not answer, or no store can have it (an unknown scheme, no host), the
+    etag is "" and the size null: the run will say which.
 
     Raises UsageError where SOURCE does not exist, cannot be understood, or gives no rows; StorageError where
     the store fails. Changes nothing but `scratch`; safe to retry.
@@ -83,6 +92,8 @@ def read_source(
     uri = normalize_uri(source)
     if uri_scheme(uri) == "file":
         uri = normalize_uri(local_path(uri))
+    if uri_scheme(uri) in _WEB:
+        _check_page(uri)
     storage = open_storage(uri, profile=profile)
     batches, full_listing, hint = _batches(uri, storage, tuple(s.lower() for s in suffixes), profile)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -97,7 +108,7 @@ def read_source(
         path.unlink(missing_ok=True)
         if error.errno is not None:
             raise
-        raise UsageError(f"{uri} could not be read: {error}") from error
+        raise UsageError(f"{without_secrets(uri)} could not be read: {error}") from error
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -108,26 +119,37 @@ def _batches(
     uri: str, storage: Storage, suffixes: tuple[str, ...], profile: str | None
 ) -> tuple[Iterable[pa.RecordBatch], bool, str]:
     """(rows, whether they are a full listing, what to say where there are none)."""
-    empty = f"the manifest {uri!r} names no images"
-    no_images = f"no images in {uri!r}: no name in it ends in {' '.join(suffixes)}"
+    shown = without_secrets(uri)
+    empty = f"the manifest {shown!r} names no images"
+    no_images = f"no images in {shown!r}: no name in it ends in {' '.join(suffixes)}"
     found = _find(uri, storage)
     if found == "folder":
         return _listing(uri, storage, None, suffixes), True, no_images
     if found is not None:
-        if uri.lower().endswith(ENTRY_SUFFIXES):
+        if file_name(uri).endswith(ENTRY_SUFFIXES):
             return read_entries(uri, storage), False, empty
-        if uri.lower().endswith(".json"):
+        if file_name(uri).endswith(".json"):
             rows = read_inventory(uri, storage, profile=profile)
             return (_images(batch, "", suffixes) for batch in rows), False, empty
         return [_one_row(uri, found)], False, empty
-    if _GLOB.search(uri):
+    if _GLOB.search(uri) and not (uri_scheme(uri) in _WEB and "?" in uri):  # there it begins a query
         base, pattern = _split_glob(uri)
         if re.search(r"\.\w+\Z", pattern):
             suffixes = ()
         folders, rest = _glob_folders(base, pattern)
         listings = (_listing(folder, storage, rest, suffixes) for folder in folders)
-        return chain.from_iterable(listings), True, f"no images match {uri!r}"
-    raise UsageError(f"{uri!r} does not exist, or holds nothing")
+        return chain.from_iterable(listings), True, f"no images match {shown!r}"
+    raise UsageError(f"{shown!r} does not exist, or holds nothing")
+
+
+def _check_page(uri: str) -> None:
+    """Raises UsageError where a web address cannot be that of one file."""
+    check_web_address(uri)
+    if not uri.partition("?")[0].partition("://")[2].partition("/")[2].strip("/"):
+        raise UsageError(
+            f"{without_secrets(uri)!r} names no file: a web server cannot be listed; give the URL of one image or of a "
+            "manifest (.parquet, .csv, .jsonl, .txt)"
+        )
 
 
 def _find(uri: str, storage: Storage) -> ObjectInfo | str | None:
@@ -139,7 +161,7 @@ def _find(uri: str, storage: Storage) -> ObjectInfo | str | None:
     has_key = "/" in uri.partition("://")[2].rstrip("/")
     if has_key and not uri.endswith("/") and (info := _head(uri, storage)) is not None:
         return info
-    if uri_scheme(uri) in ("http", "https"):
+    if uri_scheme(uri) in _WEB:
         return None
     try:
         return "folder" if next(iter(storage.list(uri, parallel=1)), None) is not None else None
@@ -207,8 +229,8 @@ def _glob_folders(base: str, pattern: str) -> tuple[Iterable[str], str]:
     lead = list(takewhile(lambda segment: "**" not in segment, segments[:-1]))
     if uri_scheme(base) != "file" or not lead:
         return [base], pattern
-    found = glob.iglob(os.path.join(glob.escape(local_path(base)), *lead, ""))
-    return ("file://" + path.rstrip("/") for path in found), "/".join(segments[len(lead) :])
+    found = glob.iglob(os.path.join(glob.escape(local_path(base)), *map(path_text, lead), ""))
+    return (file_uri(path.rstrip("/")) for path in found), "/".join(segments[len(lead) :])
 
 
 def _regex(pattern: str) -> str:
@@ -261,7 +283,7 @@ class _EtagFiller:
     def __init__(self, profile: str | None, threads: int) -> None:
         self._profile = profile
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="head")
-        self._storages: dict[str, Storage] = {}
+        self._storages: dict[str, Storage | None] = {}
 
     def __enter__(self) -> _EtagFiller:
         return self
@@ -297,16 +319,24 @@ class _EtagFiller:
             columns.append(pc.replace_with_mask(batch.column(field.name), unknown, values))
         return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
-    def _open(self, uri: str) -> Storage:
+    def _open(self, uri: str) -> Storage | None:
         scheme, _, rest = uri.partition("://")
         root = "file:///" if scheme == "file" else f"{scheme}://{rest.partition('/')[0]}"
         if root not in self._storages:
-            self._storages[root] = open_storage(root, profile=self._profile)
+            try:
+                self._storages[root] = open_storage(root, profile=self._profile)
+            except UsageError as error:
+                log.warning("%s", error)
+                self._storages[root] = None
         return self._storages[root]
 
     def _info(self, uri: str) -> ObjectInfo | StorageError | None:
-        """None for an image that is missing or denied; the error where its store does not answer."""
+        """None for an image that is missing or denied, or that no store can have; the error where its store does
+        not answer."""
+        storage = self._open(uri)
         try:
-            return self._open(uri).head(uri)
+            return storage.head(uri) if storage else None
+        except UsageError:
+            return None
         except StorageError as error:
             return error if error.kind == "fetch_failed" else None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -265,6 +266,57 @@ def test_a_missing_image_has_a_row_without_etag(read: Read, tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize("entries", [1, 3])
+def test_what_no_store_can_have_gets_its_row(read: Read, tmp_path: Path, entries: int) -> None:
+    folder = touch(tmp_path / "m", "a.jpg")
+    odd = [
+        "foo://x",
+        "foo://y/b.jpg",
+        "http:///c.jpg",
+        "http://h:99999/d.jpg",
+        "s3:///e.jpg",
+        "s3://b",
+        "file://host/f.jpg",
+    ]
+    for uri in odd:
+        (folder / "m.txt").write_text("\n".join([uri] * entries + ["a.jpg"]))
+        rows = rows_of(read(folder / "m.txt"))
+        assert [(row["uri"], row["etag"], row["size_bytes"]) for row in rows[:-1]] == [(uri, "", None)] * entries
+        assert rows[-1]["size_bytes"] == len("a.jpg")
+        (folder / "m.txt").write_text(uri)
+        assert uris_of(read(folder / "m.txt")) == [uri]
+
+
+def test_names_that_are_not_utf8(read: Read, tmp_path: Path) -> None:
+    names = [b"caf\xe9/a.jpg", b"caf\xe8/a.jpg", b"caf\xe9/\xff[1].jpg", "caf\ufffd/a.jpg".encode()]
+    for name in names:
+        path = os.path.join(os.fsencode(tmp_path), b"photos", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(name)
+    storage = open_storage(f"file://{tmp_path}")
+
+    def contents(source: str) -> set[bytes]:
+        corpus = read(source)
+        assert all(row["size_bytes"] for row in rows_of(corpus))
+        return {storage.get(uri).data for uri in uris_of(corpus)}
+
+    photos = f"{tmp_path}/photos"
+    assert contents(photos) == set(names)
+    assert contents(f"{photos}/caf?/a.jpg") == {names[0], names[1], names[3]}
+    e_acute = os.fsdecode(b"caf\xe9")
+    assert contents(f"{photos}/{e_acute}") == contents(f"{photos}/{e_acute}/*") == {names[0], names[2]}
+    assert contents(f"{photos}/{e_acute}/a.jpg") == {names[0]}
+    assert contents(f"file://{photos}/{e_acute}/a.jpg") == {names[0]}
+    assert contents(uris_of(read(f"{photos}/{e_acute}/a.jpg"))[0]) == {names[0]}
+    # A table's own URIs, as a manifest that lies in such a folder itself.
+    uris = uris_of(read(photos))
+    manifest = f"{photos}/{e_acute}/list.txt"
+    Path(manifest).write_text("\n".join([*uris, "a.jpg"]))
+    corpus = read(manifest)
+    assert len(uris_of(corpus)) == 5 and contents(manifest) == set(names)
+
+
 def test_a_store_that_fails_while_it_is_asked_fails_the_reading(
     read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +391,13 @@ def test_sources_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
         assert words in complaint(lambda name=name: read(tmp_path / name)), name
     assert "nosuchscheme" in complaint(lambda: read("nosuchscheme://a/b.jpg"))
     assert "SOURCE is empty" in complaint(lambda: read(" "))
-    (tmp_path / "scheme.txt").write_text("nosuchscheme://a/b.jpg\n")
-    assert "nosuchscheme" in complaint(lambda: read(tmp_path / "scheme.txt"))
     assert "name one bucket" in complaint(lambda: read("memory://buck*/a.jpg"))
+    for source in ("http:///", "https://", "http:///a.jpg"):
+        assert "names no host" in complaint(lambda source=source: read(source))
+    assert "names no file" in complaint(lambda: read("http://127.0.0.1/"))
+    assert "no web address" in complaint(lambda: read("https://127.0.0.1:99999/a.jpg"))
+    assert "'nobody'" in complaint(lambda: read("s3://bucket/photos", profile="nobody"))
+    assert "'nobody'" in complaint(lambda: read(tmp_path / "no images", profile="nobody"))
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -467,6 +523,11 @@ def test_one_file_and_a_manifest_over_http(read: Read, tmp_path: Path) -> None:
             rows = rows_of(read(f"{base}/list.csv"))
             assert [row["uri"] for row in rows] == [f"{base}/c.png", f"{base}/c.png", f"{base}/gone.png"]
             assert [row["size_bytes"] for row in rows] == [5, 5, None]
+            signed = read(f"{base}/list.csv?X-Amz-Credential=a/b&X-Amz-Signature=secret")
+            assert [row["uri"] for row in rows_of(signed)] == [row["uri"] for row in rows]
             assert "does not exist" in complaint(lambda: read(f"{base}/gone.png"))
+            (folder / "none.csv").write_text("url\n")
+            for name in ("gone.csv", "none.csv"):
+                assert "secret" not in complaint(lambda name=name: read(f"{base}/{name}?X-Amz-Signature=secret"))
         finally:
             server.shutdown()
