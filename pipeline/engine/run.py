@@ -45,7 +45,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.registry import Model, resolve
-from pipeline.storage import join_uri, normalize_uri, open_storage
+from pipeline.storage import join_uri, normalize_uri, open_storage, recorded_uri
 from pipeline.table.catalog import part_sizes, unreadable
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class _Segmentation:
     def _command(self, model: Model) -> Command:
         config = self._config
         return Command(
-            source=self._source if self._source.endswith("://") else self._source.rstrip("/"),
+            source=recorded_uri(self._source if self._source.endswith("://") else self._source.rstrip("/")),
             model_version=model.version,
             precision=config.precision,
             suffixes=config.suffixes,

@@ -132,6 +132,37 @@ def test_objects_that_are_not_there_are_rows(
     assert rows == case.calm
 
 
+def test_a_signed_address_leaves_no_signature_and_is_continued_when_signed_anew(
+    case: Case, source: str, dest: str, s3_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = sorted(case.calm)
+    bucket = source.split("/")[2]
+    lines = [f"{source}/{name}" for name in [*names, "never.jpg"]]
+    s3_client.put_object(Bucket=bucket, Key="lists/tonight.txt", Body="\n".join(lines).encode())
+    signed = [
+        s3_client.generate_presigned_url(
+            "get_object", Params={"Bucket": bucket, "Key": "lists/tonight.txt"}, ExpiresIn=expires_s
+        )
+        for expires_s in (600, 700)
+    ]
+    assert signed[0] != signed[1]
+    caplog.set_level("DEBUG", logger="pipeline")
+    texts: list[str] = []
+    first = case.segment(signed[0], dest, canary=len(lines), listen=lambda event: texts.append(event.text))
+    assert (first.state, len(pipeline.list_runs(dest))) == ("canary_failed", 1)
+    second = case.segment(signed[1], dest, max_error_rate=1.0, listen=lambda event: texts.append(event.text))
+    assert second.state == "done" and len(pipeline.list_runs(dest)) == 2  # the first, then `never.jpg` again
+    assert second.runs[0] == first.runs[0]
+    secrets = [url.partition("ignature=")[2].partition("&")[0] for url in signed]
+    pages = s3_client.list_objects_v2(Bucket=bucket, Prefix="masks/runs/")["Contents"]
+    written = [s3_client.get_object(Bucket=bucket, Key=page["Key"])["Body"].read() for page in pages]
+    assert any(b"lists/tonight.txt" in data for data in written)
+    for secret in secrets:
+        assert secret
+        assert not any(secret.encode() in data for data in written)
+        assert secret not in caplog.text + "".join(texts) + json.dumps(pipeline.list_runs(dest), default=str)
+
+
 def test_local_source_and_s3_dest(case: Case, dest: str) -> None:
     assert case.segment(str(case.images), dest).ok == IMAGES
     assert terminal_rows(dest) == case.calm
