@@ -1,6 +1,7 @@
 """Morphology on finished masks: opening, closing, holes and small regions, of class ids, instance labels and single
 masks. Owns: what these four mean where several classes or objects meet. Must not know: torch, networks, tables.
-Thread safe, deterministic. OpenCV releases the GIL, cc3d does not (docs/decisions/0008).
+Thread safe, deterministic; inputs are not written to, but may be handed back as they are. OpenCV releases the GIL, cc3d
+does not (docs/decisions/0008).
 
 The disk of radius r is {(x, y): x² + y² ≤ r²}. What lies outside the image is unknown, so it neither eats into a mask
 nor adds to it: in SciPy's terms, erosion has `border_value=1` and dilation `border_value=0`. Regions are 8-connected,
@@ -157,7 +158,7 @@ def _background_holes_filled(ids: NDArray[_Ids], max_area_px: int, background_id
 
 def _enclosed(mask: NDArray[np.uint8], max_area_px: int) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
     """By 4-connected region of a mask of 0 and 1, whether it is off the sides and within the area; and the regions."""
-    # Without OpenCV's statistics, which cost several times what the regions do.
+    # Without OpenCV's statistics, which take longer than the regions and a count of them.
     count, found = cv2.connectedComponents(mask, connectivity=4, ltype=cv2.CV_32S)
     regions = np.asarray(found, dtype=np.int32)
     enclosed = np.bincount(regions.ravel(), minlength=count) <= max_area_px
