@@ -95,7 +95,9 @@ def make_image(height: int, width: int, seed: int, *, bands: int = 3, dtype: str
     return (image.astype(np.float64) * scale).astype(dtype)
 
 
-def run(segmenter: Segmenter, slots: list[np.ndarray | None], canvas: tuple[int, int] | None = None) -> list[Prediction]:
+def run(
+    segmenter: Segmenter, slots: list[np.ndarray | None], canvas: tuple[int, int] | None = None
+) -> list[Prediction]:
     """Predictions of a batch of these images; an empty slot holds rubbish."""
     from models.preprocessing import picture_statistics, select_bands
 

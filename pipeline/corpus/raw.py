@@ -8,9 +8,19 @@ import cv2
 import numpy as np
 
 from pipeline.corpus import header
-from pipeline.corpus.decode import Decoded, decode, upright
+from pipeline.corpus.decode import Decoded, decode, peek, upright
 from pipeline.corpus.windows import open_windows
 from pipeline.errors import ImageError
+
+
+def peek_bands(data: bytes) -> tuple[int, int]:
+    """(height, width) as displayed, of whatever `read_bands` reads. Raises ImageError as `peek` does."""
+    if header.image_format(data) == "TIFF" and (reader := open_windows(data)) is not None:
+        try:
+            return reader.height, reader.width
+        finally:
+            reader.close()
+    return peek(data)
 
 
 def read_bands(data: bytes, *, max_pixels: int) -> Decoded:

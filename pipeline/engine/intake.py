@@ -15,8 +15,8 @@ from models.preprocessing import image_statistics, picture_statistics
 from models.preprocessing import select_bands as choose_bands
 from models.tiling import Window
 from pipeline.corpus.bands import select_bands, window_statistics
-from pipeline.corpus.decode import decode
-from pipeline.corpus.raw import read_bands
+from pipeline.corpus.decode import decode, peek
+from pipeline.corpus.raw import peek_bands, read_bands
 from pipeline.corpus.windows import WindowReader, decoded_windows, open_windows
 from pipeline.engine.forward import SegmenterLike
 from pipeline.engine.rows import Picture
@@ -38,6 +38,11 @@ class Placed(NamedTuple):
 def is_plain(preprocessing: Preprocessing) -> bool:
     """True for networks that take an image as a viewer shows it: 8-bit RGB."""
     return preprocessing.dtype == "uint8" and preprocessing.bands == (0, 1, 2)
+
+
+def size_of(segmenter: SegmenterLike, data: bytes) -> tuple[int, int]:
+    """(height, width) as displayed, from the header alone. Raises ImageError."""
+    return peek(data) if is_plain(segmenter.card.preprocessing) else peek_bands(data)
 
 
 def place_image(

@@ -28,11 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.mosaic import DetectionMosaic, Mosaic
 from models.tiling import Window
-from pipeline.corpus.decode import peek
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
-from pipeline.engine.intake import Tiles, place_image
+from pipeline.engine.intake import Tiles, place_image, size_of
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import WORLD_KINDS, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
@@ -300,7 +299,7 @@ class Stream:
         try:
             blob = self._fetched(work.uris[index], fetched)
             fetched_s = time.perf_counter()
-            height, width = peek(blob.data)
+            height, width = size_of(self._segmenter, blob.data)
             mosaic = self._segmenter.mosaic(height, width)
             if mosaic is not None:
                 tiled = _Tiled(work, index, blob._replace(data=b""), mosaic)

@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_networks import CLASSES, DETECTORS, HEAVY, SEMANTIC, distinct_network, make_image, run, small_card
+from small_networks import HEAVY, SEMANTIC, distinct_network, make_image, run, small_card
 
-from models.card import Card
-from models.masks import decode_rle
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from models.segmenter import Prediction, Segmenter
 

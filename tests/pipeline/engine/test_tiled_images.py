@@ -1,0 +1,232 @@
+"""Large images through the stream with real networks: tiles of many images in one batch, one row each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from models import segmenter as segmenter_module
+from models.architectures import build, card_for, untrained_card
+from models.card import Card, Preprocessing, TilePolicy
+from models.file import load_module
+from models.masks import decode_mask_png
+from models.overrides import with_settings
+from models.segmenter import Segmenter
+from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.storage import open_storage
+from pipeline.table.schema import WORK
+
+NUCLEI = Path(__file__).parents[3] / "examples" / "nuclei"
+ZOO = Path(__file__).parents[3] / "models" / "zoo" / "nuclei-unet.safetensors"
+TILES = TilePolicy(tile_px=64, overlap_px=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(card: Card, *, seed: int = 0) -> Segmenter:
+    torch.manual_seed(seed)
+    return Segmenter(build(card), card, device="cpu", precision="fp32")
+
+
+def smooth(height: int, width: int, *, bands: int = 3, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 255, (height // 8 + 2, width // 8 + 2, bands)).astype(np.uint8)
+    parts = [np.array(Image.fromarray(coarse[..., i]).resize((width, height))) for i in range(bands)]
+    return np.dstack(parts)
+
+
+def rows_of(model: Any, paths: list[Path], **config: Any) -> dict[str, dict[str, Any]]:
+    uris = [f"file://{path}" for path in paths]
+    columns = {
+        "uri": uris,
+        "etag": ["e"] * len(uris),
+        "size_bytes": [path.stat().st_size for path in paths],
+        "modified": [None] * len(uris),
+        "attempt": [1] * len(uris),
+    }
+    stream = Stream(
+        model, fetch=open_storage("file:///").get, config=StreamConfig(**config), stamp={"task": model.card.task}
+    )
+    rows: list[dict[str, Any]] = []
+    try:
+        stream.submit(pa.table(columns, schema=WORK), rows.extend).result(timeout=120)
+    finally:
+        stream.close()
+    assert len(rows) == len(paths)
+    return {Path(row["image_uri"]).name: row for row in rows}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[Path]:
+    """Images of one tile and of many, PNG and TIFF."""
+    paths = []
+    for index, (height, width) in enumerate([(150, 200), (60, 60), (64, 64), (65, 30), (40, 300), (129, 129)]):
+        path = tmp_path / (f"{index}.png" if index % 2 else f"{index}.tif")
+        pixels = smooth(height, width, seed=index)
+        if index % 2:
+            Image.fromarray(pixels).save(path)
+        else:
+            tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
+        paths.append(path)
+    return paths
+
+
+CARDS = {
+    "semantic": untrained_card("tiny", class_names=("a", "b", "c", "d")).model_copy(update={"size_policy": TILES}),
+    "instance": untrained_card("tiny", task="instance").model_copy(update={"size_policy": TILES}),
+}
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance"])
+def test_batches_budgets_and_neighbours_change_no_bit(corpus: list[Path], task: str) -> None:
+    model = tiny(CARDS[task])
+    alone = {path.name: rows_of(model, [path], batch_size=4, threads=1)[path.name] for path in corpus}
+    together = rows_of(model, corpus[::-1], batch_size=4, threads=3, memory_bytes=3 * 4 * 64 * 64 * 3)
+    for path in corpus:
+        one, other = alone[path.name], together[path.name]
+        assert one["status"] == "ok", one["error_message"]
+        assert one["mask"] == other["mask"] and one["mask_crc32"] == other["mask_crc32"]
+        assert one["classes"] == other["classes"] and one.get("instances") == other.get("instances")
+        height, width = decode_mask_png(one["mask"]["bytes"]).shape
+        assert (one["height"], one["width"]) == (height, width)
+        assert sum(entry["pixels"] for entry in one["classes"]) == height * width
+        assert one["mean_confidence"] == other["mean_confidence"] and one["brightness"] == other["brightness"]
+
+
+def test_an_image_that_fits_is_answered_as_without_tiles(corpus: list[Path]) -> None:
+    tiled = rows_of(tiny(CARDS["semantic"]), corpus)
+    whole = rows_of(tiny(untrained_card("tiny", class_names=("a", "b", "c", "d"))), corpus)
+    assert tiled["2.tif"]["mask"] == whole["2.tif"]["mask"], "64×64 is one tile"
+    assert tiled["0.tif"]["mask"] != whole["0.tif"]["mask"], "150×200 is many"
+
+
+def test_tiling_begins_above_a_number_of_pixels(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    card = untrained_card("tiny").model_copy(update={"tile_above_pixels": 10_000})
+    model = tiny(card)
+    asked: list[int] = []
+    tiles = segmenter_module.TileGrid
+
+    def noted(height: int, width: int, **rest: Any) -> Any:
+        asked.append(height * width)
+        return tiles(height, width, **rest)
+
+    monkeypatch.setattr(segmenter_module, "TileGrid", noted)
+    assert all(row["status"] == "ok" for row in rows_of(model, corpus).values())
+    assert sorted(asked) == [40 * 300, 129 * 129, 150 * 200]
+
+
+def nuclei_model(**settings: Any) -> Segmenter:
+    card, module = load_module(ZOO.read_bytes())
+    return Segmenter(module, with_settings(card, settings), device="cpu", precision="fp32")
+
+
+def label_image(row: dict[str, Any]) -> np.ndarray:
+    return decode_mask_png(row["mask"]["bytes"]) > 0
+
+
+def test_tiled_masks_are_nearly_those_of_the_whole_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The shipped model on half of the largest shipped image: whole, in tiles, and in tiles that lie otherwise."""
+    source = max(NUCLEI.glob("*.png"), key=lambda path: Image.open(path).size)
+    image = Image.open(source).convert("RGB").crop((0, 0, 640, 384))
+    image.save(tmp_path / "large.png")
+    paths = [tmp_path / "large.png"]
+    policy = {"size_policy": {"kind": "tile", "tile_px": 256, "overlap_px": 128}}
+    whole = rows_of(nuclei_model(), paths)["large.png"]
+    tiled = rows_of(nuclei_model(**policy), paths)["large.png"]
+    grid = segmenter_module.TileGrid
+    monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=(50, 70)))
+    shifted = rows_of(nuclei_model(**policy), paths)["large.png"]
+    assert np.mean(label_image(tiled) != label_image(shifted)) < 0.005
+    assert np.mean(label_image(tiled) != label_image(whole)) < 0.005
+    counts = [len(row["instances"]) for row in (whole, tiled, shifted)]
+    assert counts[0] > 20 and max(counts) - min(counts) <= 1, counts
+
+
+def test_a_damaged_tile_is_one_error_row_and_costs_no_neighbour(corpus: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "damaged.tif"
+    tifffile.imwrite(path, smooth(200, 200), tile=(32, 32), photometric="rgb", compression="zlib")
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages.first.dataoffsets[30]
+    data[offset : offset + 8] = b"\x00" * 8
+    path.write_bytes(data)
+    rows = rows_of(tiny(CARDS["semantic"]), [*corpus, path], threads=2)
+    assert rows.pop("damaged.tif")["error_kind"] == "corrupt"
+    assert {row["status"] for row in rows.values()} == {"ok"}
+
+
+def test_a_tile_that_the_device_does_not_hold(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(CARDS["semantic"])
+    submit = model.submit
+
+    def full(images_NHWC: Any, sizes_N2: Any, *rest: Any, tiles: bool) -> Any:
+        if tiles:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return submit(images_NHWC, sizes_N2, *rest, tiles=tiles)
+
+    monkeypatch.setattr(model, "submit", full)
+    rows = rows_of(model, corpus)
+    kinds = {name: row["error_kind"] if row["status"] == "error" else "ok" for name, row in rows.items()}
+    assert kinds == {
+        "0.tif": "out_of_memory", "1.png": "ok", "2.tif": "ok", "3.png": "out_of_memory", "4.tif": "out_of_memory",
+        "5.png": "out_of_memory",
+    }  # fmt: skip
+
+
+def test_only_what_is_read_by_window_may_be_larger_than_memory(corpus: list[Path]) -> None:
+    rows = rows_of(tiny(CARDS["semantic"]), corpus, max_pixels=16_000)
+    kinds = {name: row["error_kind"] if row["status"] == "error" else "ok" for name, row in rows.items()}
+    assert kinds["5.png"] == "too_large" and kinds["0.tif"] == "ok"
+    rows = rows_of(tiny(CARDS["semantic"]), corpus, max_pixels=1_000, max_tiled_pixels=20_000)
+    assert rows["0.tif"]["error_kind"] == "too_large" and "20000" in rows["0.tif"]["error_message"]
+
+
+@pytest.mark.parametrize("policy", [None, TILES])
+def test_bands_of_sixteen_bits(tmp_path: Path, policy: TilePolicy | None) -> None:
+    """Five bands of which the network takes three, in an order of its own."""
+    preprocessing = Preprocessing(bands=(4, 0, 2), dtype="uint16", value_range=(0, 10_000), normalization="per_image")
+    fields: dict[str, Any] = {"preprocessing": preprocessing}
+    if policy is not None:
+        fields["size_policy"] = policy
+    card = card_for("bands", "unet", {"encoder_depth": 3, "decoder_channels": [8, 8, 8]}, **fields)
+    samples = smooth(100, 130, bands=5).astype(np.uint16) * 39
+    tifffile.imwrite(tmp_path / "five.tif", samples, photometric="minisblack", planarconfig="contig")
+    Image.fromarray(smooth(50, 50)).save(tmp_path / "eight.png")
+    rows = rows_of(tiny(card), [tmp_path / "five.tif", tmp_path / "eight.png"])
+    assert rows["five.tif"]["status"] == "ok", rows["five.tif"]["error_message"]
+    assert rows["five.tif"]["brightness"] == pytest.approx(samples[..., [4, 0, 2]].mean() / 10_000, abs=0.02)
+    assert rows["eight.png"]["error_kind"] == "unsupported" and "bands" in rows["eight.png"]["error_message"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"augmentation": {"flips": ["horizontal"]}},
+    {"crf": {"window_px": 3, "iterations": 1}},
+    {"cleanup": {"min_region_area_px": 40}},
+])  # fmt: skip
+def test_what_comes_after_the_network_changes_the_mask_and_only_it(
+    corpus: list[Path], settings: dict[str, Any]
+) -> None:
+    make: Callable[[Card], Segmenter] = tiny
+    plain = rows_of(make(CARDS["semantic"]), corpus)
+    changed = rows_of(make(with_settings(CARDS["semantic"], settings)), corpus)
+    assert any(plain[name]["mask"] != changed[name]["mask"] for name in plain)
+    for name in plain:
+        assert changed[name]["status"] == "ok"
+        assert changed[name]["brightness"] == plain[name]["brightness"]
+        assert (
+            sum(one["pixels"] for one in changed[name]["classes"]) == changed[name]["width"] * changed[name]["height"]
+        )
