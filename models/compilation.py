@@ -20,14 +20,16 @@ class CompiledNetwork(torch.nn.Module):
     def __init__(self, network: torch.nn.Module, *, on_cuda: bool) -> None:
         super().__init__()
         self._network = network
+        self._on_cuda = on_cuda
         mode = "reduce-overhead" if on_cuda else None
         self._compiled: Any = torch.compile(network, dynamic=False, mode=mode)
 
     def forward(self, inputs: torch.Tensor) -> Any:
         if self._compiled is not None:
             try:
-                # What a CUDA graph put out last time may be overwritten from here on.
-                torch.compiler.cudagraph_mark_step_begin()
+                if self._on_cuda:
+                    # What a CUDA graph put out last time may be overwritten from here on.
+                    torch.compiler.cudagraph_mark_step_begin()
                 return self._compiled(inputs)
             except _compile_errors() as error:
                 log.warning("torch.compile does not work here, running without it: %s", str(error).splitlines()[0])

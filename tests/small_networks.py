@@ -33,15 +33,21 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 DETECTORS = tuple(name for name, entry in ARCHITECTURES.items() if entry.detects)
 SEMANTIC = tuple(name for name in ARCHITECTURES if name not in DETECTORS)
-#: Those whose test takes more than a second or so.
+#: Strides, known here so that a card need not build a network to ask.
+STRIDES = {"unet": 8, "unetplusplus": 8, "deeplabv3plus": 16, "fpn": 32, "pspnet": 8, "linknet": 32, "upernet": 32,
+           "segformer": 32, "dpt": 32}  # fmt: skip
+#: Those that take seconds.
 HEAVY = frozenset({"fcn_resnet101", "deeplabv3_resnet101"})
+#: Those of which only the first half of what is tested is quick.
+LARGE = HEAVY | {"fcn_resnet50", "deeplabv3_resnet50"}
 
 
 def small_card(name: str, **fields: Any) -> Card:
     """A card of four classes, or of two by watershed where `task="instance"`."""
     if fields.get("task") == "instance" and not architecture(name).detects:
         fields["class_names"] = ("background", "nucleus")
-    return card_for("small", name, SMALL.get(name), **{"class_names": CLASSES} | fields)
+    defaults = {"class_names": CLASSES, "canvas_multiple": STRIDES.get(name, 1)}
+    return card_for("small", name, SMALL.get(name), **defaults | fields)
 
 
 def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
@@ -49,40 +55,34 @@ def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
     torch.manual_seed(seed)
     network: Any = build(card)
     with torch.no_grad():
-        for part in network.modules():
-            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-                # The statistics of no data at all leave deep features all but equal.
-                part.running_mean.normal_(0, 0.1)
-                part.running_var.uniform_(0.5, 1.5)
         if architecture(card.architecture).detects:
             heads = network.roi_heads
             heads.box_predictor.cls_score.weight.mul_(20)
             heads.mask_predictor.mask_fcn_logits.weight.mul_(50)
             return network
-        layers: list[Any] = architecture(card.architecture).logits_layers(network)
-        for layer in layers:
-            layer.weight.copy_(torch.randn_like(layer.weight))
-        images = torch.rand(1, card.input_channels, *_probe_size(card)) * 4 - 2
-        # Logits of each class then spread about as much, around nothing.
-        for layer in layers:
-            layer.bias.zero_()
-        scale = 8 / _logits(network, images).std()
-        for layer in layers:
-            layer.weight.mul_(scale)
-        layers[0].bias.copy_(-_logits(network, images).mean(dim=(0, 2, 3)))
+        # Logits of the first of these then spread about as much for every class, around nothing.
+        for part in network.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                # Random, that they matter; such that signals neither fade nor blow up on their way.
+                part.running_mean.normal_(0, 0.02)
+                part.running_var.uniform_(0.2, 0.5)
+        layer: Any = architecture(card.architecture).logits_layers(network)[0]
+        layer.weight.normal_()
+        outputs: list[torch.Tensor] = []
+        hook = layer.register_forward_hook(lambda part, inputs, output: outputs.append(output))
+        network(_probes(card))
+        hook.remove()
+        factor = 4 / outputs[0].std(dim=(0, 2, 3))
+        layer.bias.sub_(outputs[0].mean(dim=(0, 2, 3))).mul_(factor)
+        layer.weight.mul_(factor.view(-1, 1, 1, 1))
     return network
 
 
-def _logits(network: Any, images_NCHW: torch.Tensor) -> torch.Tensor:
-    answer = network(images_NCHW)
-    return answer["out"] if isinstance(answer, dict) else answer
-
-
-def _probe_size(card: Card) -> tuple[int, int]:
-    policy = card.size_policy
-    if policy.kind == "letterbox":
-        return policy.height_px, policy.width_px
-    return 64, 96
+def _probes(card: Card) -> torch.Tensor:
+    policy: Any = card.size_policy
+    size = (policy.height_px, policy.width_px) if policy.kind == "letterbox" else (64, 64)
+    pixels = make_image(*size, 8, bands=card.input_channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 64 - 2
 
 
 def make_image(height: int, width: int, seed: int, *, bands: int = 3, dtype: str = "uint8") -> np.ndarray:
