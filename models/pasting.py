@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from models.masks import Instance
 
 #: Pixels of a mask that are interpolated at once.
-_BAND_PIXELS = 1 << 20
+_BAND_PIXELS = 1 << 18
 
 
 class Detections(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.architectures import ARCHITECTURES, architecture, build, card_for
 from models.card import Card
@@ -27,9 +28,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "decoder_intermediate_channels": [16, 16, 16, 16],
         "decoder_fusion_channels": 16,
     },
-    "maskrcnn_resnet50_fpn": {"min_size_px": 96, "max_size_px": 160},
-    "maskrcnn_resnet50_fpn_v2": {"min_size_px": 96, "max_size_px": 160},
-    "maskrcnn_mobilenet_v3_large_fpn": {"min_size_px": 96, "max_size_px": 160},
+    "maskrcnn_resnet50_fpn": {"min_size_px": 64, "max_size_px": 96},
+    "maskrcnn_resnet50_fpn_v2": {"min_size_px": 64, "max_size_px": 96},
+    "maskrcnn_mobilenet_v3_large_fpn": {"min_size_px": 64, "max_size_px": 96},
 }
 DETECTORS = tuple(name for name, entry in ARCHITECTURES.items() if entry.detects)
 SEMANTIC = tuple(name for name in ARCHITECTURES if name not in DETECTORS)
@@ -54,35 +55,48 @@ def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
     """The card's network with fixed weights, scaled so that no two classes are nearly alike anywhere."""
     torch.manual_seed(seed)
     network: Any = build(card)
+    found = architecture(card.architecture)
+    pixels_1CHW = torch.from_numpy(make_image(*_probe_size(card), 8, bands=card.input_channels)).permute(2, 0, 1)[None]
+    # Detectors normalise by themselves.
+    probes = pixels_1CHW.float() / 255 if found.detects else pixels_1CHW.float() / 64 - 2
     with torch.no_grad():
-        if architecture(card.architecture).detects:
+        if found.detects:
+            if "mobilenet" in card.architecture:
+                _randomise_statistics(network)
             heads = network.roi_heads
-            heads.box_predictor.cls_score.weight.mul_(20)
-            heads.mask_predictor.mask_fcn_logits.weight.mul_(50)
+            heads.score_thresh = 0.0
+            _spread(network, heads.box_predictor.cls_score, list(probes), 2.0)
+            _spread(network, heads.mask_predictor.mask_fcn_logits, list(probes), 4.0)
             return network
-        # Logits of the first of these then spread about as much for every class, around nothing.
-        for part in network.modules():
-            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-                # Random, that they matter; such that signals neither fade nor blow up on their way.
-                part.running_mean.normal_(0, 0.02)
-                part.running_var.uniform_(0.2, 0.5)
-        layer: Any = architecture(card.architecture).logits_layers(network)[0]
-        layer.weight.normal_()
-        outputs: list[torch.Tensor] = []
-        hook = layer.register_forward_hook(lambda part, inputs, output: outputs.append(output))
-        network(_probes(card))
-        hook.remove()
-        factor = 4 / outputs[0].std(dim=(0, 2, 3))
-        layer.bias.sub_(outputs[0].mean(dim=(0, 2, 3))).mul_(factor)
-        layer.weight.mul_(factor.view(-1, 1, 1, 1))
+        _randomise_statistics(network)
+        _spread(network, found.logits_layers(network)[0], probes, 4.0)
     return network
 
 
-def _probes(card: Card) -> torch.Tensor:
+def _randomise_statistics(network: Any) -> None:
+    """Random, that they matter; such that signals neither fade nor blow up on their way."""
+    for part in network.modules():
+        if isinstance(part, (torch.nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+            part.running_mean.normal_(0, 0.02)
+            part.running_var.uniform_(0.2, 0.5)
+
+
+def _spread(network: Any, layer: Any, images: Any, spread: float) -> None:
+    """Gives the last layer weights under which its logits vary by `spread` for every class, around nothing."""
+    layer.weight.normal_()
+    outputs: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda part, inputs, output: outputs.append(output))
+    network(images)
+    hook.remove()
+    axes = [axis for axis in range(outputs[0].dim()) if axis != 1]
+    factor = spread / outputs[0].std(dim=axes)
+    layer.bias.sub_(outputs[0].mean(dim=axes)).mul_(factor)
+    layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.dim() - 1)))
+
+
+def _probe_size(card: Card) -> tuple[int, int]:
     policy: Any = card.size_policy
-    size = (policy.height_px, policy.width_px) if policy.kind == "letterbox" else (64, 64)
-    pixels = make_image(*size, 8, bands=card.input_channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 64 - 2
+    return (policy.height_px, policy.width_px) if policy.kind == "letterbox" else (64, 64)
 
 
 def make_image(height: int, width: int, seed: int, *, bands: int = 3, dtype: str = "uint8") -> np.ndarray:

@@ -41,9 +41,7 @@ def test_what_the_network_itself_raises_is_not_swallowed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "fcn_resnet50", "maskrcnn_mobilenet_v3_large_fpn"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_networks_agree_with_eager_ones(
-    name: str, precision: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_compiled_networks_agree_with_eager_ones(name: str, precision: str, caplog: pytest.LogCaptureFixture) -> None:
     card = small_card(name)
     pixels = make_image(64, 64, seed=1)
     answers = []

@@ -167,4 +167,3 @@ def test_a_resizing_card_needs_the_images_own_sizes() -> None:
     sizes, statistics = np.full((1, 2), 32, np.int32), np.ones((1, 2), np.float32)
     with pytest.raises(ValueError, match="needs the images' own sizes"):
         segmenter.submit(np.zeros((1, 32, 32, 3), np.uint8), sizes, statistics)
-

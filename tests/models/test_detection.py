@@ -1,0 +1,150 @@
+"""Mask R-CNN through the Segmenter, against torchvision's own forward on each image alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_networks import CLASSES, DETECTORS, distinct_network, make_image, run, small_card
+from torchvision.models.detection import MaskRCNN
+from torchvision.ops import nms
+
+from models.card import Card, DetectionsPostprocessing
+from models.masks import decode_rle
+from models.segmenter import Segmenter
+
+LENIENT = DetectionsPostprocessing(score_threshold=0.0, top_k=25)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small layers gain nothing from more, and threads that wait for each other slow down whoever else is here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def detector(name: str, **changes: Any) -> tuple[Card, Any]:
+    settings = LENIENT.model_copy(update=changes)
+    card = small_card(name, preprocessing={"normalization": "imagenet"}, postprocessing=settings)
+    return card, distinct_network(card)
+
+
+def torchvisions_own(network: MaskRCNN, pixels: np.ndarray, settings: DetectionsPostprocessing) -> dict[str, Any]:
+    heads = network.roi_heads
+    heads.score_thresh, heads.nms_thresh, heads.detections_per_img = (
+        settings.score_threshold, settings.nms_iou, settings.top_k,
+    )  # fmt: skip
+    heads.box_roi_pool.scales = heads.mask_roi_pool.scales = None
+    with torch.inference_mode():
+        (found,) = network([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def assert_agree(segmenter: Segmenter, prediction: Any, expected: dict[str, Any]) -> None:
+    found = prediction.detections
+    assert np.abs(found.boxes - expected["boxes"]).max() < 1e-3
+    assert np.array_equal(found.labels, expected["labels"])
+    assert np.allclose(found.scores, expected["scores"], atol=1e-5)
+    class_ids, instances = segmenter.postprocess(prediction)
+    kept = (expected["masks"][:, 0] >= 0.5).any(axis=(1, 2))
+    probabilities, boxes, labels = (expected[name][kept] for name in ("masks", "boxes", "labels"))
+    assert len(instances) == len(labels) > 5
+    picture = np.zeros(class_ids.shape, np.uint8)
+    for one, probability, box, label in reversed(list(zip(instances, probabilities[:, 0], boxes, labels, strict=True))):
+        mine = decode_rle(one.rle)
+        # Of a mask of a hundred pixels, one at 0.4999999 is more than a thousandth.
+        decided = np.abs(probability - 0.5) > 1e-4
+        inside = (probability >= 0.5) & decided
+        assert (mine & inside).sum() / ((mine & decided) | inside).sum() >= 0.999
+        assert one.area == mine.sum()
+        assert one.bbox == pytest.approx((box[0], box[1], box[2] - box[0], box[3] - box[1]), abs=1e-3)
+        assert one.class_id == label
+        picture[mine] = label
+    assert np.array_equal(picture, class_ids)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_batches_give_what_torchvision_gives_for_each_image_alone(name: str) -> None:
+    card, network = detector(name)
+    images = [make_image(70, 91, seed) for seed in (1, 2)]
+    expected = [torchvisions_own(network, pixels, LENIENT) for pixels in images]
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    assert segmenter.canvas(70, 91) == (70, 91)
+    predictions = run(segmenter, [images[0], None, images[1]])
+    assert len(predictions) == 2
+    for prediction, one in zip(predictions, expected, strict=True):
+        assert_agree(segmenter, prediction, one)
+
+
+def test_neither_neighbours_nor_earlier_sizes_matter() -> None:
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn")
+    segmenter = Segmenter(network, card, device="cpu", precision="bf16")
+    pixels = make_image(64, 80, seed=1)
+    alone = run(segmenter, [pixels, None])[0]
+    # torchvision's poolers would keep the scales of the first image for ever.
+    run(segmenter, [make_image(3, 90, seed=2), None])
+    among = run(segmenter, [make_image(64, 80, seed=3), pixels])[1]
+    assert alone.detections is not None
+    assert among.detections is not None
+    assert len(alone.detections.scores) > 5
+    for mine, theirs in zip(alone.detections, among.detections, strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
+    assert (alone.mean_confidence, alone.mean_entropy) == (among.mean_confidence, among.mean_entropy)
+    assert 0 < alone.mean_confidence < 1
+    assert 0 < alone.mean_entropy < 1
+
+
+def test_suppression_within_a_class_or_over_classes() -> None:
+    for per_class in (True, False):
+        card, network = detector("maskrcnn_mobilenet_v3_large_fpn", nms_per_class=per_class, nms_iou=0.3, top_k=1000)
+        segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+        found = run(segmenter, [make_image(64, 80, seed=1)])[0].detections
+        assert found is not None
+        left = nms(torch.from_numpy(found.boxes), torch.from_numpy(found.scores), 0.3)
+        assert (len(left) == len(found.scores)) is not per_class
+
+
+def test_nothing_found_is_an_answer() -> None:
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn", score_threshold=0.999999)
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    prediction = run(segmenter, [make_image(40, 50, seed=1)])[0]
+    class_ids, instances = segmenter.postprocess(prediction)
+    assert (prediction.mean_confidence, prediction.mean_entropy, instances) == (0.0, 0.0, [])
+    assert class_ids.shape == (40, 50)
+    assert not class_ids.any()
+
+
+@pytest.mark.parametrize("part", ["roi_heads.box_predictor.cls_score", "roi_heads.mask_predictor.mask_fcn_logits",
+                                  "rpn.head.cls_logits", "backbone.fpn.layer_blocks.0.0"])  # fmt: skip
+def test_an_answer_that_is_not_finite_is_no_answer(part: str) -> None:
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn")
+    with torch.no_grad():
+        network.get_submodule(part).bias[0] = float("nan")
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    assert np.isnan(run(segmenter, [make_image(40, 50, seed=1)])[0].mean_confidence)
+
+
+def test_padding_is_refused() -> None:
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn")
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    sizes, statistics = np.array([[30, 32]], np.int32), np.ones((1, 2), np.float32)
+    with pytest.raises(ValueError, match="without padding"):
+        segmenter.submit(np.zeros((1, 32, 32, 3), np.uint8), sizes, statistics)
+
+
+def test_classes_of_coco_keep_their_ids() -> None:
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn")
+    classes = [info.model_dump() | {"id": 2 * info.id} for info in card.classes]
+    card = Card.model_validate(card.model_dump() | {"classes": classes})
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    prediction = run(segmenter, [make_image(64, 80, seed=1)])[0]
+    class_ids, instances = segmenter.postprocess(prediction)
+    assert {one.class_id for one in instances} <= {2, 4, 6}
+    assert set(np.unique(class_ids)) <= {0, 2, 4, 6}
+    assert prediction.confidence.shape == (len(CLASSES),)
+    assert np.isnan(prediction.confidence[0])
