@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ class Threshold(EightBitRgb):
         self.filled.append(int((sizes_N2[:, 0] > 0).sum()))
         return [
             (image[:height, :width, 0] > 128).astype(np.uint8)
-            for image, (height, width) in zip(images_NHWC.copy(), sizes_N2.tolist(), strict=True)
+            for image, (height, width) in zip(images_NHWC, sizes_N2.tolist(), strict=True)
             if height
         ]
 
@@ -158,9 +160,8 @@ def test_lists_share_batches_but_not_rows(tmp_path: Path) -> None:
     assert {row["image_uri"] for row in second} == set(uris[7:])
 
 
-def test_memory_is_bounded_and_a_larger_image_goes_alone(tmp_path: Path) -> None:
-    """The budget holds two small batches; the large image is five times the budget. All come through, never too much
-    at once."""
+def test_an_image_larger_than_the_budget_goes_alone(tmp_path: Path) -> None:
+    """The budget holds two small batches; the large image is five times the budget. All come through."""
     budget = 2 * 4 * 64 * 64 * 3
     uris = write(tmp_path, [(64, 64)] * 40 + [(64 * 8, 64 * 4)] + [(32, 64)] * 40)
     seen: list[int] = []
@@ -183,6 +184,58 @@ def test_memory_is_bounded_and_a_larger_image_goes_alone(tmp_path: Path) -> None
     large = 4 * 512 * 256 * 3
     assert max(seen) == large, "the large image was never in flight, or not alone"
     assert all(bytes_in_use <= budget or bytes_in_use == large for bytes_in_use in seen)
+
+
+def peak_growth_bytes(uris: list[str], memory_bytes: int) -> int:
+    """By how much this process grew at most while a slow model worked on `uris`, as the kernel counts. For a process of
+    its own.
+    """
+
+    def slowly(images_NHWC: np.ndarray, sizes_N2: np.ndarray) -> None:
+        time.sleep(0.02)
+
+    def resident_bytes(name: str) -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        return int(line.split()[1]) << 10
+
+    cv2.setNumThreads(1)
+    stream = Stream(
+        Threshold(before=slowly),
+        fetch=open_storage("file:///").get,
+        config=StreamConfig(batch_size=4, memory_bytes=memory_bytes, threads=2),
+        stamp={"task": "semantic"},
+    )
+    kinds: list[str] = []
+
+    def drop(rows: Any) -> None:
+        kinds.extend(row["status"] for row in rows)
+
+    stream.submit(refs(uris[:1]), drop).result(timeout=60)  # what every process needs once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_bytes("VmRSS")
+    stream.submit(refs(uris), drop).result(timeout=120)
+    peak = resident_bytes("VmHWM")
+    stream.close()
+    assert kinds == ["ok"] * (1 + len(uris))
+    return peak - before
+
+
+def test_the_budget_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
+    """400 MB of decoded pixels of many sizes, which is when batches are open side by side, in 32 MB. The margin is for
+    what is not pixels: each thread's image, mask and label map. Without the budget the same images take far more.
+    """
+    shades = np.tile(np.linspace(0, 255, 1024).astype(np.uint8)[:, None, None], (1, 1024, 3))
+    uris = []
+    for i in range(160):
+        path = tmp_path / f"{i}.jpg"
+        cv2.imwrite(str(path), shades[: 1024 - 32 * (i % 8), : 1024 - 32 * (i // 8 % 8)])
+        uris.append(f"file://{path}")
+    budget, margin = 32 << 20, 96 << 20
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        bounded, unbounded = pool.map(peak_growth_bytes, [uris] * 2, [budget, 10 << 30])
+    print(f"grew by {bounded / 2**20:.0f} MiB; without a budget by {unbounded / 2**20:.0f} MiB")
+    assert bounded < budget + margin
+    assert unbounded > 2 * (budget + margin), "the test would not notice a budget that is ignored"
 
 
 def test_many_canvases_within_a_small_budget_do_not_stop_the_stream(tmp_path: Path) -> None:
