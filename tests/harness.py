@@ -1,15 +1,20 @@
-"""What the kill and fault tests share: small inputs, `maskmill segment` as a process to kill, and the check that
-nothing was lost or repeated. Must not know: which fault is being tested.
+"""What the kill and fault tests share: small inputs and their answers, `maskmill segment` as a process to kill, and the
+check that nothing was lost or repeated. Must not know: which fault is being tested.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +26,18 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline
 from pipeline.engine import run
 from pipeline.engine.crew import InlineCrew
+from pipeline.engine.outcome import Outcome
 from pipeline.errors import WORLD_KINDS
 from pipeline.storage import Storage, open_storage
 
 #: An environment variable that every process below a command inherits: its value tells whose processes they are.
 MARK = "MASKMILL_TEST_MARK"
+#: The frozen batch shape, precision and thread count under which masks must be equal bit for bit; and as flags.
+SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32"}
+SHAPE_FLAGS = ("--batch-size", "4", "--threads", "1", "--precision", "fp32")
 
 
 def write_tiny_model(path: Path, *, task: str = "semantic", name: str = "tiny", seed: int = 0) -> Path:
@@ -47,10 +57,10 @@ def write_tiny_model(path: Path, *, task: str = "semantic", name: str = "tiny", 
 def write_images(folder: Path, count: int, *, seed: int = 0, side_px: int = 64) -> Path:
     """`count` distinct images in two sizes and two formats, the same for a seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     for i in range(count):
         height, width = (side_px, side_px) if i % 3 else (side_px, side_px + 32)
-        coarse = random.integers(0, 255, (6, 6, 3)).astype(np.uint8)
+        coarse = generator.integers(0, 255, (6, 6, 3)).astype(np.uint8)
         pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(folder / f"{i:04d}.{'png' if i % 2 else 'jpg'}"), pixels)
     return folder
@@ -94,6 +104,44 @@ def _buffer(data: bytes) -> Any:
     import pyarrow as pa
 
     return pa.BufferReader(data)
+
+
+class Case:
+    """`count` images in the folder `images`, the file of one `model`, and `calm`: what an undisturbed run on local disk
+    makes of them.
+    """
+
+    def __init__(self, folder: Path, count: int, *, side_px: int = 64) -> None:
+        self.images = write_images(folder / "images", count, side_px=side_px)
+        self.model = write_tiny_model(folder / "tiny.safetensors", task="instance")
+        self.segment(self.images, folder / "calm", shard_size=7)
+        self.calm: dict[str, Answer] = terminal_rows(folder / "calm")
+        assert {answer.status for answer in self.calm.values()} == {"ok"} and len(self.calm) == count
+        assert len({answer.crc32 for answer in self.calm.values()}) > count // 2, "few masks for all prove little"
+
+    def segment(self, source: str | Path, dest: str | Path, **changes: Any) -> Outcome:
+        """The local engine, with its worker in this process."""
+        settings = {"shard_size": 3, "lease_ttl_s": 4, "max_error_rate": 0.0} | SHAPE | changes
+        with in_process():
+            return pipeline.segment(
+                source=str(source), dest=str(dest), model=str(self.model), engine="local", **settings
+            )
+
+
+def seeded_chance() -> random.Random:
+    """Choices that `MASKMILL_CHAOS_SEED` repeats; says which seed it was."""
+    seed = int(os.environ.get("MASKMILL_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"\nMASKMILL_CHAOS_SEED={seed}")
+    return random.Random(seed)
+
+
+def file_digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Time of change in ns and SHA-256 of every file below `folder`, by its path in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def part_count(dest: str | Path, client: Any = None) -> int:
@@ -171,6 +219,23 @@ class Command:
         return dict(json.loads(out)) if out.strip() else {}
 
 
+@contextmanager
+def own_processes() -> Iterator[str]:
+    """Gives a mark that all processes started meanwhile carry in their environment, children and orphans too, with a
+    TMPDIR for what killed ones cannot remove. At the end those that still live are killed.
+    """
+    mark = uuid.uuid4().hex
+    scratch = tempfile.mkdtemp(prefix="chaos-")  # not pytest's: Ray's sockets need a short path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, mark)
+        patch.setenv("TMPDIR", scratch)
+        try:
+            yield mark
+        finally:
+            kill_all(marked(mark))
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def marked(mark: str) -> list[psutil.Process]:
     """The living processes that were started with `MARK` = `mark` in their environment, orphans too."""
     found = []
@@ -181,6 +246,32 @@ def marked(mark: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def ray_actors(mark: str) -> list[psutil.Process]:
+    """The living processes of Maskmill's actors on the Ray cluster that was started with this mark."""
+    return [process for process in marked(mark) if runs(process, "ray::Host")]
+
+
+def actors_on(node: Any, mark: str) -> list[psutil.Process]:
+    """Those of them that `node`, of a `ray.cluster_utils.Cluster`, hosts: the children of its raylet."""
+    (raylet,) = node.all_processes["raylet"]
+    return [actor for actor in ray_actors(mark) if _parent_id(actor) == raylet.process.pid]
+
+
+def runs(process: psutil.Process, name: str) -> bool:
+    """Whether `name` is in the command line of a process that still lives."""
+    try:
+        return any(name in part for part in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _parent_id(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

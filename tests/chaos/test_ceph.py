@@ -22,19 +22,7 @@ import psutil
 import pytest
 from chaos.ceph import CephStore, missing_programs
 from chaos.faultproxy import FaultProxy
-from harness import (
-    MARK,
-    Answer,
-    Command,
-    in_process,
-    kill_all,
-    marked,
-    part_count,
-    terminal_rows,
-    upload,
-    write_images,
-    write_tiny_model,
-)
+from harness import SHAPE_FLAGS, Case, Command, own_processes, part_count, seeded_chance, terminal_rows, upload
 
 import pipeline
 from pipeline.engine.ledger import Ledger
@@ -55,11 +43,7 @@ IMAGES = 160
 SHARD_SIZE = 2
 SHARDS = IMAGES // SHARD_SIZE
 KILLS = 6
-SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32"}
-FLAGS = (
-    "--engine", "local", "--batch-size", "4", "--threads", "1", "--precision", "fp32",
-    "--shard-size", str(SHARD_SIZE), "--lease-ttl", "6",
-)  # fmt: skip
+FLAGS = ("--engine", "local", *SHAPE_FLAGS, "--shard-size", str(SHARD_SIZE), "--lease-ttl", "6")
 TIMEOUT_S = 3
 #: Where a digest can tell a flipped byte: whole objects, and bodies that the client signs.
 _WHOLE_OBJECTS = r"GET /[^?]*/(photos|masks/runs)/"
@@ -74,20 +58,6 @@ FAULTS: list[tuple[Any, dict[str, Any]]] = [
     ("flip", {"probability": 0.05, "match": _WHOLE_OBJECTS}),
     ("flip_request", {"probability": 0.05, "match": r"PUT .*/masks/"}),
 ]
-
-
-class Case:
-    """One corpus, one model, and what an undisturbed run on local disk makes of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.images = write_images(folder / "images", IMAGES)
-        self.model = write_tiny_model(folder / "tiny.safetensors", task="instance")
-        calm = folder / "calm"
-        with in_process():
-            pipeline.segment(
-                source=str(self.images), dest=str(calm), model=str(self.model), engine="local", shard_size=50, **SHAPE
-            )
-        self.calm: dict[str, Answer] = terminal_rows(calm)
 
 
 class Place(NamedTuple):
@@ -110,10 +80,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    case = Case(tmp_path_factory.mktemp("case"))
-    assert len(case.calm) == IMAGES
-    assert len({answer.crc32 for answer in case.calm.values()}) > IMAGES // 2, "few masks for all prove little"
-    return case
+    return Case(tmp_path_factory.mktemp("case"), IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +93,7 @@ def ceph() -> Iterator[CephStore]:
 def place(ceph: CephStore, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     import boto3
 
-    seed = int(os.environ.get("MASKMILL_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))
-    print(f"\nMASKMILL_CHAOS_SEED={seed}")
+    chance = seeded_chance()
     client = boto3.client(
         "s3",
         endpoint_url=ceph.endpoint,
@@ -135,10 +101,10 @@ def place(ceph: CephStore, case: Case, tmp_path: Path, monkeypatch: pytest.Monke
         aws_access_key_id=ceph.ACCESS_KEY,
         aws_secret_access_key=ceph.SECRET_KEY,
     )
-    bucket, mark = f"test-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     source = upload(client, case.images, f"s3://{bucket}/photos")
-    with FaultProxy(ceph.port, seed=seed) as proxy:
+    with FaultProxy(ceph.port, seed=chance.getrandbits(32)) as proxy:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
         environment = {
@@ -149,15 +115,11 @@ def place(ceph: CephStore, case: Case, tmp_path: Path, monkeypatch: pytest.Monke
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "MASKMILL_STORAGE_TIMEOUT_S": str(TIMEOUT_S),
-            "TMPDIR": str(tmp_path),
-            MARK: mark,
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        try:
-            yield Place(proxy, client, bucket, source, f"s3://{bucket}/masks", random.Random(seed))
-        finally:
-            kill_all(marked(mark))
+        with own_processes():
+            yield Place(proxy, client, bucket, source, f"s3://{bucket}/masks", chance)
 
 
 def _command(case: Case, place: Place, *more: str, source: str | None = None) -> Command:

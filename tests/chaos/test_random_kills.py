@@ -1,240 +1,248 @@
 """kill -9 at random moments, again and again, over one corpus: the driver, its workers, Ray actors, whole Ray nodes.
 
-Whatever was killed, the same command is run again until it ends by itself. Afterwards each image has exactly one
-terminal row, masks equal those of an undisturbed run bit for bit, and no process is left behind. `MASKMILL_CHAOS_SEED`
-repeats a sequence of choices (moments are as exact as the machine's scheduling).
+Each kill strikes in the middle of the work: some Parts are there, others are not, and, but for drivers killed early in
+their life, one was committed since the kill before. The same command is run after each death of its driver. Afterwards
+each image has exactly one terminal row, masks equal those of an undisturbed run bit for bit, and no process is left
+behind. `MASKMILL_CHAOS_SEED` repeats a sequence of choices (moments are as exact as the machine's scheduling).
 """
 
 from __future__ import annotations
 
-import itertools
-import os
 import random
-import shutil
-import signal
-import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from harness import (
-    MARK,
-    Answer,
+    SHAPE_FLAGS,
+    Case,
     Command,
-    in_process,
+    actors_on,
     kill_all,
     marked,
+    own_processes,
     part_count,
+    ray_actors,
+    runs,
+    seeded_chance,
     terminal_rows,
     wait_until,
-    write_images,
-    write_tiny_model,
 )
-
-import pipeline
 
 pytestmark = pytest.mark.slow
 
-IMAGES = 360
+#: Large enough for a run to last: two cores commit a few Parts a second.
+IMAGES = 200
+SIDE_PX = 320
 SHARD_SIZE = 2
 SHARDS = IMAGES // SHARD_SIZE
-LOCAL_KILLS = 14
-RAY_KILLS = 10
-SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32"}
-FLAGS = (
-    "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--shard-size", str(SHARD_SIZE), "--lease-ttl", "4",
-)  # fmt: skip
+#: The last kill is due here. What is left then is more than all workers can have under way.
+LAST_KILL_AT = int(SHARDS * 0.85)
+KILLS = 12
+FLAGS = (*SHAPE_FLAGS, "--shard-size", str(SHARD_SIZE), "--lease-ttl", "4")
 #: An image in whose sole company a worker dies twice is taken for the killer: in one driver's life strike fewer times.
 KILLS_PER_LIFE = 2
-
-
-class Case:
-    """One corpus, one model, and what an undisturbed run makes of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.source = write_images(folder / "images", IMAGES)
-        self.model = write_tiny_model(folder / "tiny.safetensors", task="instance")
-        calm = folder / "calm"
-        with in_process():
-            pipeline.segment(
-                source=str(self.source), dest=str(calm), model=str(self.model), engine="local", shard_size=50, **SHAPE
-            )
-        self.calm: dict[str, Answer] = terminal_rows(calm)
+EARLY_SHARE = 0.25
+EARLY_S = 8.0
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    case = Case(tmp_path_factory.mktemp("case"))
-    assert len(case.calm) == IMAGES
-    assert len({answer.crc32 for answer in case.calm.values()}) > IMAGES // 2, "few masks for all prove little"
-    return case
+    return Case(tmp_path_factory.mktemp("case"), IMAGES, side_px=SIDE_PX)
 
 
 @pytest.fixture
 def chance() -> random.Random:
-    seed = int(os.environ.get("MASKMILL_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))
-    print(f"\nMASKMILL_CHAOS_SEED={seed}")
-    return random.Random(seed)
+    return seeded_chance()
 
 
 @pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """In the environment of all processes that the test starts, with a folder for what killed ones cannot remove."""
-    mark = uuid.uuid4().hex
-    scratch = tempfile.mkdtemp(prefix="chaos-")  # not pytest's: Ray's sockets need a short path
-    monkeypatch.setenv(MARK, mark)
-    monkeypatch.setenv("TMPDIR", scratch)
-    try:
+def mark() -> Iterator[str]:
+    with own_processes() as mark:
         yield mark
-    finally:
-        kill_all(marked(mark))
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Moments:
-    """Random moments that leave enough of the corpus for the kills still to come."""
+    """Random moments, one in each of `KILLS` equal stretches of the work."""
 
-    def __init__(self, chance: random.Random, dest: Path, kills: int) -> None:
+    def __init__(self, chance: random.Random, dest: Path) -> None:
         self._chance = chance
         self._dest = dest
-        self.kills_left = kills
         self.kills: Counter[str] = Counter()
         self.parts_at: list[int] = []
+        self.early = 0
 
-    def wait(self, command: Command) -> bool:
-        """Waits for a random moment, in the start of a command or between two Parts; False where it ended before."""
-        parts = part_count(self._dest)
-        budget = max(1, (SHARDS - 1 - parts) // (self.kills_left + 1))
-        until_parts = parts + self._chance.randint(1, budget)
-        until_s = time.monotonic() + (self._chance.uniform(0.0, 8.0) if self._chance.random() < 0.3 else 120.0)
-        wait_until(
-            lambda: (
-                command.process.poll() is not None
-                or time.monotonic() > until_s
-                or part_count(self._dest) >= until_parts
-            ),
-            what="a moment to kill",
-            timeout_s=200,
+    def wait(self, command: Command, *, may_be_early: bool = False) -> None:
+        """Waits for the next moment: so many Parts, and one more than at the kill before. An early one, which now and
+        then takes its place, is any time within the first seconds of a command: while it starts, plans, or loads.
+        """
+        struck = len(self.parts_at)
+        stretch = (LAST_KILL_AT - 1) / KILLS
+        due_at = int(self._chance.uniform(1 + struck * stretch, 1 + (struck + 1) * stretch))
+        due_at = max(due_at, 1 + (self.parts_at[-1] if struck else 0))
+        early = may_be_early and struck > 0 and self._chance.random() < EARLY_SHARE
+        due_s = command.started_s + (self._chance.uniform(0.0, EARLY_S) if early else 1e9)
+        command.until(
+            lambda: part_count(self._dest) >= due_at or time.monotonic() > due_s, what=f"{due_at} of {SHARDS} Parts"
         )
+        self.early += part_count(self._dest) < due_at
         time.sleep(self._chance.uniform(0.0, 0.02))
-        return command.process.poll() is None
 
     def struck(self, victim: str) -> None:
+        """Counts a kill, just after it. Fails where it came before the work or after it."""
+        parts = part_count(self._dest)
+        assert 0 < parts < SHARDS, f"killed a {victim} at {parts} of {SHARDS} Parts: not in the middle"
         self.kills[victim] += 1
-        self.kills_left -= 1
-        self.parts_at.append(part_count(self._dest))
+        self.parts_at.append(parts)
 
 
-def _report(moments: Moments, dest: Path, began_s: float, lives: int) -> None:
+def victims_by_life(chance: random.Random) -> Iterator[list[str]]:
+    """`KILLS` victims: in each life of a driver some that it survives, and at last, where kills are left, itself."""
+    left, least = KILLS, KILLS_PER_LIFE
+    while left:
+        soft = min(left, chance.randint(least, KILLS_PER_LIFE))
+        life = ["soft"] * soft + ["driver"] * (left > soft)
+        yield life
+        left, least = left - len(life), 0
+
+
+def kill_driver(command: Command) -> None:
+    assert command.process.poll() is None, "the driver was to be killed, and has ended by itself"
+    command.process.kill()
+    command.process.communicate()
+
+
+def finish(case: Case, dest: Path, moments: Moments, flags: tuple[str, ...], last: Command | None) -> None:
+    """Runs the command to its end, and once more; then all must be as if nothing had happened."""
+    last = last or Command(case.images, dest, "--model", case.model, *flags)
+    assert last.outcome(timeout_s=300)["errors"] == 0
+    assert part_count(dest) == SHARDS
+    assert Command(case.images, dest, "--model", case.model, *flags).outcome()["planned"] == 0
+    rows = terminal_rows(dest)
     print(
         f"{sum(moments.kills.values())} kills {dict(moments.kills)} at {moments.parts_at} of {SHARDS} Parts, "
-        f"{lives} commands, {len(terminal_rows(dest))} rows, {time.monotonic() - began_s:.0f} s"
+        f"{moments.early} early, {moments.kills['driver'] + 2} commands, {len(rows)} rows"
     )
-
-
-def _end(command: Command) -> None:
-    """The command has ended well, or does so now."""
-    assert command.outcome(timeout_s=200)["errors"] == 0
+    assert sum(moments.kills.values()) == KILLS
+    assert rows == case.calm
 
 
 @pytest.mark.timeout(900)
 def test_drivers_and_workers(case: Case, tmp_path: Path, chance: random.Random, mark: str) -> None:
-    dest, began_s, lives = tmp_path / "out", time.monotonic(), 0
-    moments = Moments(chance, dest, LOCAL_KILLS)
-    while moments.kills_left:
-        command = Command(case.source, dest, "--model", case.model, "--engine", "local", *FLAGS)
-        lives += 1
-        worker_kills = 0
-        while moments.kills_left and moments.wait(command):
-            workers = [p for p in command.family() if _is(p, "pipeline.engine.crew")]
-            if workers and worker_kills < KILLS_PER_LIFE and chance.random() < 0.4:
-                kill_all(workers)
-                worker_kills += 1
+    dest = tmp_path / "out"
+    moments = Moments(chance, dest)
+    flags = (*FLAGS, "--engine", "local")
+    command: Command | None = None
+
+    def workers() -> list[psutil.Process]:
+        return [process for process in marked(mark) if runs(process, "pipeline.engine.crew")]
+
+    for life in victims_by_life(chance):
+        command = Command(case.images, dest, "--model", case.model, *flags)
+        for victim in life:
+            moments.wait(command, may_be_early=victim == "driver")
+            if victim == "driver":
+                kill_driver(command)
+                command = None
+                moments.struck("driver")
+                wait_until(lambda: not marked(mark), what="the end of a dead driver's workers", poll_s=0.05)
+            else:
+                there = workers()
+                assert there, "Parts were committed, but nobody is at work"
+                kill_all(chance.sample(there, chance.randint(1, len(there))))
                 moments.struck("worker")
-                continue
-            command.process.kill()
-            command.process.communicate()
-            moments.struck("driver")
-            wait_until(lambda: not marked(mark), what="the end of a dead driver's workers", poll_s=0.05)
-            break
-        if command.process.returncode != -signal.SIGKILL:
-            _end(command)
-    final = Command(case.source, dest, "--model", case.model, "--engine", "local", *FLAGS)
-    _end(final)
-    _report(moments, dest, began_s, lives + 1)
-    assert sum(moments.kills.values()) == LOCAL_KILLS and moments.kills["driver"] and moments.kills["worker"]
-    assert terminal_rows(dest) == case.calm
+    finish(case, dest, moments, flags, command)
+    assert set(moments.kills) == {"driver", "worker"}
     wait_until(lambda: not marked(mark), what="the end of all processes", poll_s=0.05)
 
 
-def _is(process: psutil.Process, name: str) -> bool:
-    try:
-        return any(name in part for part in process.cmdline())
-    except psutil.Error:
-        return False
+class Machines:
+    """A Ray cluster: a head without a GPU, and two nodes with a pretend GPU each, where all actors live."""
+
+    def __init__(self, mark: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._mark = mark
+        # With exit hooks a node could be added by the main thread only, where it would hold up the next kill.
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False},
+            shutdown_at_exit=False,
+        )
+        self._pool = ThreadPoolExecutor(1)
+        self._add()
+        self._coming: Future[Any] = self._pool.submit(self._add)
+        self._coming.result()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def at_work(self) -> list[Any]:
+        """The nodes that host an actor. Waits for one that is just being added."""
+        self._coming.result()
+        return [node for node in self._cluster.worker_nodes if actors_on(node, self._mark)]
+
+    def kill(self, node: Any) -> None:
+        """A node dies, and another one comes in the background."""
+        self._cluster.remove_node(node, allow_graceful=False)
+        self._coming = self._pool.submit(self._add)
+
+    def close(self) -> None:
+        import ray
+
+        self._pool.shutdown()
+        ray.shutdown()
+        self._cluster.shutdown()
+
+    def _add(self) -> Any:
+        return self._cluster.add_node(num_cpus=1, num_gpus=1)
 
 
 @pytest.fixture
-def cluster(mark: str) -> Iterator[Any]:
-    """Three Ray nodes with a pretend GPU each."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, num_gpus=1)
+def machines(mark: str) -> Iterator[Machines]:
+    machines = Machines(mark)
     try:
-        yield cluster
+        yield machines
     finally:
-        ray.shutdown()
-        cluster.shutdown()
+        machines.close()
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_ray_drivers_actors_and_nodes(
-    case: Case, tmp_path: Path, chance: random.Random, cluster: Any, mark: str
+    case: Case, tmp_path: Path, chance: random.Random, machines: Machines, mark: str
 ) -> None:
-    dest, began_s, lives = tmp_path / "out", time.monotonic(), 0
-    moments = Moments(chance, dest, RAY_KILLS)
-    flags = (*FLAGS, "--engine", "ray", "--ray-address", cluster.address, "--shared-filesystem")
+    dest = tmp_path / "out"
+    moments = Moments(chance, dest)
+    flags = (*FLAGS, "--engine", "ray", "--ray-address", machines.address, "--shared-filesystem")
+    command: Command | None = None
 
-    def actors() -> list[psutil.Process]:
-        return [process for process in marked(mark) if _is(process, "ray::Host")]
-
-    softer = itertools.cycle(chance.sample(["actor", "node"], 2))
-    while moments.kills_left:
-        command = Command(case.source, dest, "--model", case.model, *flags)
-        lives += 1
-        victims = [*itertools.islice(softer, chance.randint(1, KILLS_PER_LIFE)), "driver"]
-        while victims and moments.kills_left and moments.wait(command):
-            victim = victims.pop(0)
-            if victim == "actor":
-                wait_until(
-                    lambda command=command: bool(actors()) or command.process.poll() is not None,  # type: ignore[misc]
-                    what="an actor",
-                    poll_s=0.1,
-                )
-                if command.process.poll() is not None:  # it had nothing left to do
-                    break
-                kill_all(chance.sample(actors(), 1))
-            elif victim == "node":
-                workers = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
-                cluster.remove_node(chance.choice(workers), allow_graceful=False)
-                cluster.add_node(num_cpus=1, num_gpus=1, wait=False)
+    for life in victims_by_life(chance):
+        command = Command(case.images, dest, "--model", case.model, *flags)
+        for victim in life:
+            moments.wait(command, may_be_early=victim == "driver")
+            if victim == "driver":
+                kill_driver(command)
+                command = None
+                moments.struck("driver")
+            elif moments.kills["node"] < moments.kills["actor"] or (
+                moments.kills["node"] == moments.kills["actor"] and chance.random() < 0.5
+            ):
+                nodes = machines.at_work()
+                assert nodes, "Parts were committed, but no node hosts an actor"
+                machines.kill(chance.choice(nodes))
+                moments.struck("node")
             else:
-                command.process.kill()
-                command.process.communicate()
-            moments.struck(victim)
-        if command.process.returncode != -signal.SIGKILL:
-            _end(command)
-    _end(Command(case.source, dest, "--model", case.model, *flags))
-    _report(moments, dest, began_s, lives + 1)
-    assert sum(moments.kills.values()) == RAY_KILLS and set(moments.kills) == {"driver", "actor", "node"}
-    assert terminal_rows(dest) == case.calm
-    wait_until(lambda: not actors(), what="the end of all actors", poll_s=0.2)
+                actors = ray_actors(mark)
+                assert actors, "Parts were committed, but nobody is at work"
+                kill_all(chance.sample(actors, 1))
+                moments.struck("actor")
+    finish(case, dest, moments, flags, command)
+    assert set(moments.kills) == {"driver", "actor", "node"}
+    wait_until(lambda: not ray_actors(mark), what="the end of all actors", poll_s=0.2)
