@@ -1,4 +1,5 @@
-"""Reaching a Ray cluster, or not. What actors do on one is in test_kills."""
+"""Reaching a Ray cluster, or not, and the same answers there as without it. What happens when actors die is in
+test_kills."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from harness import write_images, write_tiny_model
+from awkward_corpus import make_awkward_corpus
+from handmade import answers_of
+from harness import SHAPE, write_images, write_tiny_model
 
 import pipeline
 from pipeline.errors import InfrastructureError, UsageError
@@ -41,3 +44,23 @@ def test_memory_cannot_be_seen_by_actors(tmp_path: Path) -> None:
             engine="ray",
             precision="fp32",
         )
+
+
+@pytest.mark.ray
+def test_ray_and_local_processes_give_the_same_answers_bit_for_bit(tmp_path: Path) -> None:
+    """Over images and names of every awkward kind, cut into other shards, and so with other neighbours in each
+    batch."""
+    expected = make_awkward_corpus(tmp_path / "awkward")
+    model = write_tiny_model(tmp_path / "tiny.safetensors", task="instance")
+    answers = {}
+    for engine, shard_size in (("local", 7), ("ray", 5)):
+        outcome = pipeline.segment(
+            source=str(tmp_path / "awkward"), dest=str(tmp_path / engine), model=str(model), engine=engine,
+            actors=1, shard_size=shard_size, max_pixels=100_000_000, max_error_rate=1.0, **SHAPE,
+        )  # fmt: skip
+        assert outcome.engine == {"local": "local processes", "ray": "Ray"}[engine]
+        answers[engine] = answers_of(tmp_path / engine)
+    ok = sum(one.outcome == "ok" for one in expected.values())
+    assert len(answers["local"]) == len(expected)
+    assert sum(status == "ok" for status, *_ in answers["local"].values()) == ok
+    assert answers["ray"] == answers["local"]
