@@ -1,0 +1,135 @@
+"""Ways to count the 8-connected regions of every class of a mask: CPU time of one thread, all must agree.
+
+    python benchmarks/regions.py [--masks FOLDER] [--count N] [--rounds K]
+
+Masks are street-like ones made by code (480×360, 11 classes), and besides, with `--masks`, label maps from PNG files
+(palette or gray). The figure is the mean over the masks of the best of K rounds, taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cc3d
+import cv2
+import numpy as np
+from efficiency import street
+from rich.console import Console
+from rich.table import Table
+from scipy import ndimage
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from skimage.measure import label
+
+from models.masks import count_regions_by_class, decode_mask_png
+
+Counts = dict[int, int]
+
+
+def opencv_each_class(ids: np.ndarray) -> Counts:
+    found = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
+    return {i: cv2.connectedComponents((ids == i).view(np.uint8), connectivity=8)[0] - 1 for i in found}
+
+
+def opencv_in_boxes(ids: np.ndarray) -> Counts:
+    counts = {}
+    for i, box in enumerate(ndimage.find_objects(ids.astype(np.int32) + 1)):
+        if box is not None:
+            inside = np.ascontiguousarray(ids[box] == i).view(np.uint8)
+            counts[i] = cv2.connectedComponents(inside, connectivity=8)[0] - 1
+    return counts
+
+
+def scipy_each_class(ids: np.ndarray) -> Counts:
+    found = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
+    return {i: ndimage.label(ids == i, structure=np.ones((3, 3)))[1] for i in found}
+
+
+def joined_runs(ids: np.ndarray) -> Counts:
+    """Runs of one class along the rows are nodes; those that touch one of the row below, corners too, are edges."""
+    # With a column between the rows, no run goes on in the next row, and corners need no special case.
+    flat = np.pad(ids.astype(np.int16), ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
+    width = ids.shape[1] + 1
+    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+    ends = np.append(starts[1:], flat.size)
+    kinds = flat[starts]
+    upper = np.flatnonzero((kinds >= 0) & (ends <= flat.size - width))
+    first = np.searchsorted(starts, starts[upper] + width - 1, side="right") - 1
+    last = np.searchsorted(starts, np.minimum(ends[upper] + width, flat.size - 1), side="right") - 1
+    touching = last - first + 1
+    above = np.repeat(upper, touching)
+    below = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching, touching) + np.repeat(first, touching)
+    same = kinds[above] == kinds[below]
+    edges = (np.ones(np.count_nonzero(same), np.uint8), (above[same], below[same]))
+    number, component = connected_components(coo_matrix(edges, shape=(starts.size,) * 2), directed=False)
+    owners = np.empty(number, np.int16)
+    owners[component] = kinds
+    return {i: n for i, n in enumerate(np.bincount(owners[owners >= 0]).tolist()) if n}
+
+
+def scikit_image(ids: np.ndarray) -> Counts:
+    labels, number = label(ids.astype(np.int32) + 1, connectivity=2, return_num=True)
+    owners = np.empty(number + 1, np.uint8)
+    owners[labels] = ids
+    return {i: n for i, n in enumerate(np.bincount(owners[1:]).tolist()) if n}
+
+
+def cc3d_labels_only(ids: np.ndarray) -> None:
+    cc3d.connected_components(ids + np.uint8(1), connectivity=8, return_N=True)
+
+
+WAYS: dict[str, Callable[[np.ndarray], Counts | None]] = {
+    "OpenCV, one pass a class": opencv_each_class,
+    "OpenCV, each class in its bounding box": opencv_in_boxes,
+    "SciPy ndimage, one pass a class": scipy_each_class,
+    "run lengths with NumPy, joined by SciPy": joined_runs,
+    "scikit-image, all classes at once": scikit_image,
+    "cc3d, all classes at once: labels alone": cc3d_labels_only,
+    "cc3d, and whose each region is (what we do)": count_regions_by_class,
+}
+
+
+def mean_ms(masks: list[np.ndarray], rounds: int) -> dict[str, float]:
+    best_s = {name: np.full(len(masks), np.inf) for name in WAYS}
+    for n, mask in enumerate(masks):
+        answers = {name: answer for name, way in WAYS.items() if (answer := way(mask)) is not None}
+        assert all(answer == answers["OpenCV, one pass a class"] for answer in answers.values()), answers
+        for _ in range(rounds):
+            for name, way in WAYS.items():
+                began_s = time.thread_time()
+                way(mask)
+                best_s[name][n] = min(best_s[name][n], time.thread_time() - began_s)
+    return {name: float(each.mean()) * 1e3 for name, each in best_s.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--masks", type=Path, default=None)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    sets = {"street-like": [street(seed) for seed in range(options.count)]}
+    if options.masks:
+        paths = sorted(options.masks.glob("*.png"))[: options.count]
+        sets[f"{len(paths)} of {options.masks.parent.name}"] = [decode_mask_png(path.read_bytes()) for path in paths]
+    figures = {name: mean_ms(masks, options.rounds) for name, masks in sets.items()}
+    table = Table(title=f"ms a mask, one thread, load {os.getloadavg()[0]:.1f}")
+    table.add_column("way")
+    for name in sets:
+        table.add_column(name, justify="right")
+    for way in WAYS:
+        table.add_row(way, *[f"{figures[name][way]:.2f}" for name in sets])
+    runs = {
+        name: np.mean([np.count_nonzero(np.diff(mask.astype(int))) for mask in masks]) for name, masks in sets.items()
+    }
+    table.caption = "changes of class along the rows: " + ", ".join(f"{name} {n:,.0f}" for name, n in runs.items())
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
