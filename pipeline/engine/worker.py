@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 _SOFTWARE = (
     "maskmill", "torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy", "scipy", "scikit-image",
-    "opencv-python-headless", "pillow", "simplejpeg", "pycocotools", "connected-components-3d", "zlib-ng", "pyarrow",
+    "opencv-python-headless", "pillow", "simplejpeg", "tifffile", "imagecodecs",
+    "pycocotools", "connected-components-3d", "zlib-ng", "pyarrow",
     "duckdb", "obstore", "ray",
 )  # fmt: skip
 
