@@ -109,7 +109,7 @@ def _scaled(array: np.ndarray, value_range: tuple[float, float] | None, dtype: t
 
 
 def _scaled_floats(array: np.ndarray, low: float, high: float, dtype: type) -> np.ndarray:
-    scaled = (array.astype(np.float64) - low) * (255 / (high - low))
+    scaled = (array.astype(np.float64) - low) / (high - low) * 255
     scaled = np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 255)
     return (np.rint(scaled) if dtype is np.uint8 else scaled).astype(dtype)
 

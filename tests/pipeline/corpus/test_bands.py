@@ -21,7 +21,7 @@ def test_bands_are_taken_in_the_order_named() -> None:
     raw = samples(5)
     chosen = select_bands(raw, [4, 0], (0, 4000))
     assert chosen.dtype == np.uint8 and chosen.flags.c_contiguous
-    assert np.array_equal(chosen, np.rint(raw[:, :, [4, 0]] * (255 / 4000)).astype(np.uint8))
+    assert np.array_equal(chosen, np.rint(raw[:, :, [4, 0]] / 4000 * 255).astype(np.uint8))
     assert select_bands(raw, [2], None).shape == (6, 7, 1)
 
 
