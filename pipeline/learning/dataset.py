@@ -1,139 +1,130 @@
-"""A data set on disk, as training and evaluation read it. Owns: the folder's layout and its decoding to
-arrays. Must not know: networks, augmentation, where the folder came from.
+"""A labelled data set, as training and evaluation read it: one split of it, whatever its layout. Owns: the one
+interface to all layouts. Must not know: networks, augmentation, how a layout lies in its files.
 
-Layout: `images/` (any format that Pillow reads), `annotations.json` (COCO instances: compressed or
-uncompressed run lengths, or polygons), `splits.json` ({"train": [file names], "val": [...]}). Masks are never
-resized.
+Layouts are recognised by their files (see pipeline/learning/labels): COCO instances, `images/` with `masks/` and
+`classes.json`, Pascal VOC, Cityscapes, and a DEST of our own. Splits come from `splits.json`, else from the layout,
+else they are drawn by group from a seed. Masks are never resized.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
 
-from pipeline.errors import UsageError
+from pipeline.corpus.decode import decode
+from pipeline.errors import ImageError, UsageError
+from pipeline.learning.labels.place import in_order
+from pipeline.learning.labels.source import LabelSource, Layout, open_labels
+from pipeline.learning.labels.splits import Splitting
+from pipeline.learning.labels.truth import IGNORE_ID, Item, LabelledObject, Labels
 
+__all__ = ["IGNORE_ID", "MAX_PIXELS", "Dataset", "Item", "LabelledObject", "Labels", "Splitting", "open_labels"]
 
-class Item(NamedTuple):
-    """One image of a data set."""
-
-    name: str
-    height: int
-    width: int
-    #: What sampling balances: the `modality` of the image's entry, empty where it has none.
-    stratum: str
+#: Larger images are refused.
+MAX_PIXELS = 1 << 28
 
 
 class Dataset:
-    """One split of a data set folder. Reads the annotations at once and images when asked. Safe to share by
-    threads.
+    """One split of a data set, or all of it. Reads annotations and sizes at once, images and masks when asked.
+    Safe to share by threads; pickles.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
-        """Raises UsageError when the folder has not the layout, or lacks the split or an image's entry."""
-        self.folder = folder
+    def __init__(
+        self,
+        source: str | Path | LabelSource,
+        split: str | None = None,
+        *,
+        layout: Layout | None = None,
+        splitting: Splitting | None = None,
+        model: str | None = None,
+        profile: str | None = None,
+    ) -> None:
+        """`split` None: every labelled image. The other arguments are those of `open_labels`; a source that is open
+        already (so that two splits share it) takes none of them.
+
+        Raises UsageError where it is no data set, lacks the split, or lacks the label of an image of the split.
+        """
+        if isinstance(source, str | Path):
+            source = open_labels(source, layout=layout, splitting=splitting, model=model, profile=profile)
+        self.source = source
         self.split = split
-        annotations = _read_json(folder / "annotations.json")
-        splits = _read_json(folder / "splits.json")
-        if split not in splits:
-            raise UsageError(f"data set {folder} has no split {split!r}: it has {', '.join(sorted(splits))}")
-        entries = {entry["file_name"]: entry for entry in annotations["images"]}
-        absent = [name for name in splits[split] if name not in entries]
-        if absent:
-            raise UsageError(f"split {split!r} of {folder} names {absent[0]!r}, which annotations.json does not have")
-        self.items = tuple(
-            Item(
-                name,
-                int(entries[name]["height"]),
-                int(entries[name]["width"]),
-                str(entries[name].get("modality", "")),
+        if split is not None and split not in source.splits:
+            raise UsageError(
+                f"data set {source.title} has no split {split!r}: it has {', '.join(sorted(source.splits))}"
             )
-            for name in splits[split]
-        )
-        categories = sorted(annotations["categories"], key=lambda category: category["id"])
-        #: Names by class id, from 0 (background).
-        self.class_names = ("background", *(str(category["name"]) for category in categories))
-        self._class_of_category = {category["id"]: index for index, category in enumerate(categories, start=1)}
-        name_of_id = {entry["id"]: entry["file_name"] for entry in annotations["images"]}
-        self._objects: dict[str, list[Mapping[str, Any]]] = {item.name: [] for item in self.items}
-        for annotation in annotations["annotations"]:
-            name = name_of_id[annotation["image_id"]]
-            if name in self._objects:
-                self._objects[name].append(annotation)
+        names = tuple(source.entries) if split is None else source.splits[split]
+        absent = [name for name in names if name not in source.entries]
+        if absent:
+            raise UsageError(f"split {split!r} of {source.title} names {absent[0]!r}, for which there is no label")
+        self.items: tuple[Item, ...] = tuple(in_order(source.item, [source.entries[name] for name in names]))
+        #: Names by class id.
+        self.class_names = source.class_names
+        #: The class that means "nothing here", where there is one.
+        self.background_id = source.background_id
+        #: Whether objects are told apart: else `instance_labels` and `objects` raise.
+        self.has_objects = source.has_objects
 
     def __len__(self) -> int:
         return len(self.items)
 
     def image(self, item: Item) -> NDArray[np.uint8]:
-        """Pixels as uint8 RGB [h, w, 3], upright by EXIF. Raises UsageError if the size is not the annotated
-        one.
+        """Pixels as uint8 RGB [h, w, 3], decoded as in a run: upright by EXIF, transparency over white. Raises
+        UsageError where it cannot be decoded, or its size is not the label's.
         """
-        with Image.open(self.folder / "images" / item.name) as file:
-            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        try:
+            pixels = decode(self.source.image_bytes(item.name), max_pixels=MAX_PIXELS).pixels
+        except ImageError as error:
+            raise UsageError(f"image {item.name} of {self.source.title} cannot be used: {error}") from error
         if pixels.shape[:2] != (item.height, item.width):
             raise UsageError(f"image {item.name} has shape {pixels.shape}, annotated as {item.height} x {item.width}")
         return pixels
 
-    def instance_labels(self, item: Item) -> NDArray[np.int32]:
-        """int32 [h, w]: 0 is background, objects are 1 .. n in the annotations' order; later ones win
-        overlaps.
-        """
-        labels = np.zeros((item.height, item.width), dtype=np.int32)
-        for index, annotation in enumerate(self._objects[item.name], start=1):
-            labels[self._mask(annotation, item)] = index
+    def labels(self, item: Item) -> Labels:
+        """All that is known of one image, read once. Raises UsageError for ids that are no class."""
+        labels = self.source.labels(item)
+        if labels.unknown:
+            raise UsageError(
+                f"the label of {item.name} has ids that are no class: {sorted(labels.unknown)}; the classes of "
+                f"{self.source.title} are {', '.join(self.class_names)}"
+            )
         return labels
 
     def class_ids(self, item: Item) -> NDArray[np.uint8]:
-        """uint8 [h, w]: indices into `class_names`; later objects win overlaps."""
-        class_ids = np.zeros((item.height, item.width), dtype=np.uint8)
-        for annotation in self._objects[item.name]:
-            class_ids[self._mask(annotation, item)] = self._class_of_category[annotation["category_id"]]
-        return class_ids
+        """uint8 [h, w]: indices into `class_names`, or IGNORE_ID. Painted from objects: later ones win overlaps, and
+        crowds are IGNORE_ID where no object is.
+        """
+        return self.labels(item).class_ids()
+
+    def instance_labels(self, item: Item) -> NDArray[np.int32]:
+        """int32 [h, w]: 0 is background and crowds, objects are 1 .. n in the annotations' order; later ones win
+        overlaps. Raises UsageError for labels of classes only.
+        """
+        return self.labels(item).instance_labels()
+
+    def objects(self, item: Item) -> tuple[LabelledObject, ...]:
+        """Objects and crowds in the annotations' order. Raises UsageError for labels of classes only."""
+        objects = self.labels(item).objects
+        if objects is None:
+            raise UsageError(f"{self.source.title} has labels of classes only: no objects are told apart")
+        return objects
+
+    def ignored(self, item: Item) -> NDArray[np.bool_]:
+        """bool [h, w]: pixels to be left out of losses and metrics: unknown truth, and crowds where no object is."""
+        return self.labels(item).ignored()
 
     def digest(self) -> str:
-        """SHA-256 over the split's names, image bytes and annotations, in the split's order: 64 hexadecimal
-        digits.
-        """
+        """SHA-256 over the split's names, image bytes and labels, in the split's order: 64 hexadecimal digits."""
         sha256 = hashlib.sha256()
-        for item in self.items:
-            objects = json.dumps(self._objects[item.name], sort_keys=True)
-            for part in (
-                item.name.encode(),
-                (self.folder / "images" / item.name).read_bytes(),
-                objects.encode(),
-            ):
+
+        def read(item: Item) -> tuple[bytes, ...]:
+            name = item.name
+            return name.encode(), self.source.image_bytes(name), self.source.label_bytes(name)
+
+        for parts in in_order(read, self.items):
+            for part in parts:
                 sha256.update(len(part).to_bytes(8, "little"))
                 sha256.update(part)
         return sha256.hexdigest()
-
-    def _mask(self, annotation: Mapping[str, Any], item: Item) -> NDArray[np.bool_]:
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-            rle = segmentation
-        else:
-            rle = coco_mask.frPyObjects(segmentation, item.height, item.width)
-            rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
-        if list(rle["size"]) != [item.height, item.width]:
-            raise UsageError(
-                f"annotation {annotation.get('id')} of {item.name} has size {rle['size']}, "
-                f"the image is {item.height} x {item.width}"
-            )
-        decoded: NDArray[np.uint8] = coco_mask.decode(rle)
-        return decoded.astype(bool)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path.parent} is not a data set: it has no {path.name}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error

@@ -18,7 +18,7 @@ from models.metrics import (
 )
 from models.preprocessing import image_statistics
 from models.segmenter import Prediction, Segmenter
-from pipeline.learning.dataset import Dataset
+from pipeline.learning.dataset import IGNORE_ID, Dataset
 
 
 def evaluate(segmenter: Segmenter, dataset: Dataset) -> dict[str, float]:
@@ -73,7 +73,7 @@ def _evaluate_semantic(segmenter: Segmenter, dataset: Dataset) -> dict[str, floa
     confusion = np.zeros((classes, classes), dtype=np.int64)
     for item in dataset.items:
         class_ids, _ = segmenter.postprocess(predict(segmenter, dataset.image(item)))
-        confusion += confusion_matrix(class_ids, dataset.class_ids(item), classes)
+        confusion += confusion_matrix(class_ids, dataset.class_ids(item), classes, ignore_id=IGNORE_ID)
     total = int(confusion.sum())
     return {
         "mean_iou": mean_iou(confusion),

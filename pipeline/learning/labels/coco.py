@@ -1,0 +1,158 @@
+"""COCO instances. Owns: reading its JSON and where its images lie. Must not know: other layouts, scores.
+
+Either `images/` and `annotations.json`, or as COCO publishes it: `annotations/instances_<split>.json`, each with its
+images in `<split>/`, `images/<split>/` or `images/`. Segmentations are polygons, or run lengths, compressed or not.
+(Format: cocodataset.org, "Data format", object detection.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipeline.errors import UsageError
+from pipeline.learning.labels.place import Place
+from pipeline.learning.labels.source import Gap
+from pipeline.learning.labels.splits import Entry, Splitting, choose_splits
+from pipeline.learning.labels.truth import Item, LabelError, LabelledObject, Labels
+
+
+class _Annotated(NamedTuple):
+    """One image of the JSON."""
+
+    file: str
+    height: int
+    width: int
+    objects: list[Mapping[str, Any]]
+
+
+class CocoLabels:
+    """A `LabelSource`. Class 0 is background, the categories follow in the order of their ids."""
+
+    layout: Literal["coco"] = "coco"
+    background_id: int | None = 0
+    has_objects = True
+
+    def __init__(self, place: Place, splitting: Splitting | None) -> None:
+        """Raises UsageError where a file is not COCO's, or two files disagree on the categories."""
+        self._place = place
+        self.title = str(place)
+        self.entries: dict[str, Entry] = {}
+        self._images: dict[str, _Annotated] = {}
+        self._class_of_category: dict[int, int] = {}
+        self.class_names: tuple[str, ...] = ()
+        gaps: list[Gap] = []
+        own: dict[str, tuple[str, ...]] = {}
+        published = {} if place.has("annotations.json") else _published(place)
+        for file, folders in (published or {"annotations.json": ("images",)}).items():
+            before = len(self.entries)
+            self._read(file, folders, gaps)
+            if published:
+                split = file.removeprefix("annotations/instances_").removesuffix(".json")
+                own[split] = tuple(self.entries)[before:]
+        self.splits = choose_splits(place, self.entries.values(), splitting, own=own)
+        self.gaps = tuple(gaps)
+
+    def item(self, entry: Entry) -> Item:
+        image = self._images[entry.name]
+        return Item(entry.name, image.height, image.width, entry.stratum, entry.group)
+
+    def labels(self, item: Item) -> Labels:
+        objects: list[LabelledObject] = []
+        unknown: dict[int, int] = {}
+        for annotation in self._images[item.name].objects:
+            category = annotation["category_id"]
+            class_id = self._class_of_category.get(category)
+            if class_id is None:
+                unknown[int(category)] = unknown.get(int(category), 0) + 1
+                continue
+            rle = _rle(annotation, item)
+            area = annotation.get("area")
+            objects.append(
+                LabelledObject(
+                    class_id=class_id,
+                    rle=rle,
+                    area=float(coco_mask.area(rle) if area is None else area),
+                    is_crowd=bool(annotation.get("iscrowd", 0)),
+                )
+            )
+        return Labels(item.height, item.width, objects=tuple(objects), unknown=unknown)
+
+    def image_bytes(self, name: str) -> bytes:
+        return self._place.read(self._images[name].file)
+
+    def label_bytes(self, name: str) -> bytes:
+        return json.dumps(self._images[name].objects, sort_keys=True).encode()
+
+    def _read(self, file: str, folders: Sequence[str], gaps: list[Gap]) -> None:
+        annotations = self._place.read_json(file)
+        absent = [key for key in ("images", "annotations", "categories") if key not in annotations]
+        if absent:
+            raise UsageError(f"{self.title}/{file} is not COCO's: it has no {absent[0]!r}")
+        categories = sorted(annotations["categories"], key=lambda category: category["id"])
+        names = ("background", *(str(category["name"]) for category in categories))
+        if self.class_names and names != self.class_names:
+            raise UsageError(f"{self.title}/{file} has other categories than the files before it")
+        self.class_names = names
+        self._class_of_category = {category["id"]: index for index, category in enumerate(categories, start=1)}
+        folder = next((one for one in folders if len(folders) == 1 or self._place.has_folder(one)), folders[0])
+        there = set(self._place.files(folder))
+        name_of_id = {}
+        for entry in annotations["images"]:
+            name = str(entry["file_name"])
+            if name in self.entries:
+                raise UsageError(f"{self.title}/{file} names {name!r}, which was named before")
+            name_of_id[entry["id"]] = name
+            self.entries[name] = Entry(name, str(entry.get("modality", "")), str(entry.get("group", "")))
+            self._images[name] = _Annotated(f"{folder}/{name}", int(entry["height"]), int(entry["width"]), [])
+            if name not in there:
+                gaps.append(Gap(name, "image", f"{file} has it, {folder}/ has not"))
+        for annotation in annotations["annotations"]:
+            owner = name_of_id.get(annotation["image_id"])
+            if owner is None:
+                gaps.append(
+                    Gap(f"annotation {annotation.get('id')}", "image", f"image_id {annotation['image_id']} is none")
+                )
+            else:
+                self._images[owner].objects.append(annotation)
+
+
+def _published(place: Place) -> dict[str, tuple[str, ...]]:
+    """Folders to look for images in, by annotation file."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in place.files("annotations"):
+        match = re.fullmatch(r"instances_(.+)\.json", name)
+        if match:
+            found[f"annotations/{name}"] = (match[1], f"images/{match[1]}", "images")
+    return found
+
+
+def _rle(annotation: Mapping[str, Any], item: Item) -> dict[str, Any]:
+    """Compressed run lengths of an annotation of any kind. Raises LabelError."""
+    segmentation = annotation.get("segmentation")
+    what = f"annotation {annotation.get('id')} of {item.name}"
+    try:
+        if not segmentation:
+            rle: dict[str, Any] = coco_mask.encode(np.zeros((item.height, item.width), dtype=np.uint8, order="F"))
+        elif isinstance(segmentation, list):
+            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, item.height, item.width))
+        elif isinstance(segmentation["counts"], list):
+            rle = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+        else:
+            counts = segmentation["counts"]
+            rle = {
+                "size": list(segmentation["size"]),
+                "counts": counts.encode("ascii") if isinstance(counts, str) else counts,
+            }
+    except Exception as error:
+        raise LabelError(f"{what} has no segmentation that can be read: {error}", kind="unreadable") from error
+    if list(rle["size"]) != [item.height, item.width]:
+        raise LabelError(
+            f"{what} has size {list(rle['size'])}, the image is {item.height} x {item.width}", kind="size_mismatch"
+        )
+    return rle
