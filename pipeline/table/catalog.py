@@ -1,34 +1,40 @@
-"""SQL over DEST. Owns: DuckDB connections and the views `segments`, `images`, `classes`, `instances`, `errors`, `runs`.
+"""SQL over DEST. Owns: DuckDB connections and the views `segments`, `images`, `classes`, `instances`, `errors`, `runs`,
+`evaluations`.
 Must not know: how rows are made, runs beyond their records' fields.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
 
-from pipeline.errors import InfrastructureError, StorageError, UsageError
+from pipeline.errors import BYTES_KINDS, InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage
-from pipeline.table.schema import RUN_ID, SEGMENTS, parse_part_name
+from pipeline.table.functions import add_functions
+from pipeline.table.runs import RunFiles, read_runs, runs_table
+from pipeline.table.schema import SCHEMA_VERSION, SCHEMAS, SEGMENTS, parse_part_name
 
 _KEY_TYPES = {"model": "VARCHAR", "version": "VARCHAR", "date": "DATE"}
 _OUTER_KEY = re.compile(r"/(?:model|version|date)=")
 _DUCKDB_TYPES = {
     "string": "VARCHAR", "binary": "BLOB", "int16": "SMALLINT", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT",
 }  # fmt: skip
-_GETS_AT_ONCE = 16
-_BYTES_KINDS = "('empty','truncated','not_an_image','unsupported','too_large','corrupt','model_failed')"
 
 #: SQL condition on a row of `segments`: nothing more will be tried for this etag.
-TERMINAL = f"(status = 'ok' OR error_kind IN {_BYTES_KINDS})"
+TERMINAL = "(status = 'ok' OR error_kind IN ('" + "', '".join(sorted(BYTES_KINDS)) + "'))"
+
+
+class Current(NamedTuple):
+    """The version and settings of a model whose rows count."""
+
+    model: str
+    version: str
+    settings_digest: str
 
 
 def open_duckdb(
@@ -57,16 +63,8 @@ def open_duckdb(
 
 def part_sizes(storage: Storage, prefix_uri: str) -> dict[str, int]:
     """Bytes by URI of every Part below `prefix_uri`; foreign files left out, {} where there is nothing."""
-    found: dict[str, int] = {}
-    try:
-        for batch in storage.list(prefix_uri):
-            for uri, size_bytes in zip(batch["uri"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True):
-                if parse_part_name(uri.rpartition("/")[2]):
-                    found[uri] = size_bytes
-    except StorageError as error:
-        if error.kind != "missing":
-            raise
-    return dict(sorted(found.items()))
+    found = files_below(storage, prefix_uri)
+    return {uri: size_bytes for uri, size_bytes in found.items() if parse_part_name(uri.rpartition("/")[2])}
 
 
 def read_parts_sql(uris: Sequence[str], *, hive: bool = False) -> str:
@@ -129,47 +127,94 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     """A DuckDB connection with the views of DEST, on disk and on S3. Raises UsageError where DEST holds no table.
 
     `segments`: all rows. `images`: for each model the terminal rows of the version and settings of its last closed run,
-    the newest etag per uri. `classes`, `instances`: unnested from `images`. `errors`: rows that are errors.
-    `runs`: one row a run.
+    the newest etag per uri, without the images that SOURCE no longer holds. `classes`, `instances`: unnested from
+    `images`. `errors`: rows that are errors. `runs`: one row a run. `evaluations`: what models scored. The functions of
+    `pipeline.table.functions` are there, too.
+
+    The views show DEST as it was when it was opened; connect again to see more.
     """
     dest = normalize_uri(dest)
-    storage = open_storage(dest, profile=profile)
+    connection = open_table(open_storage(dest, profile=profile), dest, temp_path=os.environ.get("TMPDIR", "/tmp"))
+    add_functions(connection)
+    return connection
+
+
+def open_table(
+    storage: Storage,
+    dest: str,
+    *,
+    current: Current | None = None,
+    memory_bytes: int | None = None,
+    temp_path: str | None = None,
+) -> Any:
+    """As `connect`, without the functions. With `current` the view `images` is what it will be once a run of that
+    model, version and settings is closed."""
     sizes = part_sizes(storage, join_uri(dest, "segments"))
-    uris = list(sizes)
-    records = _records(storage, dest)
-    if not uris and not records:
+    runs = read_runs(storage, dest)
+    if not sizes and not runs:
         raise UsageError(f"{dest} holds no Maskmill table: give the DEST of an earlier `maskmill segment`")
-    connection = open_duckdb(storage, sizes=sizes, temp_path=os.environ.get("TMPDIR", "/tmp"))
+    evaluations = _parquet_below(storage, join_uri(dest, "evaluations"))
+    connection = open_duckdb(storage, sizes=sizes | evaluations, memory_bytes=memory_bytes, temp_path=temp_path)
     try:
-        _create_views(connection, uris, records)
+        connection.execute(f"CREATE VIEW segments AS SELECT * FROM {_segments_sql(list(sizes), runs)}")
+        connection.register("_runs", runs_table(runs))
+        connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY sequence")
+        has_events = _create_events(connection, dest, runs)
+        _create_images(connection, current, has_events)
+        connection.execute("CREATE VIEW errors AS SELECT * FROM segments WHERE status = 'error'")
+        connection.execute(f"CREATE VIEW evaluations AS SELECT * FROM {_evaluations_sql(list(evaluations))}")
     except duckdb.Error as error:
         raise unreadable(dest, error) from error
     return connection
 
 
-def _create_views(connection: Any, uris: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
-    connection.execute(f"CREATE VIEW segments AS SELECT * FROM {read_parts_sql(uris, hive=True)}")
-    connection.register("_runs", pa.Table.from_pylist(list(records), schema=_RUNS))
-    connection.execute("CREATE VIEW runs AS SELECT * FROM _runs ORDER BY sequence")
-    connection.execute(
-        "CREATE VIEW _current AS SELECT model, max_by(model_version, sequence) AS model_version, "
-        "max_by(settings_digest, sequence) AS settings_digest FROM _runs WHERE state = 'done' GROUP BY model"
+def _segments_sql(uris: Sequence[str], runs: Sequence[RunFiles]) -> str:
+    """All Parts, whatever their schema version; what an old one lacks is NULL."""
+    version_of = {run.run_id: run.schema_version for run in runs}
+    groups: dict[str, list[str]] = {}
+    for uri in uris:
+        run_id, _ = parse_part_name(uri.rpartition("/")[2]) or ("", 0)
+        groups.setdefault(version_of.get(run_id, SCHEMA_VERSION), []).append(uri)
+    if groups.keys() <= {SCHEMA_VERSION}:
+        return read_parts_sql(uris, hive=True)
+    return "(" + " UNION ALL ".join(_one_version_sql(*group) for group in groups.items()) + ")"
+
+
+def _one_version_sql(version: str, uris: Sequence[str]) -> str:
+    if version not in SCHEMAS:
+        raise InfrastructureError(
+            f"files of schema version {version} are in this table, and this Maskmill knows {', '.join(SCHEMAS)}: "
+            "use a newer release"
+        )
+    known = set(SCHEMAS[version].names)
+    columns = ", ".join(
+        f'{_column(field.name, known)}::{_duckdb_type(field.type)} AS "{field.name}"' for field in SEGMENTS
     )
+    return f"SELECT {columns}, {', '.join(_KEY_TYPES)} FROM {read_parts_sql(uris, hive=True)}"
+
+
+def _column(name: str, known: set[str]) -> str:
+    return f'"{name}"' if name in known else "NULL"
+
+
+def _create_images(connection: Any, current: Current | None, has_events: bool) -> None:
+    found = dict(
+        connection.execute(
+            "SELECT model, {'version': max_by(model_version, sequence), 'settings': max_by(settings_digest, sequence)} "
+            "FROM _runs WHERE state = 'done' GROUP BY model"
+        ).fetchall()
+    )
+    chosen = [Current(model, one["version"], one["settings"]) for model, one in found.items()]
+    if current is not None:
+        chosen = [one for one in chosen if one.model != current.model] + [current]
     # Of every run, whatever became of it: rows of an open or abandoned run are rows too.
     repeats = connection.execute(
-        "SELECT coalesce(sum(repeats), 0) FROM _runs SEMI JOIN _current USING (model, model_version, settings_digest)"
+        f"SELECT coalesce(sum(repeats), 0) FROM _runs s WHERE {_is_current(chosen, version='model_version')}"
     ).fetchone()[0]
-    # What was read last is what is there now; a file's own time may go back (mv, rsync -t).
-    newest = (
-        "QUALIFY row_number() OVER (PARTITION BY s.model, s.image_uri "
-        "ORDER BY s.processed_at DESC, s.image_modified DESC NULLS LAST) = 1"
-    )
     connection.execute(
-        "CREATE VIEW images AS SELECT s.* FROM segments s "
-        "JOIN _current c ON s.model = c.model AND s.model_version = c.model_version "
-        "AND s.settings_digest = c.settings_digest "
-        f"WHERE {TERMINAL.replace('status', 's.status')} {newest if repeats else ''}"
+        f"CREATE VIEW _candidates AS SELECT * FROM segments s WHERE {_is_current(chosen)} AND {TERMINAL}"
     )
+    connection.execute(f"CREATE VIEW images AS {images_sql('_candidates', newest=bool(repeats), events=has_events)}")
     connection.execute(
         "CREATE VIEW classes AS SELECT image_uri, model, version, date, run_id, width, height, "
         "unnest(classes, recursive := true) FROM images"
@@ -178,84 +223,84 @@ def _create_views(connection: Any, uris: Sequence[str], records: Sequence[Mappin
         "CREATE VIEW instances AS SELECT image_uri, model, version, date, run_id, width, height, i.* "
         "FROM (SELECT *, unnest(instances) AS i FROM images)"
     )
-    connection.execute("CREATE VIEW errors AS SELECT * FROM segments WHERE status = 'error'")
 
 
-_RUNS = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("sequence", pa.int64()),
-        ("state", pa.string()),
-        ("model", pa.string()),
-        ("model_version", pa.string()),
-        ("settings_digest", pa.string()),
-        ("precision", pa.string()),
-        ("source", pa.string()),
-        ("run_date", pa.date32()),
-        ("created_at", pa.timestamp("us", "UTC")),
-        ("closed_at", pa.timestamp("us", "UTC")),
-        ("planned", pa.int64()),
-        ("ok", pa.int64()),
-        ("errors", pa.int64()),
-        ("parts", pa.int64()),
-        ("parts_bytes", pa.int64()),
-        ("seconds", pa.float64()),
-        ("images_per_s", pa.float64()),
-        ("repeats", pa.int64()),
-    ]
-)
+def _is_current(chosen: Sequence[Current], version: str = "version") -> str:
+    """A condition in literals, so that files of other versions are left out by their paths."""
+    if not chosen:
+        return "false"
+    versions = ", ".join(sorted({sql_text(one.version) for one in chosen}))
+    exact = " OR ".join(
+        f"(s.model = {sql_text(one.model)} AND s.{version} = {sql_text(one.version)} "
+        f"AND s.settings_digest = {sql_text(one.settings_digest)})"
+        for one in chosen
+    )
+    return f"s.{version} IN ({versions}) AND ({exact})"
 
 
-def _records(storage: Storage, dest: str) -> list[dict[str, Any]]:
-    """One mapping a run, from its closing record or, while it is open, its plan. Plans that lost are left out."""
-    prefix = join_uri(dest, "runs") + "/"
-    names: set[str] = set()
+def images_sql(candidates: str, *, newest: bool, events: bool) -> str:
+    """The rows of the relation `candidates` that count. `newest`: some image may have more than one. `events`: the
+    table `_events` says what has become of some images in SOURCE.
+
+    A row that was made after an event speaks for itself; of those before it none counts where the image was gone, and
+    rather the one with its etag where it was back.
+    """
+    joined, left, order = "", "", ""
+    if events:
+        joined = "LEFT JOIN _events e ON s.image_uri = e.image_uri LEFT JOIN _runs r ON s.run_id = r.run_id "
+        before = "(e.image_uri IS NOT NULL AND coalesce(r.sequence, 0) <= e.sequence)"
+        left = f"WHERE NOT ({before} AND e.image_etag IS NULL)"
+        order = (
+            f"CASE WHEN NOT {before} THEN 2 "
+            "WHEN s.image_etag = e.image_etag OR s.listed_etag = e.image_etag THEN 1 ELSE 0 END DESC, "
+        )
+    # What was read last is what is there now; a file's own time may go back (mv, rsync -t).
+    qualified = (
+        f"QUALIFY row_number() OVER (PARTITION BY s.model, s.image_uri ORDER BY {order}"
+        "s.processed_at DESC, s.image_modified DESC NULLS LAST) = 1"
+    )
+    return f"SELECT s.* FROM {candidates} s {joined}{left} {qualified if newest else ''}"
+
+
+def _create_events(connection: Any, dest: str, runs: Sequence[RunFiles]) -> bool:
+    """The table `_events`: of each image that was ever gone from SOURCE, or back at an older etag, what was found last:
+    in the plan of which run (`sequence`), and its etag then, NULL where it was gone. False where there is none."""
+    selects = ["SELECT NULL::VARCHAR AS image_uri, NULL::VARCHAR AS image_etag, NULL::VARCHAR AS run_id WHERE false"]
+    for name, etag in (("removed.parquet", "NULL::VARCHAR"), ("returned.parquet", "image_etag")):
+        paths = [duckdb_path(join_uri(dest, "runs", run.run_id, name)) for run in runs if name in run.names]
+        if paths:
+            listed = ", ".join(sql_text(_literal(path)) for path in paths)
+            selects.append(
+                f"SELECT image_uri, {etag} AS image_etag, "
+                f"regexp_extract(filename, '.*/runs/([^/]+)/{name}$', 1) AS run_id "
+                f"FROM read_parquet([{listed}], filename = true, hive_partitioning = false)"
+            )
+    connection.execute(
+        "CREATE TEMP TABLE _events AS SELECT image_uri, max(sequence) AS sequence, "
+        "max_by({'etag': image_etag}, sequence).etag AS image_etag "
+        f"FROM ({' UNION ALL '.join(selects)}) JOIN _runs USING (run_id) GROUP BY image_uri"
+    )
+    return len(selects) > 1
+
+
+def _evaluations_sql(uris: Sequence[str]) -> str:
+    if not uris:
+        return "(SELECT NULL::VARCHAR AS model, NULL::VARCHAR AS model_version WHERE false)"
+    listed = ", ".join(sql_text(_literal(duckdb_path(uri))) for uri in uris)
+    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+
+
+def _parquet_below(storage: Storage, prefix_uri: str) -> dict[str, int]:
+    return {uri: size for uri, size in files_below(storage, prefix_uri).items() if uri.endswith(".parquet")}
+
+
+def files_below(storage: Storage, prefix_uri: str) -> dict[str, int]:
+    """Bytes by URI of all files below `prefix_uri`, by URI; {} where there is nothing."""
+    found: dict[str, int] = {}
     try:
-        for batch in storage.list(prefix.rstrip("/")):
-            names.update(uri.removeprefix(prefix) for uri in batch["uri"].to_pylist())
+        for batch in storage.list(prefix_uri):
+            found.update(zip(batch["uri"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True))
     except StorageError as error:
         if error.kind != "missing":
             raise
-    runs = sorted(name.removesuffix("/plan.json") for name in names if name.endswith("/plan.json"))
-    runs = [run_id for run_id in runs if RUN_ID.fullmatch(run_id)]
-
-    def record(run_id: str) -> dict[str, Any] | None:
-        closed = f"{run_id}/run.json" in names
-        try:
-            body = json.loads(storage.get(f"{prefix}{run_id}/{'run.json' if closed else 'plan.json'}").data)
-        except StorageError as error:
-            if error.kind == "missing":  # a plan that lost its race, taken away since it was listed
-                return None
-            raise
-        plan = body["plan"] if closed else body
-        if not closed:
-            entry = f"_log/{plan['sequence']:08d}.json"
-            if entry not in names or json.loads(storage.get(prefix + entry).data)["run_id"] != run_id:
-                return None
-        return _record(plan, body if closed else None)
-
-    with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
-        return [found for found in pool.map(record, runs) if found]
-
-
-def _record(plan: dict[str, Any], outcome: dict[str, Any] | None) -> dict[str, Any]:
-    counts = plan["counts"]
-    again = plan["command"]["force"] or plan["command"]["retry_errors"]
-    outcome = outcome or {}
-    found = {
-        "run_id": plan["run_id"],
-        "sequence": plan["sequence"],
-        "state": outcome.get("state", "open"),
-        "model": plan["model_name"],
-        "model_version": plan["model_version"],
-        "settings_digest": plan["settings_digest"],
-        "precision": plan["precision"],
-        "source": plan["command"]["source"],
-        "run_date": dt.date.fromisoformat(plan["run_date"]),
-        "created_at": dt.datetime.fromisoformat(plan["created_at"]),
-        "closed_at": dt.datetime.fromisoformat(outcome["closed_at"]) if outcome else None,
-        "planned": counts["planned"],
-        "repeats": counts["changed"] + (counts["planned"] if again else 0),
-    }
-    results = ("ok", "errors", "parts", "parts_bytes", "seconds", "images_per_s")
-    return found | {key: outcome.get(key) for key in results}
+    return dict(sorted(found.items()))

@@ -1,5 +1,8 @@
-"""The table `segments`. Owns: its Arrow schema, its version, and where its files lie under DEST.
+"""The table `segments`. Owns: its Arrow schema in every version, and where its files lie under DEST.
 Must not know: how rows are made or files written.
+
+A column that is added, taken away or given another meaning is a new version: the old schema stays in `SCHEMAS`, and
+what it lacks is NULL to readers. All Parts of a run are of the version in its plan.
 """
 
 from __future__ import annotations
@@ -71,6 +74,9 @@ SEGMENTS = pa.schema(
     ]
 )
 
+#: What the files of each version hold, oldest first.
+SCHEMAS = {"1": SEGMENTS}
+
 #: The frozen list of a run: what a shard is a slice of.
 WORK = pa.schema(
     [
@@ -97,6 +103,15 @@ class PartPlace(NamedTuple):
     def folder(self) -> str:
         """`segments/model=<name>/version=<v>/date=<date>`, relative to DEST."""
         return f"segments/model={self.model}/version={self.version}/date={self.date.isoformat()}"
+
+
+def shard_bounds(planned: int, *, shard_size: int, canary: int = 0) -> list[tuple[int, int]]:
+    """First and last-plus-one row in the frozen list of every shard, by ordinal. Canary shards come first and end at
+    the canary. A run of no images has no shards."""
+    if not planned:
+        return []
+    cuts = list(range(0, canary, shard_size)) + list(range(canary, planned, shard_size))
+    return list(zip(cuts, [*cuts[1:], planned], strict=True))
 
 
 def part_name(run_id: str, ordinal: int) -> str:

@@ -6,44 +6,15 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from handmade import CREATED_AT, make_list, make_part, make_plan, make_record, make_row
+from handmade import CREATED_AT, make_list, make_plan, make_row
+from tables import HOUR, Table
 
-from pipeline.engine.ledger import Ledger, Plan, WorkCounts
-from pipeline.errors import BYTES_KINDS, WORLD_KINDS, UsageError
-from pipeline.storage import join_uri, local_path, normalize_uri, open_storage
+from pipeline.errors import BYTES_KINDS, WORLD_KINDS, InfrastructureError, UsageError
+from pipeline.storage import join_uri, local_path, normalize_uri
 from pipeline.table.catalog import TERMINAL, connect, part_sizes
-
-HOUR = dt.timedelta(hours=1)
-
-
-class Table:
-    """A DEST that is written run by run."""
-
-    def __init__(self, dest: str) -> None:
-        self.ledger = Ledger(open_storage(dest), dest)
-        self.dest = dest
-        self.runs = 0
-
-    def run(self, *rows: dict[str, Any], state: str = "done", changed: int = 0, **changes: Any) -> Plan:
-        """A run with one Part of these rows, an hour after the last; `state` `open` leaves it open."""
-        self.runs += 1
-        at = CREATED_AT + self.runs * HOUR
-        counts = WorkCounts(images=len(rows), left=len(rows), changed=changed, planned=len(rows))
-        force = changes.pop("force", False)
-        run_id = f"{at:%Y%m%dT%H%M%SZ}-{self.runs:06x}"
-        plan = make_plan(self.dest, run_id=run_id, sequence=self.runs, created_at=at, counts=counts, shard_size=100)
-        plan = plan.model_copy(update=changes | {"command": plan.command.model_copy(update={"force": force})})
-        stamp = {"run_id": plan.run_id, "model_version": plan.model_version, "processed_at": at}
-        assert self.ledger.freeze(plan, make_list([row["image_uri"] for row in rows]))
-        own = {"settings_digest": plan.settings_digest}
-        self.ledger.storage.put_new(plan.part_uri(0), make_part([row | stamp | own for row in rows]))
-        if state != "open":
-            self.ledger.close(make_record(plan, state=state, ok=len(rows)))
-        return plan
-
-    def ask(self, sql: str) -> list[tuple[Any, ...]]:
-        return list(connect(self.dest).sql(sql).fetchall())
 
 
 @pytest.fixture
@@ -227,3 +198,48 @@ def test_other_peoples_readers_open_dest_as_it_is(table: Table) -> None:
         assert rows == expected, reader
         assert frame["width"].sum() == 12, reader
         assert set(frame["model"]) == {"tiny-semantic"}, reader
+
+
+def test_evaluations_are_a_view_even_before_there_are_any(table: Table) -> None:
+    table.run(make_row("a", "e1"))
+    assert table.ask("SELECT count(*) FROM evaluations") == [(0,)]
+    for name, columns in {
+        "a/1.parquet": {"model_version": ["x"], "iou": [0.5]},
+        "b.parquet": {"model_version": ["y"]},
+    }.items():
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink)
+        table.ledger.storage.put(join_uri(table.dest, "evaluations", name), bytes(sink.getvalue()))
+    table.ledger.storage.put(join_uri(table.dest, "evaluations", "notes.txt"), b"not a table")
+    assert sorted(table.ask("SELECT model_version, iou FROM evaluations")) == [("x", 0.5), ("y", None)]
+
+
+@pytest.mark.s3
+def test_evaluations_on_s3(s3_bucket: str) -> None:
+    table = Table(f"{s3_bucket}/out")
+    table.run(make_row("a", "e1"))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"iou": [0.5]}), sink)
+    table.ledger.storage.put(f"{table.dest}/evaluations/x/1.parquet", bytes(sink.getvalue()))
+    assert table.ask("SELECT iou, decode_mask(NULL) FROM evaluations") == [(0.5, None)]
+
+
+def test_other_versions_are_left_out_by_their_paths(table: Table) -> None:
+    """A Part of an old version is not even opened to answer about the current one."""
+    old = table.run(make_row("a", "e1"), model_version="f" * 12)
+    table.run(make_row("a", "e1"), model_version="0" * 12)
+    Path(local_path(old.part_uri(0))).write_bytes(b"damaged since")
+    assert table.ask("SELECT image_uri, version FROM images") == [("a", "0" * 12)]
+
+
+def test_a_damaged_record_is_named(table: Table) -> None:
+    plan = table.run(make_row("a", "e1"))
+    table.ledger.storage.put(table.ledger.uri(plan.run_id, "run.json"), b'{"plan": ')
+    with pytest.raises(InfrastructureError, match=rf"{plan.run_id}/run.json cannot be read"):
+        connect(table.dest)
+
+
+def test_runs_show_what_they_took(table: Table) -> None:
+    worker = {"node": "host-1", "device": "cuda:0", "name": "NVIDIA H200", "bf16": True, "cores": 8, "software": {}}
+    table.run(make_row("a", "e1"), record={"workers": [worker] * 2, "megapixels": 3.0})
+    assert table.ask("SELECT megapixels, len(workers), workers[1].name FROM runs") == [(3.0, 2, "NVIDIA H200")]
