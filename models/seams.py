@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from skimage.segmentation import watershed
 
 from models.card import WatershedPostprocessing
 from models.masks import Instance
-from models.postprocessing import threshold_level
+from models.postprocessing import flood, threshold_level
 from models.tiling import Band
 
 
@@ -58,26 +57,12 @@ class InstanceEvidence:
         return foreground >= threshold_level(self.settings.foreground_threshold)
 
 
-def flood(foreground: NDArray[np.uint8], markers: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Labels int32 [h, w] of markers (int32, 0 is none) that grow over `inside`, high `foreground` first.
-
-    The watershed of `split_instances`, with its ties decided: skimage takes marker pixels of one level in whatever
-    order its heap holds them, which depends on everything else in the image. Here they are taken row by row, after all
-    higher levels and before whatever joined at their own. So an object's pixels depend on its own region alone.
-    """
-    level = 255.0 - foreground
-    where = np.flatnonzero(markers)
-    level.ravel()[where] += where * 2.0**-40 - 0.5
-    labels: NDArray[np.int32] = watershed(level, markers, mask=inside)
-    return labels
-
-
 def split_in_blocks(
     evidence: InstanceEvidence, *, class_id: int, background_id: int, block_px: int = 1024, halo_px: int = 128
 ) -> tuple[NDArray[np.uint8], list[Instance]]:
     """Final class ids uint8 [h, w] and instances, in order of their first pixel's row, then column.
 
-    What `split_instances` and `describe_instances` say of the whole image, up to the order of ties (see `flood`), where
+    What `split_instances` and `describe_instances` say of the whole image, where
     pixels lie at most `halo_px` from all of their region that decides about them: always for regions of foreground that
     reach no further beyond a block, in practice for touching objects smaller than the halo. Foreground whose only
     markers are beyond the halo becomes one instance of its own for each region. Memory beyond `evidence` and the class

@@ -20,8 +20,13 @@ from torch.nn import functional
 
 from models.architectures import untrained_card
 from models.card import WatershedPostprocessing
-from models.large_masks import count_pixels, count_regions_by_class, encode_mask_png
-from models.masks import Instance, mask_crc32
+from models.masks import (
+    Instance,
+    count_pixels_by_class,
+    count_regions_by_class,
+    encode_mask_png,
+    mask_crc32,
+)
 from models.seams import InstanceEvidence, split_in_blocks
 from models.tiling import TileBlender, TileGrid
 from pipeline.corpus.bands import select_bands, window_statistics
@@ -138,7 +143,7 @@ def main(path: str, task: str) -> dict[str, Any]:
         mark("split")
     took["png_bytes"] = len(encode_mask_png(class_ids, card.palette))
     mark("png")
-    took["pixels"] = count_pixels(class_ids)[:4].tolist()
+    took["pixels"] = count_pixels_by_class(class_ids)[:4].tolist()
     took["regions"] = count_regions_by_class(class_ids)
     mark("regions")
     took["crc32"] = mask_crc32(class_ids, [one.rle for one in instances])

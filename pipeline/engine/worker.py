@@ -148,6 +148,8 @@ class Worker:
                 f"{socket.gethostname()} runs Maskmill code {here}, the driver runs {spec.code_digest}: "
                 "install the same version on every node"
             )
+        # What it says of a damaged file is in that image's row already.
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         self._spec = spec
         segmenter = (load or load_segmenter)(spec, model)
         self._card_json = segmenter.card.model_dump_json()

@@ -2,7 +2,7 @@
 Must not know: clients, retries, what the files hold.
 
 DuckDB asks the same file for its size, time and bytes several times a query. Through s3fs each question is a
-request of its own (30 for a Part of a few rows), nothing is checked, and a 503 to a HEAD ends the query. Here a file
+request of its own, and nothing is checked (docs/decisions/0007). Here a file
 costs one HEAD and, up to `WHOLE_BYTES`, one GET whose digest is checked. A larger one is read in ranges, for which no
 store gives a digest; whoever asks for all of it at once gets one GET and its check."""
 

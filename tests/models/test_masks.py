@@ -134,6 +134,9 @@ def test_counts_in_bands_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch,
         regions, pixels = masks.count_regions_by_class(mask), masks.count_pixels_by_class(mask)
         assert pixels == dict(zip(*(column.tolist() for column in np.unique(mask, return_counts=True)), strict=True))
         with monkeypatch.context() as patch:
+            png = masks.encode_mask_png(mask, PALETTE)
             patch.setattr(masks, "_BAND_PX", band_px)
+            assert np.array_equal(decode_mask_png(masks.encode_mask_png(mask, PALETTE)), decode_mask_png(png))
+            assert masks.encode_mask_png(mask, PALETTE) == png
             assert masks.count_regions_by_class(mask) == regions
             assert masks.count_pixels_by_class(mask) == pixels

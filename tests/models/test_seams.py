@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 import pytest
 
-import models.postprocessing
 from models.card import WatershedPostprocessing
 from models.masks import Instance, decode_rle
 from models.postprocessing import describe_instances, split_instances
@@ -33,20 +32,11 @@ def in_blocks(
     return split_in_blocks(evidence, class_id=7, background_id=3, block_px=block_px, halo_px=halo_px)
 
 
-def whole(interior: np.ndarray, foreground: np.ndarray, settings: WatershedPostprocessing) -> np.ndarray:
-    """`split_instances` with the ties decided as `flood` does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            models.postprocessing, "watershed", lambda level, markers, mask: flood(255 - level, markers, mask)
-        )
-        return split_instances(interior, foreground, settings)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("block_px", "halo_px"), [(64, 48), (100, 40), (512, 64)])
 def test_blocks_give_exactly_the_instances_of_the_whole(seed: int, block_px: int, halo_px: int) -> None:
     interior, foreground = landscape(seed, 230, 310)
-    labels = whole(interior, foreground, SETTINGS)
+    labels = split_instances(interior, foreground, SETTINGS)
     expected = describe_instances(labels, foreground, 7)
     class_ids, instances = in_blocks(interior, foreground, SETTINGS, block_px=block_px, halo_px=halo_px)
     assert len(expected) > 60
@@ -70,8 +60,8 @@ def test_blocks_agree_with_split_instances_up_to_ties(seed: int) -> None:
 def test_small_objects_and_markers_are_judged_by_their_whole_size(changes: dict) -> None:
     settings = SETTINGS.model_copy(update=changes)
     interior, foreground = landscape(9, 200, 200)
-    labels = whole(interior, foreground, settings)
-    assert not np.array_equal(labels, whole(interior, foreground, SETTINGS))
+    labels = split_instances(interior, foreground, settings)
+    assert not np.array_equal(labels, split_instances(interior, foreground, SETTINGS))
     class_ids, instances = in_blocks(interior, foreground, settings, block_px=50, halo_px=50)
     assert instances == describe_instances(labels, foreground, 7)
     assert np.array_equal(class_ids == 7, labels > 0)
