@@ -19,6 +19,7 @@ from pipeline.engine import placement
 from pipeline.engine.crew import InlineCrew
 from pipeline.errors import UsageError
 from pipeline.learning.dataset import IGNORE_ID, Dataset, Splitting
+from pipeline.storage import open_storage
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_datasets import (
@@ -204,6 +205,19 @@ def test_anywhere_that_fsspec_reaches(tmp_path: Path, memory_folder: str, write:
     assert remote.digest() == again.digest()
     assert again.image(again.items[0]).shape == (*SIZE, 3)
     assert again.class_ids(again.items[0]).shape == SIZE
+
+
+@pytest.mark.s3
+def test_in_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
+    folder = write_mask_folder(tmp_path)
+    storage = open_storage(s3_bucket)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.put(f"{s3_bucket}/data/{path.relative_to(folder)}", path.read_bytes())
+    local, remote = Dataset(folder, "val"), Dataset(f"{s3_bucket}/data", "val")
+    assert remote.items == local.items
+    assert remote.digest() == local.digest()
+    assert np.array_equal(remote.class_ids(remote.items[0]), local.class_ids(local.items[0]))
 
 
 def test_digest_sees_images_and_labels(tmp_path: Path) -> None:
