@@ -84,6 +84,71 @@ def confusion_matrix(
     return np.bincount(rows * classes + columns, minlength=classes * classes).reshape(classes, classes)
 
 
+def sparse_confusion(
+    predicted: NDArray[np.uint8], actual: NDArray[np.uint8], *, ignore_id: int | None = None
+) -> NDArray[np.int64]:
+    """int64 [n, 3] of one image: actual id, predicted id, pixels; in this order, only pairs that occur. Pixels whose
+    actual id is `ignore_id` are left out. Raises ValueError when the shapes differ.
+    """
+    _check_shapes(predicted, actual)
+    counts = np.bincount(actual.ravel().astype(np.int64) * 256 + predicted.ravel(), minlength=1 << 16)
+    if ignore_id is not None:
+        counts[ignore_id * 256 : ignore_id * 256 + 256] = 0
+    pairs = np.flatnonzero(counts)
+    return np.stack([pairs // 256, pairs % 256, counts[pairs]], axis=1)
+
+
+class ClassCounts(NamedTuple):
+    """Pixels by class, [..., classes], of one sample of images or of many: what pixel scores are made of."""
+
+    intersection: NDArray[np.generic]
+    predicted: NDArray[np.generic]
+    actual: NDArray[np.generic]
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """Intersection over union; NaN for a class that is in neither."""
+        return ratio(self.intersection, self.predicted + self.actual - self.intersection)  # type: ignore[operator]
+
+    @property
+    def dice(self) -> NDArray[np.float64]:
+        """2 |p t| / (|p| + |t|), which is also F1; NaN for a class that is in neither."""
+        return ratio(2 * self.intersection, self.predicted + self.actual)  # type: ignore[operator]
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """Share of what was predicted that is right; NaN for a class that was never predicted."""
+        return ratio(self.intersection, self.predicted)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """Share of what is there that was predicted; NaN for a class that is nowhere."""
+        return ratio(self.intersection, self.actual)
+
+    @property
+    def pixel_accuracy(self) -> NDArray[np.float64]:
+        """[...]: share of all pixels that are right."""
+        return ratio(self.intersection.sum(axis=-1), self.actual.sum(axis=-1))
+
+    @property
+    def frequency_weighted_iou(self) -> NDArray[np.float64]:
+        """[...]: IoU weighted by the pixels that each class really has (Long et al., FCN, 2015)."""
+        actual = np.asarray(self.actual, dtype=np.float64)
+        return ratio((np.nan_to_num(self.iou) * actual).sum(axis=-1), actual.sum(axis=-1))
+
+
+def ratio(numerator: NDArray[np.generic], denominator: NDArray[np.generic]) -> NDArray[np.float64]:
+    """float64 quotient; NaN where the denominator is 0."""
+    over, under = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(over, under, out=np.full(np.broadcast(over, under).shape, np.nan), where=under != 0)
+
+
+def mean_of_present(values: NDArray[np.float64], axis: int | tuple[int, ...] = -1) -> NDArray[np.float64]:
+    """Mean over the values that are not NaN; NaN where all are."""
+    there = ~np.isnan(values)
+    return ratio(np.where(there, values, 0.0).sum(axis=axis), there.sum(axis=axis))
+
+
 def mean_iou(confusion: NDArray[np.int64]) -> float:
     """Mean IoU over the classes that occur in the actual or predicted masks; NaN for an empty matrix."""
     intersection = np.diag(confusion)
