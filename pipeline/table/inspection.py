@@ -73,10 +73,11 @@ def _schema_fault(schema: pa.Schema) -> str:
 
 
 def open_parquet(storage: Storage, uri: str) -> pq.ParquetFile:
-    """A Parquet file of a store. Raises one of UNREADABLE where it is none, StorageError where the store fails."""
+    """A Parquet file of a store, its pages checked as they are read where they have checksums. Raises one of UNREADABLE
+    where it is none, StorageError where the store fails."""
     if uri.startswith("file://"):
-        return pq.ParquetFile(pa.memory_map(local_path(uri)))
-    return pq.ParquetFile(pa.BufferReader(storage.get(uri).data))
+        return pq.ParquetFile(pa.memory_map(local_path(uri)), page_checksum_verification=True)
+    return pq.ParquetFile(pa.BufferReader(storage.get(uri).data), page_checksum_verification=True)
 
 
 def why_unreadable(storage: Storage, uri: str) -> str:

@@ -54,7 +54,7 @@ class PartBuilder:
         self._sink = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(
             self._sink, self._schema, compression="zstd", compression_level=1,
-            use_dictionary=_DICTIONARY, write_statistics=_STATISTICS,
+            use_dictionary=_DICTIONARY, write_statistics=_STATISTICS, write_page_checksum=True,
         )  # fmt: skip
         self._pending: list[Mapping[str, Any]] = []
         self._pending_bytes = 0

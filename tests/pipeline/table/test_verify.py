@@ -140,8 +140,19 @@ def test_a_file_that_was_cut(table: Table, plan: Plan, kept: float) -> None:
     assert f"maskmill segment file:///photos {table.dest} --model tiny-semantic@{plan.model_version}" in found.mend
 
 
-def test_a_byte_that_flipped_in_a_mask_is_found_by_looking_deep(table: Table, plan: Plan) -> None:
+def test_a_byte_that_flipped_in_a_mask(table: Table, plan: Plan) -> None:
+    """The pages of a Part have checksums: it need not even be decoded."""
     flip_in_a_mask(path_of(plan, 0), row=1)
+    (found,) = verify(table.dest)
+    assert (found.kind, found.uri) == ("unreadable_file", plan.part_uri(0)) and "CRC" in found.message
+    assert "processes its images anew" in found.mend
+
+
+def test_a_byte_that_flipped_in_a_mask_of_a_file_without_checksums(table: Table, plan: Plan) -> None:
+    path = path_of(plan, 0)
+    pq.write_table(pq.ParquetFile(path).read(), path, compression="zstd")
+    rewrite_record(table, plan, parts_bytes=sum(path_of(plan, ordinal).stat().st_size for ordinal in range(3)))
+    flip_in_a_mask(path, row=1)
     assert verify(table.dest) == []
     (found,) = verify(table.dest, deep=True)
     assert (found.kind, found.uri) == ("damaged_mask", plan.part_uri(0))
