@@ -245,8 +245,11 @@ def _code_digest() -> str:
     """SHA-256 of the sources that training runs through."""
     folders = (Path(models.__file__).parent, Path(__file__).parent)
     sha256 = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
-        sha256.update(path.name.encode() + b"\0" + path.read_bytes())
+    sources = sorted(
+        (path.relative_to(folder.parent).as_posix(), path) for folder in folders for path in folder.rglob("*.py")
+    )
+    for name, path in sources:
+        sha256.update(name.encode() + b"\0" + path.read_bytes())
     return sha256.hexdigest()
 
 
