@@ -143,7 +143,7 @@ def main(path: str, task: str) -> dict[str, Any]:
         mark("split")
     took["png_bytes"] = len(encode_mask_png(class_ids, card.palette))
     mark("png")
-    took["pixels"] = count_pixels_by_class(class_ids)[:4].tolist()
+    took["pixels"] = [count_pixels_by_class(class_ids).get(index, 0) for index in range(4)]
     took["regions"] = count_regions_by_class(class_ids)
     mark("regions")
     took["crc32"] = mask_crc32(class_ids, [one.rle for one in instances])

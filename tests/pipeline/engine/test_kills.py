@@ -107,12 +107,12 @@ def test_an_image_that_kills_its_process_is_one_row(
     (poison / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "if 'pipeline.engine.crew' in ' '.join(sys.orig_argv):\n"
-        "    import pipeline.engine.stream as stream\n"
-        "    peek = stream.peek\n"
+        "    import pipeline.engine.intake as intake\n"
+        "    peek = intake.peek\n"
         "    def deadly(data):\n"
         f"        if len(data) == {size}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return peek(data)\n"
-        "    stream.peek = deadly\n"
+        "    intake.peek = deadly\n"
     )
     others = {path.name for path in case.images.iterdir() if path.stat().st_size == size} - {victim}
     assert not others, "the victim must be recognisable by its size"
