@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from small_networks import distinct_network, small_card
 
 from models import segmenter as segmenter_module
 from models.architectures import build, card_for, untrained_card
 from models.card import Card, Preprocessing, TilePolicy
 from models.file import load_module
-from models.masks import decode_mask_png
+from models.masks import decode_mask_png, decode_rle
 from models.overrides import with_settings
 from models.segmenter import Segmenter
 from pipeline.engine.stream import Stream, StreamConfig
@@ -230,3 +233,52 @@ def test_what_comes_after_the_network_changes_the_mask_and_only_it(
         assert (
             sum(one["pixels"] for one in changed[name]["classes"]) == changed[name]["width"] * changed[name]["height"]
         )
+
+
+def test_detections_in_tiles(tmp_path: Path) -> None:
+    """Mask R-CNN with weights that find much: objects of all tiles, each inside the image, one class map over them."""
+    card = with_settings(
+        small_card("maskrcnn_mobilenet_v3_large_fpn"),
+        {"size_policy": {"kind": "native"}, "tile_above_pixels": 9_000, "postprocessing": {"top_k": 8}},
+    )
+    model = Segmenter(distinct_network(card), card, device="cpu", precision="fp32")
+    monkeyed = TilePolicy(tile_px=96, overlap_px=32)
+    for index, size in enumerate([(100, 150), (64, 96)]):
+        Image.fromarray(smooth(*size, seed=index)).save(tmp_path / f"{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenter_module, "tile_policy", lambda card, h, w: monkeyed if h * w > 9_000 else None)
+        rows = rows_of(model, [tmp_path / "0.png", tmp_path / "1.png"])
+    large, small = rows["0.png"], rows["1.png"]
+    assert large["status"] == small["status"] == "ok", large["error_message"]
+    assert len(large["instances"]) > len(small["instances"]) > 0
+    mask = decode_mask_png(large["mask"]["bytes"])
+    covered = np.zeros(mask.shape, bool)
+    for one in large["instances"]:
+        assert one["rle"]["size"] == [100, 150]
+        covered |= decode_rle(one["rle"])
+    assert np.array_equal(mask > 0, covered)
+    assert sum(entry["pixels"] for entry in large["classes"]) == mask.size
+
+
+@pytest.mark.slow
+def test_shifting_the_grid_hardly_matters_on_the_largest_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MASKMILL_TEST_DATA: a folder with the data set `nuclei`."""
+    folder = os.environ.get("MASKMILL_TEST_DATA")
+    if not folder:
+        pytest.skip("MASKMILL_TEST_DATA does not name a folder")
+    images = sorted(Path(folder, "nuclei", "images").iterdir(), key=lambda path: math.prod(Image.open(path).size))
+    policy = {"size_policy": {"kind": "tile", "tile_px": 768, "overlap_px": 256}}
+    whole = rows_of(nuclei_model(), images[-6:])
+    tiled = rows_of(nuclei_model(**policy), images[-6:])
+    grid = segmenter_module.TileGrid
+
+    def moved(height: int, width: int, **rest: Any) -> Any:
+        return grid(height, width, **rest, offset=(96, 160))
+
+    monkeypatch.setattr(segmenter_module, "TileGrid", moved)
+    shifted = rows_of(nuclei_model(**policy), images[-6:])
+    for name, row in tiled.items():
+        assert np.mean(label_image(row) != label_image(shifted[name])) < 0.005, name
+        assert np.mean(label_image(row) != label_image(whole[name])) < 0.005, name
+        counts = [len(one[name]["instances"]) for one in (whole, tiled, shifted)]
+        assert len(set(counts)) == 1, (name, counts)
