@@ -86,13 +86,7 @@ def build(card: Card) -> torch.nn.Module:
     that are not valid, and a card whose classes, bands, sizes or post-processing the network cannot serve.
     """
     found = architecture(card.architecture)
-    try:
-        args: Any = found.args.model_validate(card.architecture_args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        place = f"at {where!r}: " if where else ""
-        raise ValueError(f"architecture_args are not valid {place}{first['msg']}") from error
+    args = _valid_args(found, card)
     if args.output_channels != card.network_channels:
         raise ValueError(
             f"{card.architecture} puts out {args.output_channels} channels, the card needs {card.network_channels}"
@@ -177,9 +171,20 @@ def card_for(
     draft["architecture_args"] = {**(args or {}), "output_channels": channels}
     card = Card.model_validate(draft)
     if "canvas_multiple" not in fields:
-        made = found.make(found.args.model_validate(card.architecture_args), input_channels=card.input_channels)
+        with torch.random.fork_rng(devices=[]):
+            made = found.make(_valid_args(found, card), input_channels=card.input_channels)
         card = card.model_copy(update={"canvas_multiple": found.stride(made)})
     return card
+
+
+def _valid_args(found: Architecture, card: Card) -> Any:
+    try:
+        return found.args.model_validate(card.architecture_args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        place = f"at {where!r}: " if where else ""
+        raise ValueError(f"architecture_args are not valid {place}{first['msg']}") from error
 
 
 def _check_sizes(card: Card, stride: int) -> None:

@@ -63,7 +63,7 @@ class Preprocessing(_Frozen):
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if (numbers is not None) != (self.normalization == "mean_std"):
                 raise ValueError(
-                    f"{name} belongs to normalization 'mean_std', which needs it; got {self.normalization!r}"
+                    f"normalization 'mean_std' needs {name}, and no other has it: got {self.normalization!r}"
                 )
             if numbers is not None and len(numbers) != channels:
                 raise ValueError(f"{name} has {len(numbers)} numbers for {channels} bands")

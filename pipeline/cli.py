@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
 )
 runs_app = typer.Typer(help="Runs of a table: list, show, abandon.", no_args_is_help=True)
-models_app = typer.Typer(help="Models that a name can reach: list, show.", no_args_is_help=True)
+models_app = typer.Typer(help="Models that a name can reach: list, show, import.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 
@@ -290,6 +290,49 @@ def models_show(
     model = resolve(reference)
     body = {"version": model.version, "file": model.origin, "size_bytes": len(model.data)}
     print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
+
+
+@models_app.command("import")
+def models_import(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, or smp:ARCHITECTURE/ENCODER.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Published weights (torchvision: DEFAULT unless told otherwise).")
+    ] = None,
+    weights_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A state dict, as .pth or .safetensors.")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random weights, for tests and measurements.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the model.")] = None,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Class names, by channel.")] = None,
+    task: Annotated[str, typer.Option(metavar="semantic|instance", help="What the channels mean.")] = "semantic",
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=JSON", help="An argument of the architecture; may be repeated.")
+    ] = None,
+    normalization: Annotated[
+        str | None, typer.Option(metavar="imagenet|per_image|unit", help="Of the pixels, where no weights say it.")
+    ] = None,
+) -> None:
+    """Make a model file out of published weights.
+
+    Example: maskmill models import torchvision:deeplabv3_resnet50 --out street.safetensors
+    """
+    from pipeline.registry import import_model
+
+    arguments: dict[str, Any] = {}
+    for text in arg or []:
+        key, _, value = text.partition("=")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"--arg is {text!r}: give KEY=JSON, such as encoder_depth=4 or name='\"text\"'") from error
+    model = import_model(
+        out, source=source, weights=weights, weights_file=weights_file, seed=seed if random else None, name=name,
+        classes=tuple(part.strip() for part in classes.split(",")) if classes else None, task=task, args=arguments,
+        normalization=normalization,
+    )  # fmt: skip
+    print(f"{out}: {model.card.name}, version {model.version}, {len(model.card.classes)} classes")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A model's name, alias, path or URL → its file. Owns: where models are looked for.
+"""A model's name, alias, path or URL → its file. Owns: where models are looked for, and how files come in.
 Must not know: what a network is; training; promotion.
 
 A registry is a folder or URL (`MASKMILL_REGISTRY`) that holds `<name>/<version>.safetensors` and, per name,
@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 from importlib import resources
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from models.card import Card
 from models.file import ModelFileError, model_version, read_card
-from pipeline.errors import ModelError, StorageError
+from pipeline.errors import InfrastructureError, ModelError, StorageError
 from pipeline.storage import join_uri, normalize_uri, open_storage
 
 _NAME = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:@(?P<which>[A-Za-z0-9_-]+))?")
@@ -106,6 +107,38 @@ def listings(*, profile: str | None = None) -> list[Listing]:
                 uri = join_uri(normalize_uri(str(zoo)), entry.name)
                 found.append(Listing(name, model_version(entry.read_bytes()), (DEFAULT_ALIAS,), uri))
     return found
+
+
+def import_model(out: str | os.PathLike[str], **settings: Any) -> Model:
+    """Makes a model file on this machine out of published weights, and gives it back.
+
+    `settings` are the fields of `models.importing.ImportConfig`: `source="torchvision:fcn_resnet50"` fetches
+    torchvision's own weights; `weights_file`, `seed` and `smp:...` are the other ways. The file appears whole or not at
+    all; the same weights make the same file. Raises ModelError for what cannot be a model, InfrastructureError where
+    weights cannot be fetched or the file cannot be written.
+    """
+    from models.file import save_model
+    from models.importing import DownloadError, ImportConfig, import_model
+
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path} must end in .safetensors: that is what the file will be")
+    try:
+        card, state_dict = import_model(ImportConfig(**settings))
+        save_model(path, state_dict, card)
+    except DownloadError as error:
+        raise InfrastructureError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"{where} is {first['input']!r}: {first['msg']}") from error
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    except FileNotFoundError as error:
+        raise ModelError(f"{error.filename} is not there: {error.strerror}") from error
+    except OSError as error:
+        raise InfrastructureError(f"{path} could not be made: {error}") from error
+    return _read(normalize_uri(str(path)), None)
 
 
 def _aliases(data: bytes, uri: str) -> dict[str, str]:

@@ -65,6 +65,8 @@ def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
                 _randomise_statistics(network)
             heads = network.roi_heads
             heads.score_thresh = 0.0
+            # The thousand proposals of the default cost seconds.
+            network.rpn._post_nms_top_n = {"training": 60, "testing": 60}
             _spread(network, heads.box_predictor.cls_score, list(probes), 2.0)
             _spread(network, heads.mask_predictor.mask_fcn_logits, list(probes), 4.0)
             return network

@@ -141,7 +141,7 @@ def _make(name: str, args: SmpArgs, *, input_channels: int) -> torch.nn.Module:
     """
     import segmentation_models_pytorch as library
 
-    _check_encoder(args.encoder)
+    check_encoder(args.encoder)
     extra = args.encoder_args.model_dump(exclude_none=True)
     if extra and not args.encoder.startswith("tu-"):
         raise ValueError(f"encoder_args {sorted(extra)} are for timm encoders (tu-...), not for {args.encoder!r}")
@@ -178,7 +178,8 @@ def logits_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
     return [head.head[-1] if hasattr(head, "head") else head[0]]
 
 
-def _check_encoder(name: str) -> None:
+def check_encoder(name: str) -> None:
+    """Raises ValueError for an encoder that neither library knows, naming the nearest ones."""
     import timm
     from segmentation_models_pytorch.encoders import get_encoder_names
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from small_networks import HEAVY, SMALL, small_card
 
-from models.architectures import build, untrained_card
-from models.card import Card
+from models.architectures import ARCHITECTURES, build, card_for, untrained_card
+from models.card import ArgmaxPostprocessing, Card, DetectionsPostprocessing
+from models.file import ModelFileError, load_module, save_model
 
 
 @pytest.mark.parametrize(("channels", "size"), [((16, 8, 8), 32), ((16, 8, 8, 8), 48), ((16, 8, 8, 8, 8), 64)])
@@ -58,3 +63,118 @@ def test_canvas_must_fit_the_stride() -> None:
     card = untrained_card("tiny").model_copy(update={"canvas_multiple": 12})
     with pytest.raises(ValueError, match="canvas_multiple 12 is not a multiple of the network's stride 8"):
         build(card)
+
+
+def test_near_names_are_told() -> None:
+    with pytest.raises(ValueError, match="unknown architecture 'deeplabv3_resnet5': did you mean deeplabv3_resnet50"):
+        build(untrained_card("tiny").model_copy(update={"architecture": "deeplabv3_resnet5"}))
+    with pytest.raises(ValueError, match="no encoder 'resnet-18': did you mean resnet18"):
+        card_for("tiny", "fpn", {"encoder": "resnet-18"})
+    with pytest.raises(ValueError, match="no encoder 'tu-resnet1O': did you mean tu-resnet"):
+        card_for("tiny", "fpn", {"encoder": "tu-resnet1O"})
+
+
+@pytest.mark.parametrize("encoder", ["tu-hf_hub:somebody/model", "tu-hf-hub:a/b", "tu-local-dir:/tmp/x"])
+def test_an_encoder_never_leads_elsewhere(encoder: str) -> None:
+    with pytest.raises(ValueError, match="there is no encoder"):
+        card_for("tiny", "unet", {"encoder": encoder})
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in ARCHITECTURES]
+)
+def test_a_card_and_its_file_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    card = small_card(name)
+    torch.manual_seed(1)
+    state = build(card).state_dict()
+    save_model(tmp_path / "m.safetensors", state, card)
+    again, network = load_module((tmp_path / "m.safetensors").read_bytes())
+    assert again == card
+    assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "pools"),
+    [
+        ("unet", "resnet18", False),
+        ("linknet", "resnet18", False),
+        ("unet", "mobilenet_v2", False),
+        ("unet", "tu-convnext_atto", False),
+        ("unet", "efficientnet-b0", True),
+        ("unet", "tu-mobilenetv3_small_050", True),
+        ("fpn", "resnet18", True),
+        ("upernet", "resnet18", True),
+        ("pspnet", "resnet18", True),
+        ("deeplabv3plus", "resnet18", True),
+        ("segformer", "mit_b0", True),
+        ("fcn_resnet50", None, False),
+        ("lraspp_mobilenet_v3_large", None, True),
+        ("deeplabv3_mobilenet_v3_large", None, True),
+        ("maskrcnn_mobilenet_v3_large_fpn", None, True),
+    ],
+)
+def test_whether_a_network_pools_is_seen_and_not_believed(name: str, encoder: str | None, pools: bool) -> None:
+    card = card_for("tiny", name, {"encoder": encoder} if encoder else None)
+    wider = card.model_copy(update={"canvas_multiple": 2 * card.canvas_multiple})
+    silent = card.model_copy(update={"pools_whole_image": False})
+    if pools:
+        with pytest.raises(ValueError, match=f"canvas_multiple must be its stride, {card.canvas_multiple}, not"):
+            build(wider)
+        with pytest.raises(ValueError, match="the card says that it does not"):
+            build(silent)
+    else:
+        build(wider)
+        build(silent)
+        with pytest.raises(ValueError, match="pools over the whole image"):
+            build(wider.model_copy(update={"pools_whole_image": True}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"kind": "tile", "tile_px": 4}, "tile_px 4 is smaller than the network's stride 8"),
+        ({"kind": "tile", "tile_px": 60}, "tile_px 60 is not a multiple of the network's stride 8"),
+        ({"kind": "letterbox", "height_px": 64, "width_px": 63}, "width_px 63 is not a multiple"),
+    ],
+)
+def test_fixed_sizes_must_fit_the_stride(policy: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(small_card("unet", size_policy=policy))
+    build(small_card("unet", size_policy={"kind": "tile", "tile_px": 64, "overlap_px": 16}))
+
+
+def test_a_network_of_one_size_needs_a_policy_of_one_size() -> None:
+    args = {"encoder": "tu-swin_s3_tiny_224", "decoder_channels": 16}
+    with pytest.raises(ValueError, match=r"does not take 64 x 96 pixels .* size_policy 'native' needs: Input height"):
+        build(card_for("tiny", "upernet", args))
+    build(card_for("tiny", "upernet", args, size_policy={"kind": "letterbox", "height_px": 224, "width_px": 224}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("fcn_resnet50", {"preprocessing": {"bands": [0, 1, 2, 3]}}, "takes 3 bands, the card's preprocessing has 4"),
+        ("maskrcnn_resnet50_fpn", {"preprocessing": {"bands": [0]}}, "takes 3 bands, the card's preprocessing has 1"),
+        ("maskrcnn_resnet50_fpn", {"postprocessing": ArgmaxPostprocessing(), "task": "semantic"}, "finds instances by"),
+        ("unet", {"postprocessing": DetectionsPostprocessing(), "task": "instance"}, "finds no instances by itself"),
+    ],
+)
+def test_cards_that_ask_for_what_the_network_cannot_do(name: str, fields: dict[str, Any], message: str) -> None:
+    card = small_card(name)
+    with pytest.raises(ValueError, match=message):
+        build(Card.model_validate(card.model_dump() | fields))
+
+
+def test_weights_of_another_card_are_refused_before_any_image(tmp_path: Path) -> None:
+    four = small_card("unet", preprocessing={"bands": [0, 1, 2, 3]})
+    with pytest.raises(ModelFileError, match=r"not \(64, 3, 7, 7\) \(the card says 4 channels out, 3 bands in\)"):
+        save_model(tmp_path / "m.safetensors", build(four).state_dict(), small_card("unet"))
+    fewer = card_for("small", "unet", SMALL["unet"], class_names=("a", "b"))
+    with pytest.raises(ModelFileError, match="the card says 2 channels out, 3 bands in"):
+        save_model(tmp_path / "m.safetensors", build(small_card("unet")).state_dict(), fewer)
+
+
+def test_making_a_card_leaves_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    card_for("tiny", "pspnet")
+    assert torch.equal(torch.get_rng_state(), before)

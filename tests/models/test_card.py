@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from models.architectures import untrained_card
-from models.card import ArgmaxPostprocessing, Card, WatershedPostprocessing
+from models.card import (
+    ArgmaxPostprocessing,
+    Card,
+    DetectionsPostprocessing,
+    NativeSize,
+    Preprocessing,
+    WatershedPostprocessing,
+)
 
 
 def changed(card: Card, **changes: object) -> Card:
@@ -76,3 +84,63 @@ def test_with_metrics_replaces_them() -> None:
 def test_cards_need_no_torch() -> None:
     code = "import sys, models.card, models.file; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cards_of_the_first_release_are_read() -> None:
+    body = untrained_card("a-model").model_dump(mode="json")
+    old = {**body, "size_policy": "native", "pools_whole_image": False}
+    old["preprocessing"] = {"normalization": "per_image", "std_floor": 1.0}
+    card = Card.model_validate_json(json.dumps(old))
+    assert card.size_policy == NativeSize()
+    assert card.preprocessing == Preprocessing()
+    assert card.input_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("squeeze", "size_policy"),
+        ({"kind": "resize"}, "short_side_px"),
+        ({"kind": "resize", "short_side_px": 100, "long_side_px": 100}, "must be above short_side_px 100"),
+        ({"kind": "letterbox", "height_px": 0, "width_px": 5}, "height_px"),
+        ({"kind": "tile", "tile_px": 64, "overlap_px": 64}, "overlap_px 64 must be smaller than tile_px 64"),
+        ({"kind": "tile", "tile_px": 64, "stride": 3}, "stride"),
+    ],
+)
+def test_size_policies_that_make_no_sense(policy: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        changed(untrained_card("a-model"), size_policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [
+        ({"normalization": "imagenet", "bands": [0, 1, 2, 3]}, "'imagenet' is for 3 bands, got 4"),
+        ({"normalization": "mean_std"}, "needs mean"),
+        ({"normalization": "mean_std", "mean": [0.1], "std": [1, 1, 1]}, "mean has 1 numbers for 3 bands"),
+        ({"normalization": "mean_std", "mean": [0, 0, 0], "std": [0, 1, 1]}, "greater than 0"),
+        ({"normalization": "unit", "mean": [0, 0, 0]}, "no other has it"),
+        ({"bands": []}, "bands"),
+        ({"bands": [-1]}, "bands"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"value_range": [3, 3]}, "from low to high"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense(preprocessing: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Preprocessing.model_validate(preprocessing)
+
+
+def test_detections_have_any_number_of_classes() -> None:
+    body = untrained_card("a-model", class_names=("background", "a", "b", "c")).model_dump()
+    body |= {"task": "instance", "postprocessing": DetectionsPostprocessing().model_dump()}
+    card = Card.model_validate(body)
+    assert card.network_channels == 4
+    with pytest.raises(ValueError, match="no single foreground"):
+        _ = card.foreground_id
+    with pytest.raises(ValidationError, match="needs postprocessing 'argmax'"):
+        Card.model_validate(body | {"task": "semantic"})
+    with pytest.raises(ValidationError, match="background as its first class"):
+        Card.model_validate(body | {"background_id": 2})
+    with pytest.raises(ValidationError, match="its size_policy is 'native', not 'resize'"):
+        Card.model_validate(body | {"size_policy": {"kind": "resize", "short_side_px": 9}})

@@ -390,3 +390,33 @@ def test_a_reader_that_goes_away_gets_no_complaint(done: Place) -> None:
 def test_version(maskmill: Command) -> None:
     said = maskmill("--version")
     assert (said.status, said.out) == (0, f"maskmill {pipeline.__version__}\n")
+
+
+def test_models_import(maskmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "tiny.safetensors"
+    common = ("models", "import", "smp:unet/resnet18", "--out", out, "--arg", "encoder_depth=3", "--arg")
+    said = maskmill(*common, "decoder_channels=[16,8,8]", "--random", "--seed", "4", "--classes", "background, road")
+    assert (said.status, said.err) == (0, "")
+    assert "unet-resnet18, version " in said.out
+    shown = json.loads(maskmill("models", "show", out).out)
+    assert [info["name"] for info in shown["classes"]] == ["background", "road"]
+    assert shown["version"] in said.out
+    before = out.read_bytes()
+    for arguments, expected in [
+        ((*common, "decoder_channels=16 8", "--random"), "give KEY=JSON"),
+        ((*common, "encoder_depth=9", "--random"), "'encoder_depth'"),
+        (("models", "import", "smp:unet/resnet18", "--out", "x.pth", "--random"), "must end in .safetensors"),
+        (("models", "import", "torchvision:fcn", "--out", out, "--random"), "known are fcn_resnet50"),
+        (("models", "import", "smp:unet/resnet18", "--out", out, "--weights-file", tmp_path / "no.pth"), "no.pth"),
+        (("models", "import", "smp:unet/resnet18", "--out", out, "--random", "--task", "x"), "task is 'x'"),
+    ]:
+        said = maskmill(*arguments)
+        assert (said.status, said.out) == (2, "")
+        assert expected in said.err
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    said = maskmill("models", "import", "torchvision:lraspp_mobilenet_v3_large", "--out", out)
+    assert said.status == 1
+    assert "could not be fetched" in said.err
+    assert out.read_bytes() == before
