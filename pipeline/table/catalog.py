@@ -51,6 +51,8 @@ def open_duckdb(
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET enable_progress_bar = false")
+    # It reads ahead over the masks that lie between the columns asked for: measured, 35 times the bytes for `classes`.
+    connection.execute("SET disable_parquet_prefetching = true")
     if memory_bytes:
         connection.execute(f"SET memory_limit = '{memory_bytes >> 20}MiB'")
     if temp_path:

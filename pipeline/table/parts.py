@@ -37,6 +37,14 @@ class Part(NamedTuple):
     rows: int
 
 
+def part_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of Parquet as Parts have it: encodings, compression, statistics, a checksum for every page."""
+    return pq.ParquetWriter(
+        sink, schema, compression="zstd", compression_level=1,
+        use_dictionary=_DICTIONARY, write_statistics=_STATISTICS, write_page_checksum=True,
+    )  # fmt: skip
+
+
 class PartBuilder:
     """Rows in, one Parquet file in memory out.
 
@@ -52,10 +60,7 @@ class PartBuilder:
         }
         self._schema = SEGMENTS.with_metadata(metadata)
         self._sink = pa.BufferOutputStream()
-        self._writer = pq.ParquetWriter(
-            self._sink, self._schema, compression="zstd", compression_level=1,
-            use_dictionary=_DICTIONARY, write_statistics=_STATISTICS, write_page_checksum=True,
-        )  # fmt: skip
+        self._writer = part_writer(self._sink, self._schema)
         self._pending: list[Mapping[str, Any]] = []
         self._pending_bytes = 0
         self._rows = 0
