@@ -1,13 +1,114 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from small_networks import small_card
 from torch.nn.functional import interpolate
 
-from models.card import ArgmaxPostprocessing
-from models.reduction import reduce_logits, reduce_resampled, resampled_bands
+from models import reduction
+from models.architectures import card_for
+from models.card import ArgmaxPostprocessing, Card
+from models.reduction import QUANTUM, reduce_logits, reduce_resampled, resampled_bands
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def card_of(classes: int, task: Any = "semantic") -> Card:
+    names = tuple(f"class-{index}" for index in range(classes)) if task == "semantic" else ("background", "nucleus")
+    return card_for("tiny", "unet", class_names=names, task=task, canvas_multiple=32)
+
+
+def reduced(logits_NCHW: torch.Tensor, card: Card, sizes: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    ids = torch.tensor([info.id for info in card.classes], dtype=torch.uint8)
+    sizes_N2 = torch.tensor(sizes, dtype=torch.int32)
+    maps = reduce_logits(logits_NCHW, ids, card, card.postprocessing, sizes_N2)
+    return {name: tensor.numpy() for name, tensor in maps.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [2, 21, 150])
+def test_figures_are_those_of_the_formulas_in_double_precision(layout: torch.memory_format, classes: int) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(2, classes, 21, 19) * 3).contiguous(memory_format=layout)
+    sizes = [(21, 19), (13, 8)]
+    found = reduced(logits, card_of(classes), sizes)
+    chances = logits.double().softmax(dim=1)
+    winner, index = (tensor.numpy() for tensor in chances.max(dim=1))
+    entropy = (torch.special.entr(chances).sum(dim=1) / np.log(classes)).numpy()
+    assert (found["class_ids"] == index).all()
+    for slot, (height, width) in enumerate(sizes):
+        inside = np.s_[slot, :height, :width]
+        counts = np.bincount(index[inside].ravel(), minlength=classes)
+        assert found["pixels"][slot].tolist() == counts.tolist()
+        sums = np.bincount(index[inside].ravel(), weights=winner[inside].ravel(), minlength=classes)
+        # Half a quantum for each pixel, and what float32 adds to it.
+        assert np.abs(found["confidence"][slot] / QUANTUM - sums).max() <= counts.max() * 0.6 / QUANTUM
+        assert abs(found["entropy"][slot] / QUANTUM - entropy[inside].sum()) <= height * width * 0.6 / QUANTUM
+        assert not found["broken"][slot]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("task", ["semantic", "instance"])
+def test_a_pixel_is_the_same_wherever_it_lies(layout: torch.memory_format, task: str) -> None:
+    """One column of pixels, in maps of every width: the ends of vectors and of threads' parts fall everywhere."""
+    torch.manual_seed(1)
+    channels = 3 if task == "instance" else 21
+    card = card_of(channels, task)
+    column = torch.randn(1, channels, 40, 1)
+    expected = reduced(column.contiguous(memory_format=layout), card, [(40, 1)])
+    threads = torch.get_num_threads()
+    try:
+        for number, width in enumerate((3, 7, 8, 15, 16, 33, 130)):
+            torch.set_num_threads(1 + number % 3)
+            wide = column.repeat(2, 1, 1, width).contiguous(memory_format=layout)
+            found = reduced(wide, card, [(40, width), (40, width)])
+            for slot in range(2):
+                for name in ("pixels", "confidence", "entropy"):
+                    assert (found[name][slot] == expected[name][0] * width).all(), (name, width)
+                assert (found["class_ids"][slot] == expected["class_ids"][0]).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 5_000, 40_000, 1 << 30])
+def test_the_size_of_the_parts_does_not_show(monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
+    torch.manual_seed(2)
+    card = card_of(3, "instance")
+    logits = torch.randn(5, 3, 24, 40)
+    sizes = [(24, 40), (0, 0), (1, 1), (24, 7), (11, 40)]
+    expected = reduced(logits, card, sizes)
+    monkeypatch.setattr(reduction, "_PART_BYTES", {"cpu": part_bytes})
+    found = reduced(logits, card, sizes)
+    assert found.keys() == expected.keys() >= {"class_ids", "interior", "foreground", "broken"}
+    for name, array in expected.items():
+        assert array.dtype == found[name].dtype
+        assert array.tobytes() == found[name].tobytes(), name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_only_an_image_with_a_broken_logit_that_counts_is_broken(poison: float) -> None:
+    logits = torch.randn(3, 4, 16, 16)
+    logits[0, 1, 9, 9] = poison
+    logits[1, 2, 3, 3] = poison
+    found = reduced(logits, card_of(4), [(9, 16), (16, 16), (16, 16)])
+    assert found["broken"].tolist() == [False, True, False]
+    assert found["pixels"].sum(axis=1).tolist() == [9 * 16, 256, 256]
+
+
+def test_an_image_in_bands_is_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    card = card_of(5)
+    ids = torch.arange(5, dtype=torch.uint8)
+    logits = torch.randn(5, 20, 30)
+    expected = reduce_resampled(logits, ids, card, card.postprocessing, height=47, width=61)
+    monkeypatch.setattr(reduction, "_BAND_BYTES", {"cpu": 4 * 5 * 61 * 9})
+    found = reduce_resampled(logits, ids, card, card.postprocessing, height=47, width=61)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in expected.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -18,7 +119,7 @@ from models.reduction import reduce_logits, reduce_resampled, resampled_bands
 def test_bands_together_are_an_interpolation(
     source: tuple[int, int], target: tuple[int, int], band_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.reduction._BAND_BYTES", band_bytes)
+    monkeypatch.setattr("models.reduction._BAND_BYTES", {"cpu": band_bytes})
     logits_CHW = torch.randn(4, *source, generator=torch.Generator().manual_seed(1))
     result = torch.cat(list(resampled_bands(logits_CHW, *target)), dim=1)
     expected = interpolate(logits_CHW[None], size=target, mode="bilinear", align_corners=False)[0]
@@ -30,7 +131,7 @@ def test_figures_of_bands_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_CHW = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(1)) * 4
     settings = ArgmaxPostprocessing()
     whole = reduce_logits(logits_CHW[None], ids, card, settings, torch.tensor([[12, 16]], dtype=torch.int32))
-    monkeypatch.setattr("models.reduction._BAND_BYTES", 1000)
+    monkeypatch.setattr("models.reduction._BAND_BYTES", {"cpu": 1000})
     banded = reduce_resampled(logits_CHW, ids, card, settings, height=12, width=16)
     assert whole.keys() == banded.keys()
     for name, value in banded.items():
