@@ -53,22 +53,22 @@ def test_figures_are_those_of_the_formulas_in_double_precision(layout: torch.mem
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("task", ["semantic", "instance"])
 def test_a_pixel_is_the_same_wherever_it_lies(layout: torch.memory_format, task: str) -> None:
-    """One column of pixels, in maps of every width: the ends of vectors and of threads' parts fall everywhere."""
+    """The ends of vectors and of threads' parts fall everywhere."""
     torch.manual_seed(1)
     channels = 3 if task == "instance" else 21
     card = card_of(channels, task)
-    column = torch.randn(1, channels, 40, 1)
-    expected = reduced(column.contiguous(memory_format=layout), card, [(40, 1)])
+    pixels_PC = torch.randn(7 * 13 * 360, channels)
+    alone = reduced(pixels_PC[:, :, None, None], card, [(1, 1)] * len(pixels_PC))
     threads = torch.get_num_threads()
     try:
-        for number, width in enumerate((3, 7, 8, 15, 16, 33, 130)):
+        for number, (height, width) in enumerate([(7, 13), (360, 13), (1, 91), (91, 360), (360, 91), (13, 1)]):
             torch.set_num_threads(1 + number % 3)
-            wide = column.repeat(2, 1, 1, width).contiguous(memory_format=layout)
-            found = reduced(wide, card, [(40, width), (40, width)])
-            for slot in range(2):
-                for name in ("pixels", "confidence", "entropy"):
-                    assert (found[name][slot] == expected[name][0] * width).all(), (name, width)
-                assert (found["class_ids"][slot] == expected["class_ids"][0]).all()
+            images = pixels_PC.view(-1, height, width, channels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+            found = reduced(images, card, [(height, width)] * len(images))
+            assert found["class_ids"].ravel().tolist() == alone["class_ids"].ravel().tolist()
+            for name in ("pixels", "confidence", "entropy"):
+                expected = alone[name].reshape(len(images), height * width, -1).sum(axis=1)
+                assert (found[name].reshape(len(images), -1) == expected).all(), (name, height, width)
     finally:
         torch.set_num_threads(threads)
 
