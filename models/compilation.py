@@ -17,19 +17,16 @@ class CompiledNetwork(torch.nn.Module):
     Answers agree with the eager network's but for rounding. Warns once, in the log, where there is no compiler.
     """
 
-    def __init__(self, network: torch.nn.Module, *, on_cuda: bool) -> None:
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self._network = network
-        self._on_cuda = on_cuda
-        mode = "reduce-overhead" if on_cuda else None
-        self._compiled: Any = torch.compile(network, dynamic=False, mode=mode)
+        # Without CUDA graphs (mode "reduce-overhead"): up to torch 2.13 those are kept for each thread, and fail with an
+        # assertion in any but the first (pytorch issue 123177).
+        self._compiled: Any = torch.compile(network, dynamic=False)
 
     def forward(self, inputs: torch.Tensor) -> Any:
         if self._compiled is not None:
             try:
-                if self._on_cuda:
-                    # What a CUDA graph put out last time may be overwritten from here on.
-                    torch.compiler.cudagraph_mark_step_begin()
                 return self._compiled(inputs)
             except _compile_errors() as error:
                 log.warning("torch.compile does not work here, running without it: %s", str(error).splitlines()[0])

@@ -80,12 +80,12 @@ class Pending:
     def __init__(
         self,
         results: Results,
-        image_sizes_N2: NDArray[np.int32],
         event: torch.cuda.Event | None,
+        image_sizes_N2: NDArray[np.int32],
     ) -> None:
         self.results = results
-        self.image_sizes_N2 = image_sizes_N2
         self.event = event
+        self.image_sizes_N2 = image_sizes_N2
 
 
 class Segmenter:
@@ -130,10 +130,12 @@ class Segmenter:
         network = network.to(device).to(memory_format=torch.channels_last)
         self._module = network
         if compile and isinstance(self.postprocessing, DetectionsPostprocessing):
-            network.backbone = CompiledNetwork(network.backbone, on_cuda=self._on_cuda)
-        self._forward = CompiledNetwork(network, on_cuda=self._on_cuda) if compile else network
+            network.backbone = CompiledNetwork(network.backbone)
+        self._forward = CompiledNetwork(network) if compile else network
         self._ids = torch.tensor([info.id for info in card.classes], dtype=torch.uint8, device=device)
+        # Transfers in either direction run beside the batch that is being computed.
         self._uploads = torch.cuda.Stream(device) if self._on_cuda else None
+        self._downloads = torch.cuda.Stream(device) if self._on_cuda else None
 
     @property
     def input_dtype(self) -> np.dtype[Any]:
@@ -214,12 +216,9 @@ class Segmenter:
                     results = {"probabilities": pixel_softmax(logits_NCHW).to(torch.float16)}
                 else:
                     results = self._reduce(logits_NCHW, sizes, sizes_N2, image_sizes)
-            if not self._on_cuda:
-                return Pending(results, image_sizes, None)
-            results = _download(results)
-            event = torch.cuda.Event()
-            event.record()
-        return Pending(results, image_sizes, event)
+            if self._downloads is None:
+                return Pending(results, None, image_sizes)
+            return Pending(*self._download(results, self._downloads), image_sizes)
 
     def finish(self, pending: Pending) -> list[Any]:
         """Waits for the device and returns one Prediction per non-empty slot, in the slots' order.
@@ -376,6 +375,29 @@ class Segmenter:
             tensor.record_stream(current)
         return moved
 
+    def _download(self, results: Results, downloads: torch.cuda.Stream) -> tuple[Results, torch.cuda.Event]:
+        """Copies under way into pinned memory, and the event after which they may be read."""
+
+        def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            copies = {}
+            for name, tensor in tensors.items():
+                pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copies[name] = pinned.copy_(tensor, non_blocking=True)
+                # Its memory must not go to the next batch before it has been read.
+                tensor.record_stream(downloads)
+            return copies
+
+        downloads.wait_stream(torch.cuda.current_stream(self.device))
+        # Blocking: a thread that waits leaves its core to those that decode.
+        event = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(downloads):
+            if isinstance(results, list):
+                fetched: Results = [None if result is None else copied(result) for result in results]
+            else:
+                fetched = copied(results)
+            event.record(downloads)
+        return fetched, event
+
     def _reduce(
         self,
         logits_NCHW: torch.Tensor,
@@ -467,20 +489,6 @@ def _check_precision(device: str, precision: str) -> None:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(_DTYPES)}")
     if precision == "fp16" and torch.device(device).type == "cpu":
         raise ValueError("precision 'fp16' is for GPUs: on the CPU use 'bf16' or 'fp32'")
-
-
-def _download(results: Results) -> Results:
-    """Copies under way into pinned memory: to be read once the stream has come so far."""
-    if isinstance(results, list):
-        return [None if result is None else _copied(result) for result in results]
-    return _copied(results)
-
-
-def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
 
 
 def _arrays_of(results: Results, slot: int) -> dict[str, NDArray[Any]] | None:

@@ -23,7 +23,7 @@ def test_without_a_compiler_it_warns_once_and_runs(
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **_: compiler(network, backend=no_compiler))
     network = torch.nn.Conv2d(3, 2, 1)
-    compiled = CompiledNetwork(network, on_cuda=False)
+    compiled = CompiledNetwork(network)
     images = torch.ones(1, 3, 4, 4)
     with caplog.at_level(logging.WARNING, "models.compilation"), torch.inference_mode():
         assert torch.equal(compiled(images), network(images))
@@ -32,7 +32,7 @@ def test_without_a_compiler_it_warns_once_and_runs(
 
 
 def test_what_the_network_itself_raises_is_not_swallowed() -> None:
-    compiled = CompiledNetwork(torch.nn.Conv2d(3, 2, 1), on_cuda=False)
+    compiled = CompiledNetwork(torch.nn.Conv2d(3, 2, 1))
     compiled._compiled = compiled._network
     with pytest.raises(RuntimeError, match="channels"):
         compiled(torch.ones(1, 5, 4, 4))
