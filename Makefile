@@ -37,7 +37,7 @@ clean: ## remove what the demo and the tools wrote; .venv stays
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(INSTALL) -e '.[ray,dev]'
+	$(INSTALL) -e '.[ray,prefect,dev]'
 	@touch .venv/.demo $@
 
 .venv/pyvenv.cfg:

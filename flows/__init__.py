@@ -1,1 +1,6 @@
-"""The flows that call the pipeline on a schedule. Empty so far: nothing here is scheduled yet."""
+"""When the pipeline runs, and what Prefect shows of it. Must not know: how anything is done.
+
+`segment_corpus` the flow; `parameters` its form, made from the configuration that the command line uses; `driving` one
+pipeline call inside a task: cancelled, followed, logged; `artifacts` what the UI shows; `automations` what the server
+does by itself. The table is the memory: no flow keeps state of its own.
+"""

@@ -10,23 +10,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.engine.outcome import Outcome
+    from pathlib import Path
+
+    from pipeline.config import SegmentConfig
+    from pipeline.engine.outcome import Outcome, Preview
 
 __version__ = "0.1.0"
-__all__ = ["abandon_run", "connect", "list_runs", "models", "segment", "show_run"]
+__all__ = ["abandon_run", "connect", "list_runs", "models", "plan", "segment", "show_run"]
 
 
 def segment(config: Any = None, /, **settings: Any) -> Outcome:
     """Brings the table at `dest` up to date with `source`: `segment(source=..., dest=..., model=..., ...)`.
 
-    The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen` and
-    `should_stop` are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
+    The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen`,
+    `should_stop` and `corpus` are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
     """
     from pipeline.config import SegmentConfig
     from pipeline.engine import run
 
-    hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    hooks = {key: settings.pop(key) for key in ("listen", "should_stop", "corpus") if key in settings}
     return run.segment(config or SegmentConfig(**settings), **hooks)
+
+
+def plan(config: SegmentConfig, *, scratch: Path) -> Preview:
+    """What `segment(config)` would find to do, and whether it could: see `pipeline.engine.run.plan`."""
+    from pipeline.engine import run
+
+    return run.plan(config, scratch=scratch)
 
 
 def connect(dest: str, *, profile: str | None = None) -> Any:

@@ -40,7 +40,7 @@ class Screen:
             self._progress(event.progress, event.total)
         elif event.kind == "warning":
             self.console.print(Text.assemble(("warning:", "yellow"), " ", plain(event.text)))
-        elif not self._quiet:
+        elif event.kind == "note" and not self._quiet:
             self.console.print(Text(plain(event.text), style="dim"))
 
     def _progress(self, progress: Any, total: int) -> None:

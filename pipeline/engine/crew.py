@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+from pipeline.engine.backlog import Backlog, LogLine
 from pipeline.engine.stream import StreamCounts
 from pipeline.engine.worker import Device, Receipt, ShardTask, Worker, WorkerSpec, describe_device
 from pipeline.errors import InfrastructureError
@@ -57,10 +58,17 @@ class Crew(Protocol):
 
 
 class Host:
-    """What runs in a worker's process, whatever started it. Methods may be called from several threads."""
+    """What runs in a worker's process, whatever started it. Methods may be called from several threads.
 
-    def __init__(self) -> None:
+    `keeps_log`: this process is the worker's own, and what it logs is kept for `logged`.
+    """
+
+    def __init__(self, *, keeps_log: bool = False) -> None:
         self._worker: Worker | None = None
+        self._backlog: Backlog | None = None
+        if keeps_log:
+            self._backlog = Backlog()
+            logging.getLogger().addHandler(self._backlog)
 
     def describe(self) -> Device:
         """The device of this process."""
@@ -81,6 +89,10 @@ class Host:
     def counts(self) -> StreamCounts:
         """Zeroes until a model is there."""
         return self._worker.counts() if self._worker else StreamCounts(0, 0, 0.0, 0.0)
+
+    def logged(self) -> list[LogLine]:
+        """What this process has logged since the last call."""
+        return self._backlog.take() if self._backlog else []
 
     def close(self) -> None:
         """Ends the stream."""
@@ -281,7 +293,7 @@ def main() -> None:
     """Entry of a worker process: `python -m pipeline.engine.crew FD`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    serve(Connection(int(sys.argv[1])), Host())
+    serve(Connection(int(sys.argv[1])), Host(keeps_log=True))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
+from pipeline.engine.backlog import LogLine
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.crew import Crew, Member, WorkerDiedError
 from pipeline.engine.stream import StreamCounts
@@ -34,6 +35,7 @@ _KILLS_TO_SET_ASIDE = 2
 _FAILED_STARTS = 5
 _BISECTIONS = 3
 _POLL_S = 0.25
+_LAST_WORDS_S = 2.0
 _PULSE_TIMEOUT_S = 30.0
 _NOBODY_COMES_S = 30.0
 _SILENT_S = 1800.0
@@ -62,6 +64,7 @@ class _Seat:
         self.tasks: dict[Future[Receipt], ShardTask] = {}
         self.counts = _NOTHING
         self.counting: Future[StreamCounts] | None = None
+        self.logging: Future[list[LogLine]] | None = None
         self.committed_rows = 0
         self.seen_rows = 0
         self.moved_s = time.monotonic()
@@ -80,6 +83,7 @@ class Fleet:
         actors: int,
         should_stop: Callable[[], bool],
         say: Callable[[str], None] = log.warning,
+        relay: Callable[[Device, LogLine], None] = lambda device, line: None,
         drain_timeout_s: float = 30.0,
         breaker_images: int = WINDOW_IMAGES,
     ) -> None:
@@ -87,6 +91,7 @@ class Fleet:
         self._actors = actors
         self._should_stop = should_stop
         self._say = say
+        self._relay = relay
         self._alone_since_s = time.monotonic()
         self._drain_timeout_s = drain_timeout_s
         self._seats: list[_Seat] = []
@@ -184,10 +189,12 @@ class Fleet:
             if time.monotonic() - told_s > _POLL_S:
                 told_s = time.monotonic()
                 self._count()
+                self._hear()
                 self._lose_the_silent(again)
                 on_progress(self.progress())
         while self._aside:
             on_receipt(self._commit_without_killers(self._aside.pop()))
+        self._hear(_LAST_WORDS_S)
         on_progress(self.progress())
 
     def progress(self) -> FleetProgress:
@@ -353,6 +360,21 @@ class Fleet:
                 seat.counting = None
             if seat.loaded and seat.counting is None and seat.tasks:
                 seat.counting = seat.member.call("counts")
+
+    def _hear(self, patience_s: float = 0.0) -> None:
+        """Hands on what the workers have logged. With `patience_s`, the answers to a last question too."""
+        for seat in self._seats:
+            if seat.logging is not None and seat.logging.done():
+                heard = seat.logging
+                seat.logging = None
+                if heard.exception() is None and seat.device is not None:
+                    for line in heard.result():
+                        self._relay(seat.device, line)
+            if seat.loaded and seat.logging is None:
+                seat.logging = seat.member.call("logged")
+        if patience_s:
+            wait([seat.logging for seat in self._seats if seat.logging is not None], timeout=patience_s)
+            self._hear()
 
     # ── bisection ────────────────────────────────────────────────────────────────────────────────────────────────────
 

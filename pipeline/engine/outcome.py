@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.corpus.manifest import Corpus
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.ledger import Plan, RunRecord, WorkCounts
 
@@ -22,6 +23,17 @@ class Estimate(BaseModel):
     seconds: float | None
     output_bytes: int | None
     basis: str
+
+
+class Preview(NamedTuple):
+    """What a `segment` call would find to do. `open_runs`: those of this very command, which it continues first;
+    `work` counts their images as held. `corpus`: what was read of SOURCE."""
+
+    model_name: str
+    model_version: str
+    work: WorkCounts
+    open_runs: list[str]
+    corpus: Corpus
 
 
 class Outcome(BaseModel):
@@ -121,12 +133,14 @@ def tally(
 
 
 class Event(NamedTuple):
-    """Something to tell people. `kind`: `note` (text), `warning` (text), `progress` (progress, total)."""
+    """Something to tell people. `kind`: `note` (text), `warning` (text), `progress` (progress, total), `log` (what a
+    worker logged: text, level)."""
 
-    kind: Literal["note", "warning", "progress"]
+    kind: Literal["note", "warning", "progress", "log"]
     text: str = ""
     progress: FleetProgress | None = None
     total: int = 0
+    level: int = 0
 
 
 Listener = Callable[[Event], None]

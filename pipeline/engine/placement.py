@@ -25,6 +25,15 @@ def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Litera
     return "local", "no Ray address, and one GPU at most"
 
 
+def check_place(config: SegmentConfig, source: str, dest: str) -> None:
+    """Knocks where the workers would live, without starting any. Raises InfrastructureError where nobody answers."""
+    if choose_engine(config, source, dest)[0] == "ray":
+        from pipeline.engine.ray_crew import check_address, ray_address
+
+        if address := ray_address(config.ray_address):
+            check_address(address)
+
+
 def open_crew(config: SegmentConfig, engine: Literal["local", "ray"], source: str, dest: str) -> Crew:
     """The place where this command's workers will live. Raises UsageError, InfrastructureError."""
     if engine == "ray":

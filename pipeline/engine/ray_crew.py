@@ -135,7 +135,7 @@ class RayCrew:
             raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
 
     def start(self) -> RayMember:
-        return RayMember(self._ray, self._actor.remote())
+        return RayMember(self._ray, self._actor.remote(keeps_log=True))
 
     def share(self, model: bytes) -> Any:
         return self._ray.put(model)
@@ -148,6 +148,14 @@ class RayCrew:
 def ray_address(given: str | None) -> str | None:
     """The cluster that the command or the environment names."""
     return given or os.environ.get("RAY_ADDRESS") or None
+
+
+def check_address(address: str) -> None:
+    """Raises InfrastructureError where nothing listens at the address of a cluster."""
+    try:
+        _knock(address)
+    except OSError as error:
+        raise InfrastructureError(f"no Ray cluster at {address!r}: {_first_line(error)}") from error
 
 
 def _knock(address: str) -> None:

@@ -28,8 +28,8 @@ from pipeline.engine.crew import Crew
 from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Command, Ledger, Plan, RunRecord, WorkCounts, new_run_id
-from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, SoFar, counted, tally
-from pipeline.engine.placement import choose_engine, open_crew
+from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, counted, tally
+from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import Question, choose_shard_size, shard_lists, work_left
 from pipeline.engine.precedent import Precedent
 from pipeline.engine.reconciliation import Session, abandon, count_rows, reconcile
@@ -59,23 +59,46 @@ _LEAST_ROW_BYTES = 8 << 10
 
 
 def segment(
-    config: SegmentConfig, *, listen: Listener | None = None, should_stop: Callable[[], bool] | None = None
+    config: SegmentConfig,
+    *,
+    listen: Listener | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    corpus: Corpus | None = None,
 ) -> Outcome:
     """Brings the table at `config.dest` up to date with `config.source`, and says what that came to.
 
-    Guarantees: after state `done`, every image that was planned has exactly one row, counted from the Parts. Raises
-    UsageError
-    (nothing changed), InfrastructureError (what was committed is kept). Safe to call again, after anything: it
-    continues.
+    `corpus` is what `plan` has just read of SOURCE, so that it need not be read again. Guarantees: after state `done`,
+    every image that was planned has exactly one row, counted from the Parts. Raises UsageError (nothing changed),
+    InfrastructureError (what was committed is kept). Safe to call again, after anything: it continues.
     """
     with scratch_folder() as scratch:
-        return _Segmentation(config, scratch, listen or (lambda event: None), should_stop or (lambda: False)).run()
+        return _Segmentation(
+            config, scratch, listen or (lambda event: None), should_stop or (lambda: False), corpus
+        ).run()
+
+
+def plan(config: SegmentConfig, *, scratch: Path) -> Preview:
+    """Says what `segment` would find to do, before any worker is started, and keeps what it read of SOURCE in the
+    folder `scratch`.
+
+    Raises UsageError or InfrastructureError where the model, SOURCE, DEST or the Ray cluster cannot be reached.
+    Changes nothing; safe to retry.
+    """
+    return _Segmentation(config, scratch, lambda event: None, lambda: False).preview()
 
 
 class _Segmentation:
-    def __init__(self, config: SegmentConfig, scratch: Path, listen: Listener, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: SegmentConfig,
+        scratch: Path,
+        listen: Listener,
+        should_stop: Callable[[], bool],
+        corpus: Corpus | None = None,
+    ) -> None:
         self._config = config
         self._scratch = scratch
+        self._corpus = corpus
         self._listen = listen
         self._should_stop = should_stop
         self._dest = normalize_uri(config.dest)
@@ -103,6 +126,21 @@ class _Segmentation:
                 self._fleet.close()
             if self._crew:
                 self._crew.close()
+
+    def preview(self) -> Preview:
+        """What `plan` answers."""
+        model = _as_asked(resolve(self._config.model), self._config)
+        check_place(self._config, self._source, self._dest)
+        self._check_dest()
+        corpus = self._read_source()
+        # Where this version has no earlier run here, it has no rows either, and every precision counts the same.
+        precision = self._known_precision(model) or "fp32"
+        try:
+            _, counts = self._count(model, corpus, precision, None)
+            ours = [plan for plan in self._ledger.open_plans() if plan.command == self._command(model)]
+        except duckdb.Error as error:
+            raise unreadable(self._dest, error) from error
+        return Preview(model.card.name, model.version, counts, [plan.run_id for plan in ours], corpus)
 
     def _continue(self, model: Model) -> Outcome | None:
         """Works on this command's own open runs. None where there is still something to plan."""
@@ -142,12 +180,7 @@ class _Segmentation:
         return time.time() - float(touched_s) > _DEAD_AFTER_S
 
     def _plan_and_work(self, model: Model) -> Outcome:
-        corpus = read_source(
-            self._config.source,
-            scratch=self._scratch,
-            suffixes=self._config.suffixes,
-            profile=self._config.source_profile,
-        )
+        corpus = self._corpus or self._read_source()
         for _ in range(_PLANNING_TRIES):
             if self._should_stop():
                 raise StoppedError("stopped before anything was planned")
@@ -173,37 +206,19 @@ class _Segmentation:
             f"{_PLANNING_TRIES} other plans came first in {self._dest}: run the command again when it is quieter"
         )
 
-    def _plan(self, model: Model, corpus: Corpus, sequence: int) -> tuple[Plan | None, WorkCounts, Path]:
-        """Order matters: open runs are read before rows, so a run that closes in between is counted by its rows."""
-        config = self._config
-        open_plans = self._ledger.open_plans()
-        precision = self._resolved_precision(model)
-        settings: dict[str, Any] = {
-            "precision": precision,
-            "max_pixels": config.max_pixels,
-            "tile_above_pixels": model.card.tile_above_pixels,
-            "postprocessing": model.card.postprocessing.model_dump(mode="json"),
-        }
-        card = model.card.model_dump(mode="json")
-        settings |= {name: card[name] for name in sorted(config.settings)}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        held: dict[str, Path] = {}
-        for other in open_plans:
-            if other.model_version == model.version and other.settings_digest == digest:
-                held[other.run_id] = self._frozen_list(other)
-        folder = f"segments/model={model.card.name}/version={model.version}"
-        question = Question(
-            corpus_path=corpus.path,
-            corpus_is_distinct=corpus.full_listing,
-            part_sizes=part_sizes(self._storage, join_uri(self._dest, folder)),
-            held=held,
-            settings_digest=digest,
-            limit=config.limit,
-            retry_errors=config.retry_errors,
-            force=config.force,
+    def _read_source(self) -> Corpus:
+        return read_source(
+            self._config.source,
+            scratch=self._scratch,
+            suffixes=self._config.suffixes,
+            profile=self._config.source_profile,
         )
+
+    def _plan(self, model: Model, corpus: Corpus, sequence: int) -> tuple[Plan | None, WorkCounts, Path]:
+        config = self._config
+        precision = self._resolved_precision(model)
         list_path = self._scratch / f"work-{sequence}.parquet"
-        counts = work_left(question, self._storage, scratch=self._scratch, list_path=list_path)
+        settings, counts = self._count(model, corpus, precision, list_path)
         for run_id, images in counts.held_by.items():
             self._note(
                 f"{counted(images, 'image')} left to open run {run_id}: its own command continues it, "
@@ -224,10 +239,10 @@ class _Segmentation:
             command=self._command(model),
             model_name=model.card.name,
             model_version=model.version,
-            card=card,
+            card=model.card.model_dump(mode="json"),
             card_digest=hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:12],
             settings=settings,
-            settings_digest=digest,
+            settings_digest=_digest(settings),
             precision=precision,
             batch_size=batch_size,
             batch_pixels=max(batch_size * 512 * 512, 4 << 20),
@@ -240,14 +255,50 @@ class _Segmentation:
         )
         return plan, counts, list_path
 
+    def _count(
+        self, model: Model, corpus: Corpus, precision: Precision, list_path: Path | None
+    ) -> tuple[dict[str, Any], WorkCounts]:
+        """(the settings to freeze, the work left under them), which is listed in `list_path`.
+
+        Order matters: open runs are read before rows, so a run that closes in between is counted by its rows.
+        """
+        config = self._config
+        open_plans = self._ledger.open_plans()
+        settings: dict[str, Any] = {
+            "precision": precision,
+            "max_pixels": config.max_pixels,
+            "tile_above_pixels": model.card.tile_above_pixels,
+            "postprocessing": model.card.postprocessing.model_dump(mode="json"),
+        }
+        card = model.card.model_dump(mode="json")
+        settings |= {name: card[name] for name in sorted(config.settings)}
+        digest = _digest(settings)
+        held: dict[str, Path] = {}
+        for other in open_plans:
+            if other.model_version == model.version and other.settings_digest == digest:
+                held[other.run_id] = self._frozen_list(other)
+        folder = f"segments/model={model.card.name}/version={model.version}"
+        question = Question(
+            corpus_path=corpus.path,
+            corpus_is_distinct=corpus.full_listing,
+            part_sizes=part_sizes(self._storage, join_uri(self._dest, folder)),
+            held=held,
+            settings_digest=digest,
+            limit=config.limit,
+            retry_errors=config.retry_errors,
+            force=config.force,
+        )
+        return settings, work_left(question, self._storage, scratch=self._scratch, list_path=list_path)
+
     def _resolved_precision(self, model: Model) -> Precision:
         """`auto` keeps what this version ran with before in DEST, so that another device does not redo the corpus."""
-        if self._config.precision != "auto":
-            return self._config.precision
-        before = self._recall(model).precision
-        if before is not None:
-            return before
+        known = self._known_precision(model)
+        if known is not None:
+            return known
         return "bf16" if self._the_fleet().first_device().bf16 else "fp32"
+
+    def _known_precision(self, model: Model) -> Precision | None:
+        return self._recall(model).precision if self._config.precision == "auto" else self._config.precision
 
     def _recall(self, model: Model) -> Precedent:
         """Asked once: later runs of this very call add nothing to it."""
@@ -461,6 +512,7 @@ class _Segmentation:
                 actors=self._wanted_actors(),
                 should_stop=lambda: self._should_stop() or (self._superseded is not None and self._superseded.is_set()),
                 say=lambda text: self._listen(Event("warning", text)),
+                relay=lambda device, line: self._listen(Event("log", f"{device.node}: {line.text}", level=line.level)),
                 drain_timeout_s=self._config.drain_timeout_s,
             )
         return self._fleet
@@ -508,6 +560,10 @@ def _as_asked(model: Model, config: SegmentConfig) -> Model:
         return model._replace(card=with_settings(model.card, config.settings))
     except ValueError as error:
         raise UsageError(f"--set: {error}") from error
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _guessed_row_bytes(counts: WorkCounts) -> float:

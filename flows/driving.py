@@ -1,0 +1,67 @@
+"""One pipeline call inside a Prefect task. Owns: stopping it when Prefect cancels, following it while it runs.
+Must not know: what the call does, what is shown of it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+import pipeline
+from flows.artifacts import LiveProgress
+from flows.logs import forwarded
+from pipeline.config import SegmentConfig
+from pipeline.corpus.manifest import Corpus
+from pipeline.engine.outcome import Event, Outcome
+
+#: Prefect kills a cancelled run's process 30 s after it asked.
+DRAIN_TIMEOUT_S = 20.0
+_CLOSE_TIMEOUT_S = 8.0
+_POLL_S = 0.5
+
+
+def drive(config: SegmentConfig, corpus: Corpus, logger: Any, progress: LiveProgress) -> Outcome:
+    """`pipeline.segment`, in a thread beside this one, so that Prefect's signal reaches this one at once.
+
+    On that signal, as on any exception here, shards in flight have up to DRAIN_TIMEOUT_S to be committed; then it goes
+    on. Raises what the call raises.
+    """
+    stop = threading.Event()
+    config = config.model_copy(update={"drain_timeout_s": min(config.drain_timeout_s, DRAIN_TIMEOUT_S)})
+    with forwarded(logger) as meter:
+
+        def listen(event: Event) -> None:
+            if event.kind == "progress":
+                progress.now = event
+            else:
+                meter.log({"note": logging.INFO, "warning": logging.WARNING}.get(event.kind, event.level), event.text)
+
+        done = _in_thread(lambda: pipeline.segment(config, listen=listen, should_stop=stop.is_set, corpus=corpus))
+        try:
+            while not done.done():
+                wait([done], timeout=_POLL_S)
+                progress.publish()
+        except BaseException as reason:
+            logger.warning("%s: the run is being stopped; another one continues it", type(reason).__name__)
+            stop.set()
+            wait([done], timeout=config.drain_timeout_s + _CLOSE_TIMEOUT_S)
+            raise
+        return done.result()
+
+
+def _in_thread(work: Callable[[], Outcome]) -> Future[Outcome]:
+    """A daemon: a process that is told to end does not wait for it."""
+    done: Future[Outcome] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - the caller gets it
+            done.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="segment", daemon=True).start()
+    return done
