@@ -296,6 +296,43 @@ def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
     assert "colour" in said.err
 
 
+# ── settings of a run ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Command) -> None:
+    """Another setting is another question: every image is asked it, and the plan says what it was."""
+    again = maskmill("segment", done.source, done.dest, *done.options, "--set", "tile_above_pixels=600", "--json")
+    assert again.status == cli.TOO_MANY_ERRORS, again.err
+    outcome = json.loads(again.out)
+    assert outcome["planned"] == outcome["images"] > 0
+    plan = json.loads(maskmill("runs", "show", done.dest, outcome["run_id"]).out)["plan"]
+    assert plan["settings"]["tile_above_pixels"] == 600 and plan["command"]["settings"] == {"tile_above_pixels": 600}
+    assert (
+        json.loads(
+            maskmill("segment", done.source, done.dest, *done.options, "--set", "tile_above_pixels=600", "--json").out
+        )["planned"]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("posprocessing.kind=argmax", "did you mean 'postprocessing'"),
+        ("cleanup", "not KEY=VALUE"),
+        ("cleanup.min_region_area_px=many", "cleanup.min_region_area_px does not fit"),
+        ('size_policy={"kind":"tile","tile_px":4}', "smaller than the network's stride"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_any_image(
+    change: str, said: str, done: Place, maskmill: Command
+) -> None:
+    before = maskmill("runs", "list", done.dest, "--json").out
+    refused = maskmill("segment", done.source, done.dest, *done.options, "--set", change)
+    assert refused.status == 2 and said in refused.err.splitlines()[-1], refused.err
+    assert maskmill("runs", "list", done.dest, "--json").out == before
+
+
 def test_several_statements_are_refused(done: Place, maskmill: Command) -> None:
     said = maskmill("query", done.dest, "SELECT 1; SELECT 2")
     assert said.status == 2 and "2 statements" in said.err
