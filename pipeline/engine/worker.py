@@ -222,6 +222,7 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
     import cv2
     import torch
 
+    from models.architectures import check_sizes
     from models.file import load_module
     from models.overrides import with_settings
     from models.segmenter import Segmenter, default_device
@@ -233,8 +234,8 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         card, module = load_module(model)
-        return Segmenter(
-            module, with_settings(card, spec.card_settings), device=default_device(), precision=spec.precision
-        )
+        card = with_settings(card, spec.card_settings)
+        check_sizes(card, module)
+        return Segmenter(module, card, device=default_device(), precision=spec.precision)
     except ValueError as error:
         raise ModelError(f"model {spec.model_name} cannot run here: {error}") from error
