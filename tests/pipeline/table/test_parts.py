@@ -12,7 +12,7 @@ from handmade import make_part, make_row
 
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage
 from pipeline.table import parts as parts_module
-from pipeline.table.parts import ROW_GROUP_ROWS, PartBuilder, commit, commit_empty
+from pipeline.table.parts import PartBuilder, commit, commit_empty
 from pipeline.table.schema import SCHEMA_VERSION, SEGMENTS
 
 WHOLE = make_row(
@@ -46,15 +46,16 @@ def test_the_schema_is_exact() -> None:
     assert read(make_part([])).schema_arrow.equals(SEGMENTS)
 
 
-def test_row_groups_are_bounded_and_in_order() -> None:
+def test_row_groups_are_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "ROW_GROUP_ROWS", 1024)
     builder = PartBuilder(model_name="tiny", card_json="{}")
-    uris = [f"image-{index:04d}" for index in range(2 * ROW_GROUP_ROWS + 30)]
+    uris = [f"image-{index:04d}" for index in range(2 * 1024 + 30)]
     for start in range(0, len(uris), 100):
         builder.add([make_row(uri, "e1") for uri in uris[start : start + 100]])
     part = builder.finish()
     file = read(part.data.to_pybytes())
     sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-    assert sizes == [ROW_GROUP_ROWS, ROW_GROUP_ROWS, 30]
+    assert sizes == [1024, 1024, 30]
     assert part.rows == len(uris)
     assert file.read(["image_uri"])["image_uri"].to_pylist() == uris
 
