@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every download fails at once; torch's cache of them is empty, and here."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # What urllib keeps of its proxies must not outlive this.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     checkpoints = tmp_path / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -173,7 +176,7 @@ class Malicious:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1), "more": Malicious(tmp_path / "ran")}, tmp_path / "new.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran"), protocol=2))
     for name in ("new.pth", "old.pth"):
         with pytest.raises(WeightsError, match="a pickle can run any code"):
             read_weights(tmp_path / name)

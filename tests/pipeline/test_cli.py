@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -452,6 +453,8 @@ def test_models_import(maskmill: Command, tmp_path: Path, monkeypatch: pytest.Mo
         assert expected in said.err
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # What urllib keeps of its proxies must not outlive this.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     said = maskmill("models", "import", "torchvision:lraspp_mobilenet_v3_large", "--out", out)
     assert said.status == 1
