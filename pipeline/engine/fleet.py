@@ -66,7 +66,7 @@ class _Seat:
         self.counting: Future[StreamCounts] | None = None
         self.logging: Future[list[LogLine]] | None = None
         self.committed_rows = 0
-        self.seen_rows = 0
+        self.seen = (0, 0.0)
         self.moved_s = time.monotonic()
 
 
@@ -299,11 +299,14 @@ class Fleet:
                 again.append(task)
 
     def _lose_the_silent(self, again: deque[ShardTask]) -> None:
-        """A worker that is alive and makes no row for a long time (a device call that never returns) is replaced."""
+        """A worker that is alive and makes no row and answers no batch for a long time (a device call that never
+        returns) is replaced."""
         now_s = time.monotonic()
         for seat in list(self._seats):
-            if seat.counts.rows != seat.seen_rows or not seat.tasks:
-                seat.seen_rows, seat.moved_s = seat.counts.rows, now_s
+            # A single image in thousands of tiles makes no row for long, but its batches come back.
+            seen = seat.counts.rows, seat.counts.busy_s
+            if seen != seat.seen or not seat.tasks:
+                seat.seen, seat.moved_s = seen, now_s
             elif now_s - seat.moved_s > _SILENT_S:
                 self._say(f"a worker has made no row for {_SILENT_S:.0f} s and is replaced")
                 self._lose(seat, WorkerDiedError("it made no row any more"), again)
