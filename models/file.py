@@ -72,7 +72,7 @@ def load_module(data: bytes) -> tuple[Card, torch.nn.Module]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ModelFileError(f"the weights of model {card.name!r} cannot be read: {error}") from error
     try:
-        module = build(card)
+        module = build(card, blank=True)
     except ValueError as error:
         raise ModelFileError(f"model {card.name!r} cannot be built: {error}") from error
     _check_fit(card, module.state_dict(), state)
@@ -96,7 +96,7 @@ def save_model(path: str | os.PathLike[str], state_dict: Mapping[str, torch.Tens
 
     from models.architectures import build
 
-    _check_fit(card, build(card).state_dict(), state_dict)
+    _check_fit(card, build(card, blank=True).state_dict(), state_dict)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     data = save(tensors, metadata={CARD_KEY: card.model_dump_json()})
     target = Path(path)

@@ -12,8 +12,10 @@ import pytest
 import segmentation_models_pytorch as library
 import torch
 from safetensors.torch import save_file
+from small_networks import CLASSES, small_card
 from torchvision.models import detection, segmentation
 
+from models.architectures import build
 from models.card import ResizePolicy
 from models.file import load_module, save_model
 from models.importing import DownloadError, ImportConfig, import_model
@@ -100,7 +102,7 @@ def test_weights_from_a_file_give_the_librarys_own_network(tmp_path: Path, lrasp
         assert torch.equal(network(images)["out"], lraspp(images)["out"])
 
 
-@pytest.mark.parametrize("name", ["fcn_resnet50", pytest.param("deeplabv3_resnet101", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", pytest.param("fcn_resnet50", marks=pytest.mark.slow)])
 def test_the_classifier_that_only_training_uses_is_dropped(tmp_path: Path, name: str) -> None:
     full = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4, aux_loss=True)
     torch.save(full.state_dict(), tmp_path / "w.pth")
@@ -111,6 +113,7 @@ def test_the_classifier_that_only_training_uses_is_dropped(tmp_path: Path, name:
     assert not [key for key in state if key.startswith("aux_classifier")]
 
 
+@pytest.mark.slow
 def test_mask_rcnn_that_was_trained_without_freezing(tmp_path: Path) -> None:
     torch.manual_seed(2)
     own: Any = detection.maskrcnn_resnet50_fpn(
@@ -194,13 +197,12 @@ def test_what_holds_no_weights(tmp_path: Path, content: bytes) -> None:
 
 
 def test_layers_of_older_files_are_renamed(tmp_path: Path) -> None:
-    own: Any = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
-    state = own.state_dict()
+    state = build(small_card("maskrcnn_mobilenet_v3_large_fpn")).state_dict()
     old = OrderedDict((key.replace("rpn.head.conv.0.0.", "rpn.head.conv."), value) for key, value in state.items())
     assert "rpn.head.conv.weight" in old
     torch.save(old, tmp_path / "w.pth")
     _, new = imported(
-        source="torchvision:maskrcnn_resnet50_fpn", weights_file=tmp_path / "w.pth", classes=("background", "a", "b")
+        source="torchvision:maskrcnn_mobilenet_v3_large_fpn", weights_file=tmp_path / "w.pth", classes=CLASSES
     )
     assert torch.equal(new["rpn.head.conv.0.0.weight"], old["rpn.head.conv.weight"])
 
