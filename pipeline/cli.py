@@ -138,6 +138,9 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         str,
         _option("auto: bf16 where the device has it.", panel=_HOW, metavar="auto|fp32|bf16|fp16"),
     ] = "auto",
+    compiled: Annotated[
+        bool, _option("torch.compile: faster on long runs, other last bits. Frozen.", "--compile", panel=_HOW)
+    ] = False,
     batch_size: Annotated[
         int | None, _option("Images per forward pass, at most. Frozen in the run.", panel=_HOW, metavar="N")
     ] = None,
@@ -212,7 +215,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
-        settings=settings,
+        settings=settings, compile=compiled,
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

@@ -37,6 +37,9 @@ class SegmentConfig(BaseModel):
     shard_size: int | None = Field(None, ge=1, description="Images per shard, and so per Parquet file.")
     threads: int | None = Field(None, ge=1, description="CPU threads of each worker's network. Frozen in the run.")
     precision: PrecisionChoice = Field("auto", description="auto: bf16 where the device has it in hardware, else fp32.")
+    compile: bool = Field(
+        False, description="torch.compile, for each shape of batch once: faster on long runs, other last bits. Frozen."
+    )
     limit: int | None = Field(None, ge=1, description="Process at most this many of the images that are left.")
     canary: int | None = Field(
         None, ge=1, description="Process this many first; go on only if their error rate is fine."

@@ -50,6 +50,7 @@ class Command(BaseModel):
     retry_errors: bool
     force: bool
     settings: dict[str, Any] = {}
+    compile: bool = False
 
 
 class WorkCounts(BaseModel):

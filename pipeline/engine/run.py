@@ -272,6 +272,8 @@ class _Segmentation:
         }
         card = model.card.model_dump(mode="json")
         settings |= {name: card[name] for name in sorted(config.settings)}
+        if config.compile:
+            settings["compile"] = True
         digest = _digest(settings)
         held: dict[str, Path] = {}
         for other in open_plans:
@@ -318,6 +320,7 @@ class _Segmentation:
             retry_errors=config.retry_errors,
             force=config.force,
             settings=config.settings,
+            compile=config.compile,
         )
 
     def _check_dest(self) -> None:
@@ -483,6 +486,7 @@ class _Segmentation:
             model_version=plan.model_version,
             settings_digest=plan.settings_digest,
             card_settings=plan.command.settings,
+            compile=plan.command.compile,
             run_id=plan.run_id,
             precision=plan.precision,
             threads=plan.threads,

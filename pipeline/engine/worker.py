@@ -49,6 +49,7 @@ class WorkerSpec(BaseModel):
     model_version: str
     settings_digest: str
     card_settings: dict[str, JsonValue] = {}
+    compile: bool = False
     run_id: str
     precision: Precision
     threads: int
@@ -236,6 +237,6 @@ def load_segmenter(spec: WorkerSpec, model: bytes) -> SegmenterLike:
         card, module = load_module(model)
         card = with_settings(card, spec.card_settings)
         check_sizes(card, module)
-        return Segmenter(module, card, device=default_device(), precision=spec.precision)
+        return Segmenter(module, card, device=default_device(), precision=spec.precision, compile=spec.compile)
     except ValueError as error:
         raise ModelError(f"model {spec.model_name} cannot run here: {error}") from error
