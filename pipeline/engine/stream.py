@@ -398,7 +398,7 @@ class Stream:
     @contextlib.contextmanager
     def _slot(self, shape: Shape) -> Iterator[Slot]:
         """A slot to be filled in the body; where that raises, it goes back."""
-        slot = self._wait_for(lambda: self._rack.take(shape))
+        slot = self._wait_for(lambda: self._take(shape))
         try:
             yield slot
         except BaseException:
@@ -409,6 +409,12 @@ class Stream:
         with self._state:
             if self._rack.written(slot):
                 self._state.notify_all()
+
+    def _take(self, shape: Shape) -> Slot | None:
+        """Called with the lock held. Tiles of one image would fill the budget far ahead of the model."""
+        if shape.tiles and len(self._rack.ready) >= 2 * self._config.threads:
+            return None
+        return self._rack.take(shape)
 
     def _wait_for(self, take: Callable[[], _T | None]) -> _T:
         """What `take` gives, called with the lock held. While it gives nothing, helps to make rows, or waits."""
