@@ -118,6 +118,17 @@ def check_sizes(card: Card, network: torch.nn.Module) -> None:
         )
 
 
+def least_canvas(card: Card) -> tuple[int, int]:
+    """(height, width) of a small input that the card's network takes, or of the only one."""
+    policy = card.size_policy
+    if isinstance(policy, TilePolicy):
+        return policy.tile_px, policy.tile_px
+    if isinstance(policy, LetterboxPolicy):
+        return policy.height_px, policy.width_px
+    step = card.canvas_multiple
+    return -(-64 // step) * step, (-(-64 // step) + 1) * step
+
+
 def untrained_card(
     name: str,
     *,
@@ -235,14 +246,7 @@ def _pools_whole_image(card: Card, network: torch.nn.Module, stride: int) -> boo
     """Runs the network without arithmetic, on the meta device. Raises ValueError where it does not take the card's
     sizes, or does not put out what the card says.
     """
-    policy = card.size_policy
-    if isinstance(policy, TilePolicy):
-        height, width = policy.tile_px, policy.tile_px
-    elif isinstance(policy, LetterboxPolicy):
-        height, width = policy.height_px, policy.width_px
-    else:
-        step = card.canvas_multiple
-        height, width = -(-64 // step) * step, (-(-64 // step) + 1) * step
+    height, width = least_canvas(card)
     shape = (1, card.input_channels, height, width)
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
@@ -254,7 +258,7 @@ def _pools_whole_image(card: Card, network: torch.nn.Module, stride: int) -> boo
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{card.architecture} does not take {height} x {width} pixels with {card.input_channels} bands, as the "
-            f"card's size_policy {policy.kind!r} needs: {reason}"
+            f"card's size_policy {card.size_policy.kind!r} needs: {reason}"
         ) from error
     logits = logits["out"] if isinstance(logits, dict) else logits
     if logits.shape != (1, card.network_channels, height, width):

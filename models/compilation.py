@@ -20,7 +20,7 @@ class CompiledNetwork(torch.nn.Module):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self._network = network
-        # No CUDA graphs (mode "reduce-overhead"): up to torch 2.13 those are kept for each thread, and fail with an
+        # Without CUDA graphs (mode "reduce-overhead"): up to torch 2.13 those are kept for each thread, and fail by an
         # assertion in any but the first (pytorch issue 123177).
         self._compiled: Any = torch.compile(network, dynamic=False)
 

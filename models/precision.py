@@ -45,6 +45,16 @@ def lower_precision(
     return module
 
 
+def compute_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Changes `module` in place to compute in `dtype` between input and output of float32."""
+    if dtype == torch.float32:
+        return module
+    lower_precision(module, dtype)
+    module.register_forward_pre_hook(lambda part, inputs: (inputs[0].to(dtype), *inputs[1:]))
+    module.register_forward_hook(_widen_output)
+    return module
+
+
 def _widen_input(part: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].float(), *inputs[1:])
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.architectures import architecture
+from models.architectures import architecture, least_canvas
 from models.augmented import average_probabilities
 from models.card import Card, DetectionsPostprocessing, Postprocessing, WatershedPostprocessing
 from models.cleanup import clean_class_ids, clean_labels
@@ -23,11 +23,13 @@ from models.compilation import CompiledNetwork
 from models.crf import refine
 from models.detection import detect
 from models.fitting import fit_size, lies_as_it_is, place, tile_policy
+from models.folding import fold_batch_norms
 from models.masks import Instance
 from models.mosaic import DetectionMosaic, Mosaic
+from models.networks.mask_rcnn import hidden_layers
 from models.pasting import Detections, paste_detections
 from models.postprocessing import describe_instances, split_instances
-from models.precision import lower_precision
+from models.precision import compute_in, lower_precision
 from models.preprocessing import normalize
 from models.probabilities import pixel_softmax
 from models.reduction import QUANTUM, reduce_logits, reduce_resampled
@@ -121,12 +123,8 @@ class Segmenter:
         self._dtype = _DTYPES[precision]
         self._on_cuda = torch.device(device).type == "cuda"
         network: Any = module.eval()
-        if isinstance(self.postprocessing, DetectionsPostprocessing):
-            # Boxes do not survive 8 bits of mantissa, and torchvision's pooling knows no bf16.
-            lower_precision(network.backbone, self._dtype)
-        elif self._dtype != torch.float32:
-            logits_layers = architecture(card.architecture).logits_layers(network)
-            lower_precision(network, self._dtype, logits_layers=logits_layers)
+        if self._dtype != torch.float32:
+            _lower(network, card, self._dtype)
         network = network.to(device).to(memory_format=torch.channels_last)
         self._module = network
         if compile and isinstance(self.postprocessing, DetectionsPostprocessing):
@@ -489,6 +487,20 @@ def _check_precision(device: str, precision: str) -> None:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(_DTYPES)}")
     if precision == "fp16" and torch.device(device).type == "cpu":
         raise ValueError("precision 'fp16' is for GPUs: on the CPU use 'bf16' or 'fp32'")
+
+
+def _lower(network: Any, card: Card, dtype: torch.dtype) -> None:
+    found = architecture(card.architecture)
+    if not found.detects:
+        fold_batch_norms(network, (1, card.input_channels, *least_canvas(card)))
+        lower_precision(network, dtype, logits_layers=found.logits_layers(network))
+        return
+    # Boxes do not survive 8 bits of mantissa, and torchvision's pooling knows no bf16.
+    fold_batch_norms(network.backbone, (1, card.input_channels, 64, 64))
+    lower_precision(network.backbone, dtype)
+    for layer, input_shape in hidden_layers(network):
+        fold_batch_norms(layer, input_shape)
+        compute_in(layer, dtype)
 
 
 def _arrays_of(results: Results, slot: int) -> dict[str, NDArray[Any]] | None:

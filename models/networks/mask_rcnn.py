@@ -67,3 +67,18 @@ def _make(name: str, args: MaskRcnnArgs, *, input_channels: int) -> torch.nn.Mod
 def stride(network: torch.nn.Module) -> int:
     """Pixels: any size will do, the network pads by itself."""
     return 1
+
+
+def hidden_layers(network: Any) -> list[tuple[torch.nn.Module, tuple[int, int, int, int]]]:
+    """What lies in the heads before the last layers, which put out boxes, scores and masks; and a shape that it takes.
+
+    Float in, float out.
+    """
+    heads, channels = network.roi_heads, network.backbone.out_channels
+    box_size, mask_size = heads.box_roi_pool.output_size, heads.mask_roi_pool.output_size
+    return [
+        (network.rpn.head.conv, (1, channels, 8, 8)),
+        (heads.box_head, (1, channels, *box_size)),
+        (heads.mask_head, (1, channels, *mask_size)),
+        (heads.mask_predictor.conv5_mask, (1, heads.mask_predictor.conv5_mask.in_channels, *mask_size)),
+    ]
