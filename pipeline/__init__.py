@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.engine.outcome import Outcome, Preview
 
 __version__ = "0.1.0"
-__all__ = ["abandon_run", "connect", "list_runs", "models", "plan", "segment", "show_run"]
+__all__ = ["abandon_run", "connect", "drift", "list_runs", "models", "plan", "segment", "show_run", "verify"]
 
 
 def segment(config: Any = None, /, **settings: Any) -> Outcome:
@@ -44,6 +44,20 @@ def connect(dest: str, *, profile: str | None = None) -> Any:
     from pipeline.table import catalog
 
     return catalog.connect(dest, profile=profile)
+
+
+def verify(dest: str, *, deep: bool = False, profile: str | None = None) -> list[Any]:
+    """What is wrong with the table at `dest`: see `pipeline.table.verify.verify`. [] where nothing is."""
+    from pipeline.table import verify as verification
+
+    return verification.verify(dest, deep, profile=profile)
+
+
+def drift(dest: str, run_id: str | None = None, config: Any = None, *, profile: str | None = None) -> Any:
+    """A run beside the runs before it: see `pipeline.insight.drift.drift`."""
+    from pipeline.insight import drift as comparison
+
+    return comparison.drift(dest, run_id, config, profile=profile)
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:

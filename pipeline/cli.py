@@ -1,6 +1,7 @@
 """The command `maskmill`. Owns: options, signals, exit statuses. Must not know: how anything is done, or how it looks.
 
-Exit status: 0 done; 1 infrastructure failed; 2 wrong usage; 3 done with too many errors; 130 interrupted.
+Exit status: 0 done; 1 infrastructure failed, or a table is damaged; 2 wrong usage; 3 done with too many errors; 4 a run
+has drifted; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipeline import screen
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.errors import MaskmillError, UsageError
 
-OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
+OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 #: Options that are not named as their field of SegmentConfig.
 _FIELD_OPTIONS = {
     "source": "SOURCE",
@@ -382,6 +383,53 @@ def query(
             screen.write_rows(relation, output)
     except (duckdb.Error, pa.ArrowException) as error:
         raise UsageError(f"the query failed: {error}") from error
+
+
+@app.command()
+def verify(
+    dest: Dest,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every mask and check its CRC.")] = False,
+    dest_profile: DestProfile = None,
+    as_json: Json = False,
+) -> None:
+    """Check that the table at DEST is whole. Changes nothing.
+
+    Exit status: 0 nothing is wrong; 1 something is, and each finding says how to mend it.
+    """
+    findings = pipeline.verify(dest, deep=deep, profile=dest_profile)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        out = screen.stdout()
+        for finding in findings:
+            out.print(Text(screen.plain(f"{finding.kind}: {finding.uri}"), style="red"), soft_wrap=True)
+            out.print(Text(screen.plain(f"  {finding.message}\n  {finding.mend}")), soft_wrap=True)
+        checked = "every mask was decoded" if deep else "masks were not decoded (--deep does)"
+        out.print(f"{len(findings)} findings; {checked}" if findings else f"nothing is wrong; {checked}")
+    if findings:
+        raise typer.Exit(INFRASTRUCTURE)
+
+
+@app.command()
+def drift(
+    dest: Dest,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the newest finished run.")
+    ] = None,
+    dest_profile: DestProfile = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a run's images with those of the runs before it: confidence, coverage, counts, brightness.
+
+    Exit status: 0 alike, or nothing to compare with; 4 something has drifted.
+    """
+    report = pipeline.drift(dest, run, profile=dest_profile)
+    if as_json:
+        print(json.dumps(report.model_dump(mode="json") | {"drifted": report.drifted}))
+    else:
+        screen.print_drift(report)
+    if report.drifted:
+        raise typer.Exit(DRIFTED)
 
 
 def main() -> None:

@@ -166,6 +166,29 @@ def _size(size_bytes: int | None) -> str:
     return f"{value:.1f} TB"
 
 
+def print_drift(report: Any) -> None:
+    """A run beside the runs before it, the most drifted measure first."""
+    out = stdout()
+    if report.state != "compared":
+        why = {
+            "no_earlier_runs": "there is no earlier run of the same model version and settings",
+            "too_few_images": f"{report.images} images now and {report.earlier_images} before are too few to say anything",
+        }
+        out.print(f"run {report.run_id}: {why[report.state]}", soft_wrap=True)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("measure", "before", "now", "PSI", "limit", "KS", "limit", ""):
+        table.add_column(column, no_wrap=True)
+    for shift in report.shifts:
+        figures = (f"{value:.3f}" for value in (shift.psi, shift.psi_limit, shift.ks, shift.ks_limit))
+        verdict = Text("drifted", style="red") if shift.drifted else Text("")
+        name = Text(plain(shift.measure))
+        table.add_row(name, f"{shift.mean_before:.4g}", f"{shift.mean_now:.4g}", *figures, verdict)
+    out.print(table)
+    runs = f"{len(report.earlier_runs)} earlier run{'' if len(report.earlier_runs) == 1 else 's'}"
+    out.print(f"run {report.run_id}: {report.images} images, beside {report.earlier_images} of {runs}", soft_wrap=True)
+
+
 def print_rows(relation: Any) -> None:
     limit = 1000
     rows = relation.limit(limit + 1).fetchall()

@@ -297,6 +297,29 @@ def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
     assert "colour" in said.err
 
 
+# ── a healthy table ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_verify_finds_nothing_in_a_whole_table_and_says_what_a_cut_file_is(done: Place, maskmill: Command) -> None:
+    whole = maskmill("verify", done.dest, "--deep")
+    assert whole.status == 0 and "nothing is wrong" in whole.out, whole.out
+    part = next(done.dest.glob("segments/*/*/*/*.parquet"))
+    part.chmod(0o644)
+    part.write_bytes(part.read_bytes()[:-20])
+    damaged = maskmill("verify", done.dest)
+    assert damaged.status == 1 and part.name in damaged.out
+    (finding, *_) = json.loads(maskmill("verify", done.dest, "--json").out)
+    assert set(finding) == {"kind", "uri", "message", "mend"} and finding["mend"]
+    assert maskmill("verify", done.source).status == 2
+
+
+def test_drift_of_a_first_run_has_nothing_to_be_compared_with(done: Place, maskmill: Command) -> None:
+    said = maskmill("drift", done.dest)
+    assert said.status == 0 and "no earlier run" in said.out
+    assert json.loads(maskmill("drift", done.dest, "--json").out)["state"] == "no_earlier_runs"
+    assert maskmill("drift", done.dest, "--run", "20200101T000000Z-abcdef").status == 2
+
+
 # ── settings of a run ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
