@@ -172,7 +172,7 @@ def print_drift(report: Any) -> None:
     if report.state != "compared":
         why = {
             "no_earlier_runs": "there is no earlier run of the same model version and settings",
-            "too_few_images": f"{report.images} images now and {report.earlier_images} before are too few to say anything",
+            "too_few_images": f"{report.images} images now and {report.earlier_images} before are too few to compare",
         }
         out.print(f"run {report.run_id}: {why[report.state]}", soft_wrap=True)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,24 @@ def test_runs_show_what_they_took(table: Table) -> None:
     worker = {"node": "host-1", "device": "cuda:0", "name": "NVIDIA H200", "bf16": True, "cores": 8, "software": {}}
     table.run(make_row("a", "e1"), record={"workers": [worker] * 2, "megapixels": 3.0})
     assert table.ask("SELECT megapixels, len(workers), workers[1].name FROM runs") == [(3.0, 2, "NVIDIA H200")]
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT avg(mean_confidence) FROM images", "SELECT name, sum(pixels) FROM classes GROUP BY 1"]
+)
+def test_a_query_on_metrics_reads_no_masks(table: Table, sql: str) -> None:
+    cell = {"class_id": 1, "name": "cell", "pixels": 7, "fraction": 0.5, "mean_confidence": 0.5, "regions": 2}
+    masks = ({"bytes": os.urandom(40_000), "path": None} for _ in range(200))
+    rows = [make_row(str(index), "e1", classes=[cell], mask=mask) for index, mask in enumerate(masks)]
+    table.run(*rows, shard_size=50)
+
+    def read_so_far() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["rchar"])
+
+    connection = connect(table.dest)
+    before = read_so_far()
+    connection.sql(sql).fetchall()
+    assert read_so_far() - before < 1_000_000  # of 8 MB
+    connection.sql("SELECT sum(octet_length(mask.bytes)) FROM images").fetchall()
+    assert read_so_far() - before > 8_000_000
