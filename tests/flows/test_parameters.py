@@ -1,0 +1,32 @@
+"""A flow's parameters are the fields of its configuration, one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("prefect")
+
+from prefect.exceptions import ParameterTypeError
+
+from flows.segment_corpus import segment_corpus
+from pipeline.config import SegmentConfig
+
+
+def test_the_form_has_every_field_with_its_bounds_default_and_description() -> None:
+    ours = SegmentConfig.model_json_schema()
+    form = segment_corpus.parameters.model_dump()
+    assert list(form["properties"]) == list(SegmentConfig.model_fields)
+    assert form["required"] == ours["required"] == ["source", "dest", "model"]
+    for name, field in ours["properties"].items():
+        shown = dict(form["properties"][name])
+        assert shown.pop("title") == name and shown.pop("position") is not None
+        field.pop("title")
+        if name != "settings":  # JSON of any kind: the two schemas name their definitions differently
+            assert shown == field, name
+
+
+def test_parameters_are_cast_and_checked_like_the_configuration() -> None:
+    given = {"source": "a", "dest": "b", "model": "c", "batch_size": "4", "suffixes": [".x"]}
+    assert SegmentConfig(**segment_corpus.validate_parameters(given)) == SegmentConfig(**given)
+    with pytest.raises(ParameterTypeError, match="run_date"):
+        segment_corpus.validate_parameters(given | {"run_date": "tomorrow"})
