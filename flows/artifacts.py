@@ -19,11 +19,13 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from pipeline.config import SegmentConfig
 from pipeline.engine.outcome import Event, Outcome, Preview
 from pipeline.errors import BYTES_KINDS, MaskmillError, UsageError
 from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
+from pipeline.insight.drift import drift
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +67,11 @@ class LiveProgress:
         )
         percent = min(100.0, 100.0 * progress.rows / max(1, event.total))
         try:
-            if self._id is None:
-                self._id = cast(UUID, create_progress_artifact(percent, key="segment-progress", description=text))
-            else:
-                update_progress_artifact(self._id, percent, description=text)
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # by itself Prefect tries for a minute
+                if self._id is None:
+                    self._id = cast(UUID, create_progress_artifact(percent, key="segment-progress", description=text))
+                else:
+                    update_progress_artifact(self._id, percent, description=text)
         except _AWAY as error:
             self._every_s *= 2
             log.warning("the progress bar could not be updated: %s", error)
@@ -131,9 +134,33 @@ def show_sheet(config: SegmentConfig, model_name: str) -> int:
     return tiles
 
 
+def show_drift(config: SegmentConfig, outcome: Outcome) -> None:
+    """Where the run can be compared with those before it: a table of how, and, where it has drifted, the event
+    `maskmill.drift`."""
+    if outcome.state != "done" or not outcome.run_id:
+        return
+    try:
+        found = drift(config.dest, outcome.run_id, profile=config.dest_profile)
+    except MaskmillError as error:
+        log.warning("no comparison with earlier runs: %s", error)
+        return
+    if found.state != "compared":
+        return
+    rows = [shift.model_dump(mode="json") for shift in found.shifts]
+    about = f"Run {found.run_id} beside {len(found.earlier_runs)} before it"
+    create_table_artifact(rows, key="segment-drift", description=about)
+    if found.drifted:
+        moved = [f"{one.measure} {one.mean_before:.3g} → {one.mean_now:.3g}" for one in found.shifts if one.drifted]
+        payload = found.model_dump(mode="json") | {"dest": config.dest, "text": f"{about}: {', '.join(moved)}"}
+        emit_event("maskmill.drift", resource=_resource(found.run_id), payload=payload)
+
+
 def announce(outcome: Outcome, dest: str) -> None:
     """The event `maskmill.run.finished`, one for each run that this call closed or left."""
     payload = outcome.model_dump(mode="json", exclude={"work", "estimate", "shards"}) | {"dest": dest}
     for run_id in outcome.runs:
-        resource = {"prefect.resource.id": f"maskmill.run.{run_id}", "prefect.resource.name": run_id}
-        emit_event("maskmill.run.finished", resource=resource, payload=payload)
+        emit_event("maskmill.run.finished", resource=_resource(run_id), payload=payload)
+
+
+def _resource(run_id: str) -> dict[str, str]:
+    return {"prefect.resource.id": f"maskmill.run.{run_id}", "prefect.resource.name": run_id}

@@ -1,7 +1,7 @@
 """What the Prefect server does by itself: `python -m flows.automations`. Owns: the automations and the block that they
 notify through. Must not know: flows, runs.
 
-Both look at runs with the tag `maskmill` only, as infra/prefect.yaml gives it.
+Those about flow runs look at runs with the tag `maskmill` only, as infra/prefect.yaml gives it.
 """
 
 from __future__ import annotations
@@ -71,11 +71,34 @@ def failures(block_id: UUID) -> Automation:
     )
 
 
+def drifts(block_id: UUID) -> Automation:
+    """Tells people of every run whose images or masks are unlike those of the runs before it."""
+    return Automation(
+        name="maskmill: drift is told",
+        description="Sends what has drifted to the block maskmill-notify.",
+        trigger=EventTrigger(
+            expect={"maskmill.drift"},
+            match=ResourceSpecification({"prefect.resource.id": "maskmill.run.*"}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block_id,
+                subject="Maskmill: drift",
+                body="{{ event.payload.text }} ({{ event.payload.dest }})",
+            )
+        ],
+    )
+
+
 def create(notify_url: str | None) -> list[str]:
-    """Creates or updates the automations, and returns their names. Without `notify_url` nobody is told of failures."""
+    """Creates or updates the automations, and returns their names. Without `notify_url` nobody is told of anything."""
     wanted = [zombies()]
     if notify_url:
-        wanted.append(failures(_save_block(notify_url)))
+        block_id = _save_block(notify_url)
+        wanted += [failures(block_id), drifts(block_id)]
     for automation in wanted:
         try:
             automation.id = cast(Automation, Automation.read(name=automation.name)).id
@@ -99,7 +122,7 @@ def main() -> None:
     for name in names:
         print(name)
     if len(names) == 1:
-        print("MASKMILL_NOTIFY_URL is not set: nobody is told of failures")
+        print("MASKMILL_NOTIFY_URL is not set: nobody is told of failures or drift")
 
 
 def _ours() -> dict[str, ResourceSpecification]:

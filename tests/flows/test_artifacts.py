@@ -16,6 +16,7 @@ from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.outcome import Event
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside")
 def test_a_server_that_is_away_costs_the_bar_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

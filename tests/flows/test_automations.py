@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from harness import SHAPE, in_process, write_tiny_model
 from prefect_site import Site, client_of
 
 pytest.importorskip("prefect")
@@ -44,7 +47,7 @@ def hook() -> Iterator[tuple[str, queue.Queue[str]]]:
     server.server_close()
 
 
-def test_they_are_made_once_and_tell_of_a_failure(
+def test_they_are_made_once_and_tell_of_failure_and_drift(
     site: Site, hook: tuple[str, queue.Queue[str]], tmp_path: Path
 ) -> None:
     url, said = hook
@@ -53,7 +56,16 @@ def test_they_are_made_once_and_tell_of_a_failure(
         with pytest.raises(ModelError), tags("maskmill"):
             segment_corpus(source=str(tmp_path), dest=str(tmp_path / "out"), model="nobody")
         text = said.get(timeout=60)
-    assert "Failed" in text and "no model is called 'nobody'" in text
+        assert "Failed" in text and "no model is called 'nobody'" in text
+        settings = {"model": str(write_tiny_model(tmp_path / "tiny.safetensors")), "engine": "local"}
+        settings |= {"dest": str(tmp_path / "out"), "shard_size": 60} | SHAPE
+        with in_process():
+            for name in ("bright", "dark"):
+                segment_corpus.fn(
+                    source=str(write_evenly(tmp_path / name, 255 if name == "bright" else 40)), **settings
+                )
+        text = said.get(timeout=60)
+        assert "drift" in text and "brightness 0." in text and str(tmp_path / "out") in text
     made = [one["name"] for one in site.api("automations/filter", {})]
     assert sorted(name for name in made if name.startswith("maskmill")) == sorted(create_names())
     (block,) = site.api("block_documents/filter", {"block_documents": {"name": {"any_": ["maskmill-notify"]}}})
@@ -61,4 +73,18 @@ def test_they_are_made_once_and_tell_of_a_failure(
 
 
 def create_names() -> list[str]:
-    return ["maskmill: failed and crashed runs are told", "maskmill: runs without heartbeats have crashed"]
+    return [
+        "maskmill: drift is told",
+        "maskmill: failed and crashed runs are told",
+        "maskmill: runs without heartbeats have crashed",
+    ]
+
+
+def write_evenly(folder: Path, light: int) -> Path:
+    """Images enough to compare, none brighter than `light`."""
+    generator = np.random.default_rng(light)
+    folder.mkdir()
+    for number in range(60):
+        pixels = generator.integers(light // 2, light, (32, 32, 3)).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{number:02d}.png"), pixels)
+    return folder

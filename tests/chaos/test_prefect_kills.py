@@ -1,0 +1,145 @@
+"""kill -9 of whatever a flow run needs: its worker, the server, a Ray node, worker and flow together. The data is safe,
+the run ends by itself or is found out, the next one leaves one row per image, and no process stays behind.
+
+What `make test` has of this (a run that is cancelled, a flow process that is killed) is in tests/flows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import SHAPE, Case, kill_all, own_processes, part_count, terminal_rows, wait_until
+from prefect_site import Site, client_of, site, stop
+
+__all__ = ["site"]
+pytestmark = [pytest.mark.slow, pytest.mark.prefect]
+
+IMAGES = 200
+SETTINGS: dict[str, Any] = {"engine": "local", "actors": 1, "shard_size": 1, "lease_ttl_s": 4} | SHAPE
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("case"), IMAGES, side_px=320)
+
+
+def asked(case: Case, dest: Path) -> dict[str, Any]:
+    return {"source": str(case.images), "dest": str(dest), "model": str(case.model)} | SETTINGS
+
+
+def under_way(site: Site, case: Case, dest: Path, **changes: Any) -> str:
+    """A run of the ad hoc deployment in the middle of its work."""
+    run_id = site.begin("adhoc", **asked(case, dest) | changes)
+    before = part_count(dest)
+    wait_until(lambda: part_count(dest) >= before + 3, what="three Parts", poll_s=0.05)
+    return run_id
+
+
+def nothing_left(site: Site) -> None:
+    wait_until(lambda: not site.left_over(), timeout_s=60, what=f"the end of {site.left_over()}", poll_s=0.5)
+
+
+def finishes(site: Site, case: Case, dest: Path, **changes: Any) -> None:
+    """The next run completes, with one terminal row for each image."""
+    assert site.end_of(site.begin("adhoc", **asked(case, dest) | changes), timeout_s=400)[0] == "COMPLETED"
+    assert terminal_rows(dest) == case.calm
+    nothing_left(site)
+
+
+@pytest.mark.timeout(900)
+def test_kill_the_server(site: Site, case: Case, tmp_path: Path) -> None:
+    """The flow goes on without it, commits what it has, and ends by itself."""
+    dest = tmp_path / "out"
+    run_id = under_way(site, case, dest)
+    flow = site.process_of(run_id)
+    assert site.server is not None
+    stop(site.server)
+    killed_at = part_count(dest)
+    assert killed_at < IMAGES
+    try:
+        flow.wait(timeout=600)
+        assert part_count(dest) == IMAGES, "the work needs no server"
+        assert terminal_rows(dest) == case.calm
+    finally:
+        site.start_server()
+    if site.state(run_id)[0] not in {"COMPLETED", "CRASHED", "FAILED"}:
+        site.api(f"flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    finishes(site, case, dest)
+
+
+@pytest.mark.timeout(900)
+def test_kill_worker_and_flow_together(site: Site, case: Case, tmp_path: Path) -> None:
+    """As a machine that dies: only the missing heartbeats tell, and the automation frees the deployment's slot."""
+    from flows.automations import create
+
+    with client_of(site):
+        create(None)
+    dest = tmp_path / "out"
+    run_id = under_way(site, case, dest)
+    flow = site.process_of(run_id)
+    family = [flow, *flow.children(recursive=True)]
+    assert site.worker is not None
+    stop(site.worker)
+    kill_all(family)
+    assert part_count(dest) < IMAGES
+    assert site.state(run_id)[0] == "RUNNING", "nobody has told the server"
+    nothing_left(site)
+    site.start_worker()
+    state, message = site.end_of(run_id, timeout_s=240)
+    assert state == "CRASHED" and "heartbeat" in message
+    finishes(site, case, dest)
+
+
+@pytest.mark.timeout(600)
+def test_kill_the_worker(site: Site, case: Case, tmp_path: Path) -> None:
+    """Whether its flow goes on or dies with it: nothing is lost, and it does not outlast its work."""
+    dest = tmp_path / "out"
+    run_id = under_way(site, case, dest)
+    flow = site.process_of(run_id)
+    assert site.worker is not None
+    stop(site.worker)
+    assert part_count(dest) < IMAGES
+    flow.wait(timeout=300)
+    site.start_worker()
+    if site.state(run_id)[0] not in {"COMPLETED", "CRASHED", "FAILED"}:
+        site.api(f"flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    finishes(site, case, dest)
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[str, list[Any]]]:
+    """The address of a Ray cluster, and its two nodes with a pretend GPU each, beside a head without any."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with own_processes():
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
+        )
+        try:
+            yield cluster.address, [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_kill_a_ray_node(site: Site, case: Case, tmp_path: Path, two_nodes: tuple[str, list[Any]]) -> None:
+    """The run goes on with the other node, and completes."""
+    address, nodes = two_nodes
+    dest = tmp_path / "out"
+    changes = {"engine": "ray", "ray_address": address, "actors": 2, "shared_filesystem": True}
+    run_id = under_way(site, case, dest, **changes)
+    (raylet,) = nodes[0].all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGKILL)
+    assert part_count(dest) < IMAGES
+    assert site.end_of(run_id, timeout_s=400)[0] == "COMPLETED"
+    assert terminal_rows(dest) == case.calm
+    assert any("a worker is gone" in line for line in site.logs(run_id))
+    nothing_left(site)
