@@ -245,7 +245,7 @@ class _Segmentation:
             settings_digest=_digest(settings),
             precision=precision,
             batch_size=batch_size,
-            batch_pixels=max(batch_size * 512 * 512, 4 << 20),
+            batch_pixels=max(batch_size * 512 * 512, 4 << 20 if self._the_crew().has_gpus else 1),
             threads=config.threads or self._the_crew().threads,
             shard_size=config.shard_size
             or choose_shard_size(counts.planned, actors=self._wanted_actors(), row_bytes=row_bytes),
