@@ -110,7 +110,8 @@ def resize(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     import torch
 
     wide = pixels.dtype in (np.uint8, np.float32)
-    source = torch.from_numpy(np.ascontiguousarray(pixels if wide else pixels.astype(np.float32)))
+    # Writable, though nothing is written: torch warns of what is not.
+    source = torch.from_numpy(np.require(pixels if wide else pixels.astype(np.float32), requirements=["C", "W"]))
     with torch.inference_mode():
         resized_NCHW = torch.nn.functional.interpolate(
             source.permute(2, 0, 1)[None], size=(height, width), mode="bilinear", align_corners=False, antialias=True

@@ -86,3 +86,10 @@ def test_what_may_be_decoded_in_place() -> None:
 def test_a_canvas_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the canvas must be uint8 \(8, 8, 3\), got uint8 \(8, 16, 3\)"):
         place(card_of("native"), make_image(5, 7, seed=1), np.zeros((8, 16, 3), np.uint8))
+
+
+def test_pixels_that_may_not_be_written_are_resized_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pixels = make_image(20, 30, 1)
+    pixels.setflags(write=False)
+    assert resize(pixels, 10, 15).shape == (10, 15, 3)
+    assert not recwarn.list
