@@ -162,7 +162,22 @@ def _make(name: str, args: SmpArgs, *, input_channels: int) -> torch.nn.Module:
         # The library keeps the stages below `encoder_depth`, which forward never reaches: 33 MB for resnet18.
         for stage in range(depth, 5):
             delattr(network.encoder, f"layer{stage}")
+    merge: Any = getattr(getattr(network, "decoder", None), "merge", None)
+    if getattr(merge, "policy", None) == "add":
+        network.decoder.merge = _Sum()  # type: ignore[union-attr]
     return network
+
+
+class _Sum(torch.nn.Module):
+    """Of maps of one shape. The library stacks them first, and adds up over the stack: in bf16 on a CPU that took a
+    third of an FPN's time.
+    """
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        total = maps[0]
+        for one in maps[1:]:
+            total = total + one
+        return total
 
 
 def stride(network: torch.nn.Module) -> int:
