@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,15 +87,20 @@ class _Axis:
         profile = _gaussian(self.length)
         #: For each span the weight [tiles, pixels] of each of its tiles, float32; they add up to 1 at each pixel.
         self.weights: list[NDArray[np.float32]] = []
+        # An axis of a million tiles has a handful of different spans.
+        known: dict[tuple[int, ...], NDArray[np.float32]] = {}
         for begin, end in zip(self.edges[:-1], self.edges[1:], strict=True):
-            over = [tile for tile, start in enumerate(self.starts) if start <= begin and end <= start + self.length]
-            self.tiles_over.append(range(over[0], over[-1] + 1))
-            weights = np.stack([profile[begin - self.starts[tile] : end - self.starts[tile]] for tile in over])
-            self.weights.append((weights / weights.sum(axis=0)).astype(np.float32))
+            over = range(bisect_left(self.starts, end - self.length), bisect_right(self.starts, begin))
+            self.tiles_over.append(over)
+            places = (end - begin, *(begin - self.starts[tile] for tile in over))
+            if places not in known:
+                weights = np.stack([profile[place : place + end - begin] for place in places[1:]])
+                known[places] = (weights / weights.sum(axis=0)).astype(np.float32)
+            self.weights.append(known[places])
 
     def spans_under(self, tile: int) -> range:
-        first = self.edges.index(self.starts[tile])
-        return range(first, self.edges.index(self.starts[tile] + self.length))
+        start = self.starts[tile]
+        return range(bisect_left(self.edges, start), bisect_left(self.edges, start + self.length))
 
 
 def _gaussian(length: int) -> NDArray[np.float64]:

@@ -45,6 +45,23 @@ def size_of(segmenter: SegmenterLike, data: bytes) -> tuple[int, int]:
     return peek(data) if is_plain(segmenter.card.preprocessing) else peek_bands(data)
 
 
+def check_size(data: bytes, height: int, width: int, *, max_pixels: int, max_tiled_pixels: int) -> None:
+    """Raises ImageError `too_large` above `max_pixels`, or above `max_tiled_pixels` for what is read by window.
+
+    To be asked before anything is made in the size that a header claims.
+    """
+    if height * width <= max_pixels:
+        return
+    reader = open_windows(data) if height * width <= max_tiled_pixels else None
+    if reader is None:
+        raise ImageError(
+            f"{width}×{height} is more than max_pixels={max_pixels}; only TIFFs are read in pieces, up to "
+            f"{max_tiled_pixels} pixels",
+            kind="too_large",
+        )
+    reader.close()
+
+
 def place_image(
     segmenter: SegmenterLike, data: bytes, canvas: np.ndarray, *, height: int, width: int, max_pixels: int
 ) -> tuple[Placed, Picture]:
@@ -77,25 +94,11 @@ class Tiles:
     """The tiles of one image, read one after the other. Not thread safe."""
 
     def __init__(
-        self,
-        segmenter: SegmenterLike,
-        data: bytes,
-        mosaic: Mosaic | DetectionMosaic,
-        *,
-        max_pixels: int,
-        max_tiled_pixels: int,
+        self, segmenter: SegmenterLike, data: bytes, mosaic: Mosaic | DetectionMosaic, *, max_pixels: int
     ) -> None:
-        """Raises ImageError: `too_large` above `max_pixels`, or above `max_tiled_pixels` for what is read by window."""
+        """Raises ImageError: `too_large` above `max_pixels` for what has to be decoded whole."""
         height, width = mosaic.grid.height, mosaic.grid.width
-        reader = open_windows(data) if height * width <= max_tiled_pixels else None
-        if reader is None:
-            if height * width > max_pixels:
-                raise ImageError(
-                    f"{width}×{height} is more than max_pixels={max_pixels}; only TIFFs are read in pieces, up to "
-                    f"{max_tiled_pixels} pixels",
-                    kind="too_large",
-                )
-            reader = decoded_windows(data, max_pixels=max_pixels)
+        reader = open_windows(data) or decoded_windows(data, max_pixels=max_pixels)
         self._reader: WindowReader = reader
         self._segmenter = segmenter
         self._mosaic = mosaic

@@ -31,7 +31,7 @@ from models.tiling import Window
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
-from pipeline.engine.intake import Tiles, place_image, size_of
+from pipeline.engine.intake import Tiles, check_size, place_image, size_of
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import WORLD_KINDS, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
@@ -300,6 +300,8 @@ class Stream:
             blob = self._fetched(work.uris[index], fetched)
             fetched_s = time.perf_counter()
             height, width = size_of(self._segmenter, blob.data)
+            limits = {"max_pixels": self._config.max_pixels, "max_tiled_pixels": self._config.max_tiled_pixels}
+            check_size(blob.data, height, width, **limits)
             mosaic = self._segmenter.mosaic(height, width)
             if mosaic is not None:
                 tiled = _Tiled(work, index, blob._replace(data=b""), mosaic)
@@ -343,13 +345,7 @@ class Stream:
         self._wait_for(self._take_large)
         try:
             began_s = time.perf_counter()
-            tiles = Tiles(
-                self._segmenter,
-                data,
-                tiled.mosaic,
-                max_pixels=self._config.max_pixels,
-                max_tiled_pixels=self._config.max_tiled_pixels,
-            )
+            tiles = Tiles(self._segmenter, data, tiled.mosaic, max_pixels=self._config.max_pixels)
             try:
                 tiled.picture, mean, std = tiles.measure()
                 for window in tiles.windows():

@@ -99,6 +99,24 @@ def test_weights_add_up_to_one_and_fall_off_from_the_centre() -> None:
         assert (np.diff(first_over_two[0]) < 0).all() and (np.diff(first_over_two[1]) > 0).all()
 
 
+def test_spans_lie_under_exactly_their_tiles() -> None:
+    axis = TileGrid(333, 1, tile_px=40, overlap_px=30, offset=(7, 0)).rows
+    for span, over in enumerate(axis.tiles_over):
+        begin, end = axis.edges[span : span + 2]
+        inside = [tile for tile, start in enumerate(axis.starts) if start <= begin and end <= start + axis.length]
+        assert list(over) == inside
+        assert all(span in axis.spans_under(tile) for tile in inside)
+    assert sum(len(over) for over in axis.tiles_over) == sum(len(axis.spans_under(t)) for t in range(len(axis.starts)))
+
+
+def test_a_long_axis_takes_time_by_its_length_and_no_more() -> None:
+    """Hours, were every tile compared with every span."""
+    rows = TileGrid(100_000_000, 1, tile_px=512, overlap_px=128).rows
+    assert len(rows.tiles_over) == len(rows.weights) == len(rows.edges) - 1
+    last = len(rows.starts) - 1
+    assert rows.spans_under(last)[-1] == len(rows.tiles_over) - 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8])
 @pytest.mark.parametrize("task", ["semantic", "instance"])
 def test_the_order_of_tiles_changes_no_bit(dtype: torch.dtype, task: str) -> None:

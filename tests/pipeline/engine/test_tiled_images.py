@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,19 @@ def test_tiling_begins_above_a_number_of_pixels(corpus: list[Path], monkeypatch:
     monkeypatch.setattr(segmenter_module, "TileGrid", noted)
     assert all(row["status"] == "ok" for row in rows_of(model, corpus).values())
     assert sorted(asked) == [40 * 300, 129 * 129, 150 * 200]
+
+
+@pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (1, 2**31 - 1), (2**31 - 1, 1)])
+def test_nothing_is_made_in_a_size_that_a_header_only_claims(tmp_path: Path, size: tuple[int, int]) -> None:
+    """A hundred bytes that say they are billions of pixels: one row, and no grid of millions of tiles."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(b"x"), b"IEND": b""}
+    liar = tmp_path / "liar.png"
+    with liar.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, body in chunks.items():
+            file.write(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)))
+    row = rows_of(tiny(CARDS["instance"]), [liar])["liar.png"]
+    assert (row["status"], row["error_kind"]) == ("error", "too_large"), row["error_message"]
 
 
 def nuclei_model(**settings: Any) -> Segmenter:
