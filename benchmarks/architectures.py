@@ -86,11 +86,12 @@ def settled_network(card: Card, images_NHWC: np.ndarray) -> Any:
     detects = architecture(card.architecture).detects
     few = images_NHWC[:2, :256, :256]
     probes = library_input(few if len(few) > 1 else few.repeat(2, axis=0), normalised=not detects)
+    hooks: list[Any] = []
     for part in network.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             part.momentum = 1.0
         elif isinstance(part, FrozenBatchNorm2d):
-            part.running_var.fill_(3.0)
+            hooks.append(part.register_forward_pre_hook(_take_statistics))
     heads: list[Any] = list(architecture(card.architecture).logits_layers(network))
     if detects:
         heads = [network.roi_heads.box_predictor.cls_score, network.roi_heads.mask_predictor.mask_fcn_logits]
@@ -100,9 +101,19 @@ def settled_network(card: Card, images_NHWC: np.ndarray) -> Any:
     with torch.no_grad():
         (network.backbone if detects else network)(probes)
         network.eval()
+        for hook in hooks:
+            hook.remove()
+        # What is pooled over a whole image has other values in a part of it.
+        seen = list(probes) if detects else library_input(images_NHWC[:2], normalised=True)
         for head, spread in zip(heads, (2.0, 4.0), strict=False):
-            _spread(network, head, list(probes) if detects else probes, spread)
+            _spread(network, head, seen, spread)
     return network
+
+
+def _take_statistics(norm: Any, inputs: Any) -> None:
+    variances, means = torch.var_mean(inputs[0], dim=(0, 2, 3))
+    norm.running_mean.copy_(means)
+    norm.running_var.copy_(variances.clamp_min(1e-4))
 
 
 def _spread(network: Any, layer: Any, images: Any, spread: float) -> None:
