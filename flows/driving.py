@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -18,8 +19,8 @@ from pipeline.config import SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.outcome import Event, Outcome
 
-#: Prefect kills a cancelled run's process 30 s after it asked.
-DRAIN_TIMEOUT_S = 20.0
+#: Prefect kills a cancelled run's process 30 s after it asked, and Ray takes its time to end.
+DRAIN_TIMEOUT_S = 18.0
 _CLOSE_TIMEOUT_S = 8.0
 _POLL_S = 0.5
 
@@ -58,6 +59,9 @@ def _in_thread(work: Callable[[], Outcome]) -> Future[Outcome]:
     done: Future[Outcome] = Future()
 
     def run() -> None:
+        # Prefect's SIGTERM goes to the whole process group. What this thread starts inherits the mask: a Ray cluster in
+        # this process then lives until the run is drained and ends it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             done.set_result(work())
         except BaseException as error:  # noqa: BLE001 - the caller gets it

@@ -111,6 +111,38 @@ def test_kill_the_worker(site: Site, case: Case, tmp_path: Path) -> None:
     finishes(site, case, dest)
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_cancel_and_kill_with_ray_in_the_flows_process(site: Site, case: Case, tmp_path: Path) -> None:
+    """A cluster that the flow itself has started ends with it, however that ends."""
+    dest = tmp_path / "out"
+    run_id = under_way(site, case, dest, engine="ray")
+    site.cancel(run_id)
+    assert site.end_of(run_id)[0] == "CANCELLED"
+    kept = part_count(dest)
+    assert 3 <= kept < IMAGES
+    assert not list(dest.glob("runs/*/lease.json")), "it was drained, not killed"
+    nothing_left(site)
+    run_id = under_way(site, case, dest, engine="ray")
+    site.process_of(run_id).kill()
+    assert site.end_of(run_id)[0] == "CRASHED"
+    assert kept + 3 <= part_count(dest) < IMAGES
+    nothing_left(site)
+    finishes(site, case, dest)
+
+
+@pytest.mark.timeout(600)
+def test_two_nights_do_not_overlap(site: Site, case: Case, tmp_path: Path) -> None:
+    dest = tmp_path / "out"
+    first = site.begin("nightly", **asked(case, dest))
+    wait_until(lambda: part_count(dest) >= 3, what="three Parts", poll_s=0.05)
+    second = site.begin("nightly", **asked(case, dest))
+    assert site.end_of(second)[0] == "CANCELLED"
+    assert site.state(first)[0] == "RUNNING"
+    assert site.end_of(first, timeout_s=400)[0] == "COMPLETED"
+    assert terminal_rows(dest) == case.calm
+
+
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, list[Any]]]:
     """The address of a Ray cluster, and its two nodes with a pretend GPU each, beside a head without any."""
