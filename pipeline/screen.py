@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -39,9 +40,9 @@ class Screen:
         if event.kind == "progress":
             self._progress(event.progress, event.total)
         elif event.kind == "warning":
-            self.console.print(Text.assemble(("warning:", "yellow"), " ", plain(event.text)))
+            self.console.print(Text.assemble(("warning:", "yellow"), " ", plain(event.text)), soft_wrap=True)
         elif event.kind == "note" and not self._quiet:
-            self.console.print(Text(plain(event.text), style="dim"))
+            self.console.print(Text(plain(event.text), style="dim"), soft_wrap=True)
 
     def _progress(self, progress: Any, total: int) -> None:
         now_s = time.monotonic()
@@ -70,10 +71,11 @@ class Screen:
             )
         elif now_s - self._told_s >= _LINE_EVERY_S:
             self._told_s = now_s
-            left_s = (total - progress.rows) / rate if rate else 0.0
+            left = f"{(total - progress.rows) / rate:.0f} s left, " if rate else ""
             self.console.print(
-                f"{progress.rows}/{total} images, {rate:.1f}/s, {left_s:.0f} s left, {progress.errors} errors, "
-                f"{progress.actors} actors"
+                f"{progress.rows}/{total} images, {rate:.1f}/s, {left}{progress.errors} errors, "
+                f"{progress.actors} actors",
+                soft_wrap=True,
             )
 
     def close(self) -> None:
@@ -202,7 +204,8 @@ def print_rows(relation: Any) -> None:
         # A reader at the other end of a pipe wants a row per line.
         console.width = 100_000
     console.print(table)
-    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else f"{len(rows)} rows"
+    counted = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else counted
     console.print(Text(f"({shown})", style="dim"))
 
 
@@ -232,17 +235,14 @@ def _without_bytes(value: object) -> object:
 
 def write_rows(relation: Any, output: str) -> None:
     """All rows, batch by batch: the result need not fit into memory."""
-    if output == "csv":
-        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
-        relation = relation.project(
-            ", ".join(_flat(*column) for column in zip(relation.columns, relation.types, strict=True))
-        )
     reader = relation.to_arrow_reader(_BATCH_ROWS)
     out = sys.stdout.buffer
     if output == "csv":
-        with pa.csv.CSVWriter(out, reader.schema) as writer:
+        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
+        schema = pa.schema([field.with_type(pa.string()) if _is_deep(field.type) else field for field in reader.schema])
+        with pa.csv.CSVWriter(out, schema) as writer:
             for batch in reader:
-                writer.write_batch(batch)
+                writer.write_batch(pa.record_batch([_flat(column) for column in batch.columns], schema=schema))
     elif output == "parquet":
         with pq.ParquetWriter(out, reader.schema, compression="zstd") as writer:
             for batch in reader:
@@ -256,11 +256,16 @@ def write_rows(relation: Any, output: str) -> None:
         out.write(b"]\n" if separator != b"[" else b"[]\n")
 
 
-def _flat(name: str, kind: Any) -> str:
-    quoted = '"' + name.replace('"', '""') + '"'
-    if kind.id == "blob":
-        return f"to_base64({quoted}) AS {quoted}"
-    return f"to_json({quoted})::VARCHAR AS {quoted}" if kind.id in ("list", "struct", "map", "array") else quoted
+def _is_deep(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_interval(kind)
+
+
+def _flat(column: pa.Array) -> pa.Array:
+    if not _is_deep(column.type):
+        return column
+    values = (_json_value(value) for value in column.to_pylist())
+    texts = (value if value is None or isinstance(value, str) else json.dumps(value) for value in values)
+    return pa.array(texts, pa.string())
 
 
 def _json_value(value: Any) -> Any:
@@ -272,6 +277,8 @@ def _json_value(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):  # what DuckDB makes of a sum
+        return int(value) if value == value.to_integral_value() else float(value)
     return value if value is None or isinstance(value, str | int) else str(value)
 
 

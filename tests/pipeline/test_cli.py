@@ -259,7 +259,7 @@ def test_a_hostile_column_name(done: Place, maskmill: Command) -> None:
 def test_query_as_a_table(done: Place, maskmill: Command) -> None:
     said = maskmill("query", done.dest, "SELECT count(*) AS images, 1/3 AS third, NULL AS nothing FROM images")
     lines = [line.split() for line in said.out.splitlines()]
-    assert lines == [["images", "third", "nothing"], ["5", "0.333333"], ["(1", "rows)"]]
+    assert lines == [["images", "third", "nothing"], ["5", "0.333333"], ["(1", "row)"]]
 
 
 def test_query_as_json(done: Place, maskmill: Command) -> None:
@@ -273,6 +273,18 @@ def test_query_as_json(done: Place, maskmill: Command) -> None:
     assert maskmill("query", done.dest, "SELECT 1 WHERE false", "--format", "json").out == "[]\n"
 
 
+def test_sums_and_decimals_are_numbers_in_json(done: Place, maskmill: Command) -> None:
+    sql = "SELECT sum(width) AS wide, sum(0.25::DECIMAL(4, 2)) AS share, 2::HUGEINT ** 70 AS float FROM images"
+    (row,) = json.loads(maskmill("query", done.dest, sql, "--format", "json").out)
+    assert type(row["wide"]) is int and row["share"] == 1.25 and row["float"] == 2.0**70
+
+
+def test_query_as_csv_of_odd_types(done: Place, maskmill: Command) -> None:
+    sql = "SELECT '\\x00a'::BLOB AS b, [NULL, 1] AS l, INTERVAL 1 DAY AS i, NULL AS n, 1.50 AS d"
+    said = maskmill("query", done.dest, sql, "--format", "csv").out.splitlines()
+    assert said == ['"b","l","i","n","d"', '"AGE=","[null, 1]","[0, 1, 0]",,1.50']
+
+
 def test_query_as_csv_with_every_column(done: Place, maskmill: Command) -> None:
     said = maskmill("query", done.dest, "SELECT * FROM images ORDER BY image_uri", "--format", "csv")
     assert said.status == 0
@@ -280,6 +292,7 @@ def test_query_as_csv_with_every_column(done: Place, maskmill: Command) -> None:
     assert table.num_rows == 5
     good = next(row for row in table.to_pylist() if row["status"] == "ok")
     assert json.loads(good["classes"])[0]["pixels"] > 0
+    assert json.loads(good["mask"])["bytes"].startswith("iVBORw0KGgo")  # PNG in base64, as in JSON
     assert Path(good["image_uri"]).name == "0000.jpg"
 
 
