@@ -325,7 +325,7 @@ class _EtagFiller:
         if root not in self._storages:
             try:
                 self._storages[root] = open_storage(root, profile=self._profile)
-            except UsageError as error:
+            except (UsageError, StorageError) as error:
                 log.warning("%s", error)
                 self._storages[root] = None
         return self._storages[root]

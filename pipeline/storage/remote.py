@@ -63,7 +63,9 @@ class RemoteStorage:
 
     def _prepare(self) -> None:
         try:
-            self._files = fsspec.filesystem(self._scheme)
+            kind = fsspec.get_filesystem_class(self._scheme)
+            # The host of ftp:// and sftp://, the account of abfs://; nothing for most.
+            self._files = kind(**kind._get_kwargs_from_urls(self.root))
         except ImportError as error:
             raise UsageError(f"{self.root!r}: {error}") from error
         except ValueError as error:
@@ -71,6 +73,13 @@ class RemoteStorage:
                 f"{self.root!r}: no store is known for the scheme {self._scheme!r}; install the "
                 "fsspec package that brings it, or use file://, s3://, gs:// or https://"
             ) from error
+        except TypeError as error:
+            raise UsageError(
+                f"{without_secrets(self.root)!r} does not say enough to reach its store, and neither do fsspec's "
+                f"configuration files: {error}"
+            ) from error
+        except Exception as error:  # some connect at once
+            raise self._failure("reach", self.root, error) from error
         self._digests = DigestCheck()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -325,6 +325,14 @@ class TestUris:
         with pytest.raises(UsageError, match=r"'nosuch'.*install"):
             open_storage("nosuch://x/y")
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of fsspec's destructor
+    def test_a_scheme_that_needs_a_host_takes_it_from_the_uri(self) -> None:
+        with pytest.raises(StorageError, match=r"could not reach 'ftp://127\.0\.0\.1:1/a\.jpg'") as caught:
+            open_storage("ftp://127.0.0.1:1/a.jpg")  # where nobody listens
+        assert caught.value.kind == "fetch_failed"
+        with pytest.raises(UsageError, match="does not say enough"):
+            open_storage("ftp:///a.jpg")
+
 
 class TestDisk:
     @pytest.fixture
