@@ -119,9 +119,10 @@ def settled_network(card: Card, images_NHWC: np.ndarray) -> Any:
 
 
 def _take_statistics(norm: Any, inputs: Any) -> None:
-    variances, means = torch.var_mean(inputs[0], dim=(0, 2, 3))
+    variances, means = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
     norm.running_mean.copy_(means)
-    norm.running_var.copy_(variances.clamp_min(1e-4))
+    # Channels that are blank here need not be so elsewhere.
+    norm.running_var.copy_(variances + variances.mean() / 10 + 1e-4)
 
 
 def _spread(network: Any, layer: Any, images: Any, spread: float) -> None:
