@@ -25,6 +25,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "CRASHED"})
 
 
+#: In the path of all of the site's processes: workers take their time while a file says so, so that there is a middle
+#: to strike in, however fast the machine.
+_PACED = """
+import os, sys, time
+if {"pipeline.engine.crew", "default_worker.py"} & {part.rpartition("/")[2] for part in sys.orig_argv}:
+    import pipeline.engine.intake as intake
+    peek = intake.peek
+    def paced(data):
+        if os.path.exists(os.environ["MASKMILL_TEST_PACE"]):
+            time.sleep(0.4)
+        return peek(data)
+    intake.peek = paced
+"""
+
+
 class Site:
     """Starts with `start`, ends with `close`: exactly the processes that it began, and what they have left."""
 
@@ -37,10 +52,14 @@ class Site:
         self.mark = uuid.uuid4().hex
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
         (folder / "tmp").mkdir(parents=True)
+        (folder / "path").mkdir()
+        (folder / "path" / "sitecustomize.py").write_text(_PACED)
+        self._pace = folder / "pace"
         self.environment = clean | {
             MARK: self.mark,
             "TMPDIR": str(folder / "tmp"),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": os.pathsep.join(map(str, (folder / "path", ROOT, os.environ.get("PYTHONPATH", "")))),
+            "MASKMILL_TEST_PACE": str(self._pace),
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_API_URL": self.url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -57,6 +76,15 @@ class Site:
         self.start_worker()
         wait_until(lambda: self.api("work_pools/filter", {}) != [], what="the worker's pool", poll_s=0.1)
         self.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
+
+    @contextmanager
+    def paced(self) -> Iterator[None]:
+        """Meanwhile an image takes a worker at least 0.4 s."""
+        self._pace.touch()
+        try:
+            yield
+        finally:
+            self._pace.unlink()
 
     def start_server(self) -> None:
         server = self._begin("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))

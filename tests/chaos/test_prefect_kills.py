@@ -19,13 +19,19 @@ from prefect_site import Site, client_of, site, stop
 __all__ = ["site"]
 pytestmark = [pytest.mark.slow, pytest.mark.prefect]
 
-IMAGES = 200
+IMAGES = 60
 SETTINGS: dict[str, Any] = {"engine": "local", "actors": 1, "shard_size": 1, "lease_ttl_s": 4} | SHAPE
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("case"), IMAGES, side_px=320)
+    return Case(tmp_path_factory.mktemp("case"), IMAGES)
+
+
+@pytest.fixture(autouse=True)
+def paced(site: Site) -> Iterator[None]:
+    with site.paced():
+        yield
 
 
 def asked(case: Case, dest: Path) -> dict[str, Any]:

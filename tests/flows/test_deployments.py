@@ -15,7 +15,7 @@ from prefect_site import Site
 
 pytestmark = pytest.mark.prefect
 
-IMAGES = 60
+IMAGES = 40
 SETTINGS: dict[str, Any] = {"engine": "local", "actors": 1, "shard_size": 1, "lease_ttl_s": 4} | SHAPE
 
 
@@ -91,19 +91,20 @@ def test_cancelled_then_killed_then_done(site: Site, case: Case, tmp_path: Path)
     dest = tmp_path / "out"
     settings = {"source": str(case.images), "dest": str(dest), "model": str(case.model)} | SETTINGS
 
-    first = site.begin("adhoc", due="2026-10-31T23:30:00Z", **settings)
-    wait_until(lambda: part_count(dest) >= 3, what="three Parts")
-    site.cancel(first)
-    assert site.end_of(first)[0] == "CANCELLED"
-    kept = part_count(dest)
-    assert 3 <= kept < IMAGES, "the run was to be cancelled in the middle"
+    with site.paced():
+        first = site.begin("adhoc", due="2026-10-31T23:30:00Z", **settings)
+        wait_until(lambda: part_count(dest) >= 3, what="three Parts")
+        site.cancel(first)
+        assert site.end_of(first)[0] == "CANCELLED"
+        kept = part_count(dest)
+        assert 3 <= kept < IMAGES, "the run was to be cancelled in the middle"
 
-    second = site.begin("adhoc", **settings)
-    wait_until(lambda: part_count(dest) >= kept + 3, what="three more Parts")
-    site.process_of(second).kill()
-    state, message = site.end_of(second)
-    assert state == "CRASHED" and "SIGKILL" in message
-    assert kept + 3 <= part_count(dest) < IMAGES, "the run was to be killed in the middle"
+        second = site.begin("adhoc", **settings)
+        wait_until(lambda: part_count(dest) >= kept + 3, what="three more Parts")
+        site.process_of(second).kill()
+        state, message = site.end_of(second)
+        assert state == "CRASHED" and "SIGKILL" in message
+        assert kept + 3 <= part_count(dest) < IMAGES, "the run was to be killed in the middle"
 
     third = site.begin("adhoc", **settings)
     assert site.end_of(third)[0] == "COMPLETED"
