@@ -253,7 +253,7 @@ def runs_list(dest: Dest, dest_profile: DestProfile = None, as_json: Json = Fals
             row["run_id"], row["state"], row["model"], row["model_version"], f"{row['rows']}/{row['planned']}",
             str(row["errors"]), speed, row["holder"] or "", Text(screen.plain(row["source"])),
         )  # fmt: skip
-    screen.stdout().print(table)
+    screen.print_whole(table)
 
 
 @runs_app.command("show")
@@ -281,7 +281,7 @@ def models_list(as_json: Json = False) -> None:
         table.add_column(column, overflow="fold")
     for line in lines:
         table.add_row(line.name, line.version, ", ".join(line.aliases), Text(screen.plain(line.origin)))
-    screen.stdout().print(table)
+    screen.print_whole(table)
 
 
 @models_app.command("show")

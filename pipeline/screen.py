@@ -155,6 +155,13 @@ def stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
+def print_whole(table: Table) -> None:
+    """Every cell in full, wrapped by the terminal where it is narrow: a run's id is there to be copied."""
+    console = stdout()
+    console.width = max(console.width, console.measure(table, options=console.options.update_width(100_000)).maximum)
+    console.print(table, soft_wrap=True)
+
+
 def _kinds(kinds: dict[str, int]) -> str:
     return " (" + ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ")" if kinds else ""
 

@@ -18,9 +18,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from handmade import make_image, part_paths, rows_of
+from rich.console import Console
 
 import pipeline
-from pipeline import cli
+from pipeline import cli, screen
 from pipeline.engine import placement
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
@@ -331,6 +332,16 @@ def test_drift_of_a_first_run_has_nothing_to_be_compared_with(done: Place, maskm
     assert said.status == 0 and "no earlier run" in said.out
     assert json.loads(maskmill("drift", done.dest, "--json").out)["state"] == "no_earlier_runs"
     assert maskmill("drift", done.dest, "--run", "20200101T000000Z-abcdef").status == 2
+
+
+def test_a_narrow_terminal_shows_every_run_id_whole(
+    done: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich would crop what does not fit, and the id is there to be copied."""
+    monkeypatch.setattr(screen, "stdout", lambda: Console(width=40, highlight=False))
+    shown = maskmill("runs", "list", done.dest).out
+    run = pipeline.list_runs(str(done.dest))[-1]
+    assert run["run_id"] in shown and run["source"] in shown and run["model_version"] in shown
 
 
 # ── settings of a run ────────────────────────────────────────────────────────────────────────────────────────────────
