@@ -48,12 +48,13 @@ class InfrastructureError(MaskmillError):
 class WorldFailingError(InfrastructureError):
     """More than half of the last images failed for the world's reasons: their shards are not committed."""
 
-    def __init__(
-        self,
-        message: str = "more than half of the last images failed for reasons outside them (storage, permissions, "
-        "memory): see the log; nothing of these shards was committed, and the same command continues",
-    ) -> None:
-        super().__init__(message)
+    @classmethod
+    def like(cls, example: str) -> WorldFailingError:
+        """`example`: what happened to one of these images."""
+        return cls(
+            "more than half of the last images failed for reasons outside them (storage, permissions, memory), such "
+            f"as: {example}. Nothing of these shards was committed, and the same command continues"
+        )
 
 
 class StorageError(InfrastructureError):

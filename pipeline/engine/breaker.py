@@ -18,9 +18,12 @@ class Breaker:
         self._notes: deque[tuple[int, int]] = deque()
         self._images = 0
         self._failures = 0
+        #: What happened in the last failure that said so.
+        self.example = ""
 
-    def note(self, images: int, world_failures: int) -> None:
-        """Adds outcomes, of which `world_failures` failed for reasons outside their bytes."""
+    def note(self, images: int, world_failures: int, example: str = "") -> None:
+        """Adds outcomes, of which `world_failures` failed for reasons outside their bytes, one as `example` says."""
+        self.example = example or self.example
         self._notes.append((images, world_failures))
         self._images += images
         self._failures += world_failures

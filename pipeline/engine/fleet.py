@@ -282,9 +282,9 @@ class Fleet:
     def _judge(self, task: ShardTask, receipt: Receipt) -> None:
         """Raises WorldFailingError where the last outcomes of all workers together say so."""
         if not (task.accept or task.probe):
-            self._breaker.note(receipt.rows, receipt.world_failures)
+            self._breaker.note(receipt.rows, receipt.world_failures, receipt.world_example)
             if self._breaker.tripped:
-                raise WorldFailingError
+                raise WorldFailingError.like(self._breaker.example)
 
     def _lose(self, seat: _Seat, error: BaseException, again: deque[ShardTask]) -> None:
         """Takes a dead worker's seat away, and its shards back."""

@@ -545,17 +545,19 @@ class Stream:
             self._rows += len(rows)
             self._errors += sum(row["status"] == "error" for row in rows)
             if work.watched:
-                self._breaker.note(len(rows), sum(row.get("error_kind") in WORLD_KINDS for row in rows))
+                failed = [row for row in rows if row.get("error_kind") in WORLD_KINDS]
+                self._breaker.note(len(rows), len(failed), failed[0]["error_message"] if failed else "")
             tripped = self._breaker.tripped
             if finished and not tripped:
                 self._live.pop(id(work), None)
         if tripped:
-            self._break(WorldFailingError())
+            self._break(WorldFailingError.like(self._breaker.example))
         elif finished and not work.done.done():
             work.done.set_result(None)
 
     def _break(self, error: BaseException) -> None:
-        log.error("the stream broke: %r", error, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
+        level = logging.INFO if isinstance(error, WorldFailingError) else logging.ERROR  # that one speaks for itself
+        log.log(level, "the stream broke: %r", error, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
         with self._state:
             self._failure = self._failure or error
             self._state.notify_all()

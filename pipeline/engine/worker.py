@@ -71,7 +71,8 @@ class ShardTask(NamedTuple):
 class Receipt(NamedTuple):
     """What became of a shard: counts and timings, never pixels. `created` is false where the Part was there already.
 
-    `doubtful`: more than half of its images failed for the world's reasons, and nothing was written.
+    `doubtful`: more than half of its images failed for the world's reasons, and nothing was written. `world_example`:
+    what happened to one of these.
     """
 
     ordinal: int
@@ -82,6 +83,7 @@ class Receipt(NamedTuple):
     counts: StreamCounts
     world_failures: int = 0
     doubtful: bool = False
+    world_example: str = ""
 
 
 class Device(NamedTuple):
@@ -184,16 +186,26 @@ class Worker:
                 builder.add([self._rows_of.error(ref, None, "crashed_worker", message)])
             refs = refs.take(pa.array([i for i in range(len(refs)) if i not in task.killers], pa.int64()))
         world_failures = 0
+        example = ""
 
         def add_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-            nonlocal world_failures
-            world_failures += sum(row.get("error_kind") in WORLD_KINDS for row in rows)
+            nonlocal world_failures, example
+            failed = [row for row in rows if row.get("error_kind") in WORLD_KINDS]
+            world_failures += len(failed)
+            example = failed[0]["error_message"] if failed else example
             builder.add(rows)
 
         self._stream.submit(refs, add_rows, watched=not (task.probe or task.accept)).result()
         part = builder.finish()
         receipt = Receipt(
-            task.ordinal, part.rows, part.data.size, False, self._node, self._stream.counts(), world_failures
+            task.ordinal,
+            part.rows,
+            part.data.size,
+            False,
+            self._node,
+            self._stream.counts(),
+            world_failures,
+            world_example=example,
         )
         if task.probe:
             return receipt

@@ -317,7 +317,7 @@ class DoubtfulMember(ScriptedMember):
             if task.accept:
                 self._diary.commits.add(task.ordinal)
             size, counts = len(task.refs), StreamCounts(0, 0, 0.5, 1.0)
-            return Receipt(task.ordinal, size, 100, task.accept, "here", counts, size, not task.accept)
+            return Receipt(task.ordinal, size, 100, task.accept, "here", counts, size, not task.accept, "403")
         return super()._answer(method, *args)
 
 
@@ -337,7 +337,7 @@ def test_workers_together_see_that_the_world_fails() -> None:
     """No worker alone sees enough outcomes, and no shard is large enough."""
     fleet, diary = doubtful_fleet(lambda task: task.ordinal >= 3, breaker_images=50)
     fleet.load(None, b"")  # type: ignore[arg-type]
-    with pytest.raises(WorldFailingError):
+    with pytest.raises(WorldFailingError, match="such as: 403"):
         fleet.run(iter(shards(40, 5)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
     fleet.close()
     assert diary.commits <= {0, 1, 2}
