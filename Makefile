@@ -18,7 +18,7 @@ test: .venv/.dev ## the tests; more for pytest in ARGS="..."
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8 $(ARGS)
 
 chaos: .venv/.dev ## kills and faults at random moments: long
-	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos $(ARGS)
+	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows $(ARGS)
 
 check: .venv/.dev ## lint, format, types, direction of imports
 	$(BIN)/ruff check .

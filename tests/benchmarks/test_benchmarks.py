@@ -52,6 +52,7 @@ def test_the_gpu_benchmark_runs_without_ray_stores_and_databases(tmp_path: Path)
         assert {"upload", "cpu read", "cpu decode", "cpu rows"} <= case["stages_ms"].keys()
 
 
+@pytest.mark.slow
 def test_the_architectures_benchmark_runs() -> None:
     command = [sys.executable, "benchmarks/architectures.py", "lraspp_mobilenet_v3_large", "--size-px", "64"]
     command += ["--repeat", "1", "--precision", "bf16"]
