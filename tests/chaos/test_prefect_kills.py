@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SHAPE, Case, kill_all, own_processes, part_count, terminal_rows, wait_until
+from harness import SHAPE, Case, actors_on, kill_all, own_processes, part_count, terminal_rows, wait_until
 from prefect_site import Site, client_of, site, stop
 
 __all__ = ["site"]
@@ -150,17 +150,18 @@ def test_two_nights_do_not_overlap(site: Site, case: Case, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[str, list[Any]]]:
-    """The address of a Ray cluster, and its two nodes with a pretend GPU each, beside a head without any."""
+def two_nodes(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Any], str]]:
+    """The address of a Ray cluster; its two nodes with a pretend GPU each, beside a head without any; their mark."""
     import ray
     from ray.cluster_utils import Cluster
 
-    with own_processes():
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
-        )
+    for name in ("PYTHONPATH", "MASKMILL_TEST_PACE"):
+        monkeypatch.setenv(name, site.environment[name])
+    with own_processes() as mark:
+        head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            yield cluster.address, [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+            yield cluster.address, [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)], mark
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -168,16 +169,17 @@ def two_nodes() -> Iterator[tuple[str, list[Any]]]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_kill_a_ray_node(site: Site, case: Case, tmp_path: Path, two_nodes: tuple[str, list[Any]]) -> None:
+def test_kill_a_ray_node(site: Site, case: Case, tmp_path: Path, two_nodes: tuple[str, list[Any], str]) -> None:
     """The run goes on with the other node, and completes."""
-    address, nodes = two_nodes
+    address, nodes, mark = two_nodes
     dest = tmp_path / "out"
     changes = {"engine": "ray", "ray_address": address, "actors": 2, "shared_filesystem": True}
     run_id = under_way(site, case, dest, **changes)
+    wait_until(lambda: all(actors_on(node, mark) for node in nodes), what="an actor on each node", poll_s=0.1)
     (raylet,) = nodes[0].all_processes["raylet"]
     os.kill(raylet.process.pid, signal.SIGKILL)
     assert part_count(dest) < IMAGES
     assert site.end_of(run_id, timeout_s=400)[0] == "COMPLETED"
     assert terminal_rows(dest) == case.calm
-    assert any("a worker is gone" in line for line in site.logs(run_id))
+    wait_until(lambda: any("a worker is gone" in line for line in site.logs(run_id)), what="its log", poll_s=0.5)
     nothing_left(site)
