@@ -165,10 +165,23 @@ def _decode_with_pillow(data: bytes, name: str, max_pixels: int, out: np.ndarray
     _check_size(image.height, image.width, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_size(image.tag_v2.get(323, 1), image.tag_v2.get(322, 1), max_pixels)  # a tile is decoded whole
+        _mend_wide_planes(image)
     orientation = _orientation(data, name, image, check=True)
     image.load()
     _check_size(image.height, image.width, max_pixels)
     return _place(_rgb(image), orientation, out)
+
+
+def _mend_wide_planes(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Pillow takes the samples of uncompressed planes for 8 bits, whatever they are: right pixels of another image."""
+    if image.tag_v2.get(284) != 2 or set(image.tag_v2.get(258, ())) != {16}:
+        return
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    for index, tile in enumerate(image.tile):
+        band, *rest = tile.args if isinstance(tile.args, tuple) else ("",)
+        if tile.codec_name == "raw" and len(band) == 1:
+            wide = ("I;16" if order == "L" else "I;16B") if band == "I" else f"{band};16{order}"
+            image.tile[index] = tile._replace(args=(wide, *rest))
 
 
 def _orientation(data: bytes, name: str, image: ImageFile.ImageFile, *, check: bool) -> int:

@@ -11,9 +11,11 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import tifffile
 from awkward_corpus import (
     Expected,
     blocks,
@@ -170,6 +172,24 @@ def test_sixteen_bit_rgb_png() -> None:
     data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
     data += png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     np.testing.assert_array_equal(decode(data, max_pixels=LIMIT).pixels, [[(0, 0x12, 0xFF), (0x80, 0, 1)]])
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("bands", [3, 4])
+def test_sixteen_bit_planes_are_what_interleaved_samples_are(
+    byteorder: Literal["<", ">"], tile: tuple[int, int] | None, compression: str | None, bands: int
+) -> None:
+    """One colour after the other, as GDAL writes with INTERLEAVE=BAND."""
+    samples = np.random.default_rng(0).integers(0, 65536, (24, 40, bands)).astype(np.uint16)
+    samples[..., 3:] = 65535
+    file = io.BytesIO()
+    planes = samples.transpose(2, 0, 1)
+    extra = ["unassalpha"] if bands == 4 else None
+    options = {"photometric": "rgb", "planarconfig": "separate", "tile": tile, "compression": compression}
+    tifffile.imwrite(file, planes, byteorder=byteorder, extrasamples=extra, **options)
+    np.testing.assert_array_equal(decode(file.getvalue(), max_pixels=LIMIT).pixels, samples[..., :3] >> 8)
 
 
 def test_wide_samples_are_shown_where_their_range_says_how() -> None:
