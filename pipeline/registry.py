@@ -93,7 +93,7 @@ def listings(*, profile: str | None = None) -> list[Listing]:
             name, _, file = uri.removeprefix(registry.rstrip("/") + "/").rpartition("/")
             if file == "aliases.json":
                 aliases[name] = _aliases(bytes(storage.get(uri).data), uri)
-            elif file.endswith(".safetensors"):
+            elif file.endswith(".safetensors") and re.fullmatch(r"[a-z][a-z0-9-]*", name):
                 files.append((name, file.removesuffix(".safetensors"), uri))
         for name, version, uri in sorted(files):
             mine = tuple(sorted(alias for alias, to in aliases.get(name, {}).items() if to == version))

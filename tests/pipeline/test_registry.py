@@ -82,6 +82,13 @@ def test_listings_name_versions_and_aliases(versions: tuple[str, str]) -> None:
     assert shelf == {("street", champion): ("champion",), ("street", old): ("challenger",), ("lonely", old): ()}
 
 
+def test_files_that_lie_elsewhere_are_no_models_of_the_registry(versions: tuple[str, str], tmp_path: Path) -> None:
+    for name in ("flat.safetensors", "street/old/1.safetensors", "Not A Name/1.safetensors"):
+        (tmp_path / "shelf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shelf" / name).write_bytes(b"")
+    assert {line.name for line in listings()} == {"lonely", "street", "nuclei-unet"}
+
+
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
