@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -326,6 +327,8 @@ def run_large(path: Path, task: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "large_image.py"), str(path), task],
         cwd=ROOT,
+        # A script's own folder comes first on its path, and `tests/models` would stand for `models`.
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
