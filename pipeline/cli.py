@@ -403,7 +403,8 @@ def verify(
         out = screen.stdout()
         for finding in findings:
             out.print(Text(screen.plain(f"{finding.kind}: {finding.uri}"), style="red"), soft_wrap=True)
-            out.print(Text(screen.plain(f"  {finding.message}\n  {finding.mend}")), soft_wrap=True)
+            for line in (finding.message, finding.mend):
+                out.print(Text("  " + screen.plain(line)), soft_wrap=True)
         checked = "every mask was decoded" if deep else "masks were not decoded (--deep does)"
         out.print(f"{len(findings)} findings; {checked}" if findings else f"nothing is wrong; {checked}")
     if findings:
