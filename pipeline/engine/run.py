@@ -111,9 +111,11 @@ class _Segmentation:
         self._closed: list[RunRecord] = []
         self._precedent: Precedent | None = None
         self._create_only = True
+        #: Fields of the card that this command changes; naming one with the card's own value is no other question.
+        self._changed: list[str] = []
 
     def run(self) -> Outcome:
-        model = _as_asked(resolve(self._config.model), self._config)
+        model = self._model()
         try:
             return self._continue(model) or self._plan_and_work(model)
         except duckdb.Error as error:
@@ -129,7 +131,7 @@ class _Segmentation:
 
     def preview(self) -> Preview:
         """What `plan` answers."""
-        model = _as_asked(resolve(self._config.model), self._config)
+        model = self._model()
         check_place(self._config, self._source, self._dest)
         self._check_dest()
         corpus = self._read_source()
@@ -271,7 +273,7 @@ class _Segmentation:
             "postprocessing": model.card.postprocessing.model_dump(mode="json"),
         }
         card = model.card.model_dump(mode="json")
-        settings |= {name: card[name] for name in sorted(config.settings)}
+        settings |= {name: card[name] for name in self._changed}
         if config.compile:
             settings["compile"] = True
         digest = _digest(settings)
@@ -291,6 +293,14 @@ class _Segmentation:
             force=config.force,
         )
         return settings, work_left(question, self._storage, scratch=self._scratch, list_path=list_path)
+
+    def _model(self) -> Model:
+        """The model with its card as this command wants it."""
+        shipped = resolve(self._config.model)
+        model = _as_asked(shipped, self._config)
+        as_shipped, as_asked = shipped.card.model_dump(), model.card.model_dump()
+        self._changed = [name for name in sorted(as_asked) if as_asked[name] != as_shipped[name]]
+        return model
 
     def _resolved_precision(self, model: Model) -> Precision:
         """`auto` keeps what this version ran with before in DEST, so that another device does not redo the corpus."""

@@ -354,6 +354,8 @@ def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Comman
     outcome = json.loads(again.out)
     assert outcome["planned"] == outcome["images"] > 0
     plan = json.loads(maskmill("runs", "show", done.dest, outcome["run_id"]).out)["plan"]
+    same = maskmill("segment", done.source, done.dest, *done.options, "--set", "size_policy.kind=native", "--json")
+    assert json.loads(same.out)["planned"] == 0, "the card's own value is no other question"
     assert plan["settings"]["tile_above_pixels"] == 600 and plan["command"]["settings"] == {"tile_above_pixels": 600}
     assert (
         json.loads(
