@@ -84,6 +84,7 @@ def test_a_bad_parameter_is_refused_with_its_name(site: Site, case: Case, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(420)
 def test_cancelled_then_killed_then_done(site: Site, case: Case, tmp_path: Path) -> None:
     """Each run continues what the one before it left; at the end there is one row for each image.
 
@@ -116,12 +117,13 @@ def test_cancelled_then_killed_then_done(site: Site, case: Case, tmp_path: Path)
     wait_until(lambda: not site.left_over(), timeout_s=60, what=f"the end of {site.left_over()}", poll_s=0.5)
 
 
+@pytest.mark.timeout(420)
 def test_the_nightly_fires(site: Site, case: Case, nightly: Path) -> None:
     """Last, as its minute comes meanwhile."""
     wait_until(lambda: scheduled(site, nightly) != [], what="the scheduler's first run", poll_s=0.5)
     first, *later = scheduled(site, nightly)
     assert all(run["state_type"] == "SCHEDULED" for run in later)
-    assert site.end_of(first["id"], timeout_s=170)[0] == "COMPLETED"
+    assert site.end_of(first["id"], timeout_s=240)[0] == "COMPLETED"
     assert terminal_rows(nightly) == case.calm
     (folder,) = nightly.glob("segments/*/*/*/")
     assert folder.name == f"date={first['expected_start_time'][:10]}"
