@@ -44,7 +44,7 @@ class AugmentationSettings(_Frozen):
 class CrfSettings(_Frozen):
     """Dense CRF in a local window, Potts compatibility: `models.crf.refine` has the formula.
 
-    Defaults are those of the published ConvCRF (Teichmann & Cipolla 2018), whose window and weights they are.
+    Defaults follow ConvCRF (Teichmann & Cipolla 2018) from memory; they were not compared with the paper's tables.
     """
 
     iterations: int = Field(default=5, ge=1, le=100)
