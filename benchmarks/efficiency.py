@@ -29,8 +29,9 @@ from rich.table import Table
 from models.architectures import untrained_card
 from models.card import Card
 from models.masks import encode_mask_png, mask_crc32
+from models.preprocessing import picture_statistics
 from models.segmenter import Prediction, supports_bf16
-from pipeline.corpus.decode import decode, image_statistics
+from pipeline.corpus.decode import decode
 from pipeline.engine.crew import cores
 from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import ShardTask, Worker, WorkerSpec, code_digest, load_segmenter
@@ -182,7 +183,7 @@ def stages_alone(refs: pa.Table, model: Any, batch_size: int) -> dict[str, float
 
     blobs = measure("read", lambda: [Path(path).read_bytes() for path in paths])
     images = measure("decode", lambda: [decode(blob, max_pixels=10**9).pixels for blob in blobs])
-    statistics_N = measure("statistics", lambda: [image_statistics(pixels) for pixels in images])
+    statistics_N = measure("statistics", lambda: [picture_statistics(pixels) for pixels in images])
     canvas = segmenter.canvas(HEIGHT, WIDTH)
 
     def forward() -> list[Any]:

@@ -66,11 +66,11 @@ def select_bands(
 def window_statistics(
     reader: Windows, select: Callable[[np.ndarray], np.ndarray], *, band_px: int = 512
 ) -> tuple[float, float, float, float]:
-    """`image_statistics` of the whole image, from bands of `band_px` rows: (mean, std, brightness, contrast).
+    """`picture_statistics` of the whole image, from bands of `band_px` rows: (mean, std, brightness, contrast).
 
     `select` makes uint8 [h, w, n] of what is read. Networks that normalise per image need this of the whole image
     before the first tile. Reads and decodes every pixel once. Sums are of integers: the result does not depend on
-    `band_px`. Luma is as in `image_statistics` for 3 bands, else the first band.
+    `band_px`. Luma is as in `picture_statistics` for 3 bands, else the first band.
     """
     counts, luma_counts = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for y in range(0, reader.height, band_px):

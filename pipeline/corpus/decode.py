@@ -109,20 +109,6 @@ def decode(data: bytes, *, max_pixels: int, out: np.ndarray | None = None) -> De
     return Decoded(pixels, name)
 
 
-def image_statistics(pixels: np.ndarray) -> tuple[float, float, float, float]:
-    """(mean, std, brightness, contrast) of uint8 RGB pixels [h, w, 3], h and w at least 1.
-
-    `mean` and `std` (population) are over all pixels and channels, in 0..255. `brightness` and `contrast` are
-    the mean and standard deviation of the luma of ITU-R BT.601, rounded to 8 bits, in 0..1. Sums are of
-    integers: the result is exact to float64 rounding and depends on the pixels alone. `pixels` may be a
-    window of a larger array.
-    """
-    height, width, channels = pixels.shape
-    mean, std = cv2.meanStdDev(pixels.reshape(height, width * channels))
-    luma_mean, luma_std = cv2.meanStdDev(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
-    return float(mean[0, 0]), float(std[0, 0]), float(luma_mean[0, 0]) / 255, float(luma_std[0, 0]) / 255
-
-
 def _decode_jpeg(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.ndarray | None:
     """The fast path; None where Pillow should have a look. Raises for damage that Pillow would hide."""
     try:

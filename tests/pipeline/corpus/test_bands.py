@@ -7,8 +7,8 @@ import pytest
 from handmade import picture
 from PIL import Image
 
+from models.preprocessing import picture_statistics
 from pipeline.corpus.bands import select_bands, window_statistics
-from pipeline.corpus.decode import image_statistics
 from pipeline.corpus.windows import decoded_windows, open_windows
 from pipeline.errors import ImageError
 
@@ -68,7 +68,7 @@ def test_statistics_by_window_are_those_of_the_image() -> None:
     image = picture(2, width=130, height=97)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF", compression="tiff_lzw")
-    expected = image_statistics(np.asarray(image))
+    expected = picture_statistics(np.asarray(image))
     for band_px in (10, 64, 500):
         for reader in (open_windows(buffer.getvalue()), decoded_windows(buffer.getvalue(), max_pixels=10**6)):
             assert reader is not None

@@ -30,7 +30,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.corpus.decode import decode, image_statistics, peek
+from models.preprocessing import picture_statistics
+from pipeline.corpus.decode import decode, peek
 from pipeline.errors import BYTES_KINDS, ImageError
 
 LIMIT = 100_000_000
@@ -364,15 +365,15 @@ def test_decoding_releases_the_gil(name: str) -> None:
 
 def test_statistics_are_exact() -> None:
     pixels = photo(48, 37)
-    mean, std, brightness, contrast = image_statistics(pixels)
+    mean, std, brightness, contrast = picture_statistics(pixels)
     exact = pixels.astype(np.float64)
     assert mean == pytest.approx(exact.mean(), rel=1e-12) and std == pytest.approx(exact.std(), rel=1e-9)
     luma = np.rint(exact @ [0.299, 0.587, 0.114]) / 255
     assert brightness == pytest.approx(luma.mean(), abs=1e-3) and contrast == pytest.approx(luma.std(), abs=1e-3)
     window = np.zeros((60, 70, 3), np.uint8)[:37, :48]
     window[:] = pixels
-    assert image_statistics(window) == (mean, std, brightness, contrast)
-    assert image_statistics(np.full((1, 1, 3), 255, np.uint8)) == (255, 0, 1, 0)
+    assert picture_statistics(window) == (mean, std, brightness, contrast)
+    assert picture_statistics(np.full((1, 1, 3), 255, np.uint8)) == (255, 0, 1, 0)
 
 
 def test_image_errors_survive_pickling() -> None:
