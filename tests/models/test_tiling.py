@@ -182,11 +182,11 @@ def test_blending_is_the_weighted_mean() -> None:
 
 def test_one_tile_is_the_untiled_answer() -> None:
     from models.architectures import build
+    from models.preprocessing import image_statistics
     from models.segmenter import Segmenter
-    from pipeline.corpus.decode import image_statistics
 
     pixels = np.array(picture(3, width=64, height=64))
-    statistics = np.array([image_statistics(pixels)[:2]], np.float32)
+    statistics = np.array([image_statistics(pixels)], np.float32)
     for task in ("semantic", "instance"):
         torch.manual_seed(0)
         card = untrained_card("whole", task=task)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 import pipeline
 from pipeline import cli, screen
+from pipeline.commands import options
 from pipeline.engine import placement
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
@@ -84,7 +85,7 @@ def done(place: Place, maskmill: Command) -> Place:
     """The same, segmented, with an image of a hostile name and one that is none."""
     make_image(place.source / HOSTILE, 5)
     (place.source / "bad.jpg").write_bytes(b"no picture")
-    assert maskmill("segment", place.source, place.dest, *place.options).status == cli.TOO_MANY_ERRORS
+    assert maskmill("segment", place.source, place.dest, *place.options).status == options.TOO_MANY_ERRORS
     return place
 
 
@@ -116,7 +117,7 @@ def test_what_a_person_reads(place: Place, maskmill: Command) -> None:
 def test_too_many_errors_are_status_3_but_all_is_done(place: Place, maskmill: Command) -> None:
     (place.source / "bad.jpg").write_bytes(b"no picture")
     said = maskmill("segment", place.source, place.dest, *place.options, "--json")
-    assert said.status == cli.TOO_MANY_ERRORS == 3
+    assert said.status == options.TOO_MANY_ERRORS == 3
     assert json.loads(said.out)["errors_by_kind"] == {"not_an_image": 1}
     assert len(rows_of(place.dest)) == 4
 
@@ -184,7 +185,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(
 ) -> None:
     names = {"source": str(place.source), "dest": str(place.dest), "model": place.options[1]}
     said = maskmill(*(argument.format(**names) for argument in arguments))
-    assert said.status == cli.USAGE == 2
+    assert said.status == options.USAGE == 2
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1
@@ -350,7 +351,7 @@ def test_a_narrow_terminal_shows_every_run_id_whole(
 def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Command) -> None:
     """Another setting is another question: every image is asked it, and the plan says what it was."""
     again = maskmill("segment", done.source, done.dest, *done.options, "--set", "tile_above_pixels=600", "--json")
-    assert again.status == cli.TOO_MANY_ERRORS, again.err
+    assert again.status == options.TOO_MANY_ERRORS, again.err
     outcome = json.loads(again.out)
     assert outcome["planned"] == outcome["images"] > 0
     plan = json.loads(maskmill("runs", "show", done.dest, outcome["run_id"]).out)["plan"]
@@ -456,7 +457,7 @@ def test_being_asked_to_stop_drains_and_the_same_command_continues(
         out, err = process.communicate()
     finally:
         process.kill()
-    assert process.returncode == cli.INTERRUPTED == 130, err
+    assert process.returncode == options.INTERRUPTED == 130, err
     assert "Traceback" not in err
     assert "stopping" in err
     assert "the same command continues" in out
