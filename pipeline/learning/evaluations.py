@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from models.boundaries import boundary_counts
+from models.card import Card, DetectionsPostprocessing
 from models.masks import Instance, mask_crc32
 from models.matching import AREA_RANGES, match_instances, panoptic_counts
 from models.metrics import sparse_confusion
@@ -38,25 +39,42 @@ class ClassAlignment(NamedTuple):
         return [one._replace(class_id=int(self.index_of[one.class_id])) for one in predicted]
 
 
-def align_classes(model_classes: Mapping[int, str], dataset_classes: Sequence[str]) -> ClassAlignment:
+def align_classes(
+    model_classes: Mapping[int, str], dataset_classes: Sequence[str], *, renamed: Mapping[str, str] | None = None
+) -> ClassAlignment:
     """Classes of a card (name by id) and of a data set (names by id) that are the same by name.
 
-    A class of the model alone is wrong wherever it is predicted. Raises UsageError where no class is the same, other
-    than one called background.
+    `renamed`: names of the data set by those of the model, where they differ; several may become one. A class of the
+    model alone is wrong wherever it is predicted. Raises UsageError where no class is the same, other than one called
+    background, and where `renamed` speaks of classes that are none.
     """
-    names = [*dataset_classes, *(name for name in model_classes.values() if name not in dataset_classes)]
+    renamed = dict(renamed or {})
+    for ours, theirs in renamed.items():
+        if ours not in model_classes.values():
+            raise UsageError(f"{ours!r} is no class of the model: it has {', '.join(model_classes.values())}")
+        if theirs not in dataset_classes:
+            raise UsageError(f"{theirs!r} is no class of the data set: it has {', '.join(dataset_classes)}")
+    model_classes = {class_id: renamed.get(name, name) for class_id, name in model_classes.items()}
+    names = list(dict.fromkeys([*dataset_classes, *model_classes.values()]))
     if len(names) > IGNORE_ID:
         raise UsageError(f"model and data set have {len(names)} classes together; {IGNORE_ID} fit into a mask")
     shared = set(model_classes.values()) & set(dataset_classes)
     if not shared - {"background"}:
         raise UsageError(
             f"the model's classes ({', '.join(model_classes.values())}) are none of the data set's "
-            f"({', '.join(dataset_classes)}): rename one of them"
+            f"({', '.join(dataset_classes)}): say which is which by --map MODEL_CLASS=DATASET_CLASS"
         )
     index_of = np.full(256, IGNORE_ID, dtype=np.uint8)
     for class_id, name in model_classes.items():
         index_of[class_id] = names.index(name)
     return ClassAlignment(tuple(names), index_of)
+
+
+def counting_score(card: Card) -> float:
+    """The score that an object needs to count for PQ, F1, precision and recall, unless somebody says otherwise:
+    detectors list what they hardly believe in, and are cut at 0.5; other models mean all that they give.
+    """
+    return 0.5 if isinstance(card.postprocessing, DetectionsPostprocessing) else 0.0
 
 
 def measure_image(

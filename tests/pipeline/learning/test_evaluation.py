@@ -1,17 +1,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from models.architectures import build, untrained_card
-from models.masks import Instance, encode_rle
+from models.masks import mask_crc32
+from models.overrides import with_settings
 from models.segmenter import Segmenter
+from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.errors import UsageError
 from pipeline.learning.dataset import Dataset
-from pipeline.learning.evaluation import evaluate, label_map, predict
+from pipeline.learning.evaluation import evaluate, predict
+from pipeline.storage import Blob
+from pipeline.table.schema import WORK
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset
@@ -67,8 +76,45 @@ def test_predicts_images_of_any_size() -> None:
     assert prediction.class_ids.shape == (33, 7)
 
 
-def test_label_map() -> None:
-    masks = [np.zeros((4, 5), dtype=bool) for _ in range(2)]
-    masks[0][0, :2] = masks[1][3, 4] = True
-    instances = [Instance(1, 1.0, (0, 0, 1, 1), 1, encode_rle(mask)) for mask in masks]
-    assert label_map(instances, 4, 5).tolist() == [[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 2]]
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "tile", "tile_px": 64, "overlap_px": 16},
+        {"kind": "letterbox", "height_px": 64, "width_px": 64},
+        {"kind": "resize", "short_side_px": 48},
+    ],
+)
+def test_predicts_as_a_run_does(policy: dict[str, Any], tmp_path: Path) -> None:
+    """Through the stream and by hand, an image is cut and resized in the same way."""
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 130, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    card = with_settings(untrained_card("bright", task="instance"), {"size_policy": policy})
+    model = Segmenter(Bright(card.network_channels), card, device="cpu", precision="fp32")
+    class_ids, instances = model.postprocess(predict(model, pixels))
+    rows: list[Mapping[str, Any]] = []
+    stream = Stream(
+        model,
+        fetch=lambda uri: Blob(Path(uri).read_bytes(), "", 0, None),
+        config=StreamConfig(batch_size=1, threads=1),
+        stamp={},
+    )
+    refs = [{"uri": str(tmp_path / "noise.png"), "etag": "", "size_bytes": 1, "attempt": 1}]
+    stream.submit(pa.Table.from_pylist(refs, schema=WORK), rows.extend).result()
+    stream.close()
+    assert rows[0]["status"] == "ok"
+    assert len(instances) > 1
+    assert rows[0]["mask_crc32"] == mask_crc32(class_ids, [one.rle for one in instances])
+
+
+def test_a_crowd_is_neither_found_nor_missed(dataset: Dataset) -> None:
+    dataset.items = tuple(item for item in dataset.items if item.stratum == "light")
+    annotations = dataset.source._images[dataset.items[0].name].objects  # type: ignore[attr-defined]
+    annotations[0] = {**annotations[0], "iscrowd": 1}
+    figures = evaluate(segmenter("instance"), dataset)
+    assert figures["instance_f1"] == figures["foreground_iou"] == figures["ap"] == 1.0
+
+
+def test_classes_are_the_same_by_name(dataset: Dataset) -> None:
+    card = untrained_card("bright", task="semantic", class_names=("ground", "cat"))
+    with pytest.raises(UsageError, match="none of the data set's"):
+        evaluate(Segmenter(Bright(card.network_channels), card, device="cpu", precision="fp32"), dataset)
