@@ -14,9 +14,21 @@ if TYPE_CHECKING:
 
     from pipeline.config import SegmentConfig
     from pipeline.engine.outcome import Outcome, Preview
+    from pipeline.learning.assessment import Assessment
 
 __version__ = "0.1.0"
-__all__ = ["abandon_run", "connect", "drift", "list_runs", "models", "plan", "segment", "show_run", "verify"]
+__all__ = [
+    "abandon_run",
+    "connect",
+    "drift",
+    "evaluate",
+    "list_runs",
+    "models",
+    "plan",
+    "segment",
+    "show_run",
+    "verify",
+]
 
 
 def segment(config: Any = None, /, **settings: Any) -> Outcome:
@@ -58,6 +70,19 @@ def drift(dest: str, run_id: str | None = None, config: Any = None, *, profile: 
     from pipeline.insight import drift as comparison
 
     return comparison.drift(dest, run_id, config, profile=profile)
+
+
+def evaluate(config: Any = None, /, **settings: Any) -> Assessment:
+    """What a model is worth on a labelled corpus: `evaluate(dataset=..., model=..., split="val", dest=...)`.
+
+    The keywords are the fields of `pipeline.learning.assessment.EvaluateConfig`; a ready config may be given instead.
+    `listen` and `should_stop` are handed on to `pipeline.learning.assessment.evaluate`, which says what is guaranteed
+    and raised.
+    """
+    from pipeline.learning import assessment
+
+    hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    return assessment.evaluate(config or assessment.EvaluateConfig(**settings), **hooks)
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:

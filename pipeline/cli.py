@@ -19,7 +19,7 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands import models, runs, segment, tables
+from pipeline.commands import evaluation, models, runs, segment, tables
 from pipeline.commands.options import INFRASTRUCTURE, INTERRUPTED, OK, USAGE
 from pipeline.errors import MaskmillError, UsageError
 
@@ -38,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(segment.segment)
+app.command()(evaluation.evaluate)
 for command in (tables.sheet, tables.query, tables.verify, tables.drift):
     app.command()(command)
 app.add_typer(runs.app, name="runs")

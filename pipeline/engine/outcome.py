@@ -63,6 +63,8 @@ class Outcome(BaseModel):
     model_busy_fraction: float = 0.0
     model_name: str = ""
     model_version: str = ""
+    #: Of the rows that this call asked for, whether it made them or found them done.
+    settings_digest: str = ""
     work: WorkCounts | None = None
     shards: int = 0
     estimate: Estimate | None = None

@@ -113,6 +113,7 @@ class _Segmentation:
         self._create_only = True
         #: Fields of the card that this command changes; naming one with the card's own value is no other question.
         self._changed: list[str] = []
+        self._settings_digest = ""
 
     def run(self) -> Outcome:
         model = self._model()
@@ -276,7 +277,7 @@ class _Segmentation:
         settings |= {name: card[name] for name in self._changed}
         if config.compile:
             settings["compile"] = True
-        digest = _digest(settings)
+        digest = self._settings_digest = _digest(settings)
         held: dict[str, Path] = {}
         for other in open_plans:
             if other.model_version == model.version and other.settings_digest == digest:
@@ -564,6 +565,7 @@ class _Segmentation:
                 "engine": self._crew.label if self._crew else "",
                 "model_name": model.card.name,
                 "model_version": model.version,
+                "settings_digest": plan.settings_digest if plan else self._settings_digest,
             }
         )
 

@@ -97,6 +97,9 @@ class CityscapesLabels:
             objects = tuple(found)
         return Labels(*class_ids.shape, class_ids=class_ids, objects=objects, unknown=unknown)
 
+    def image_uri(self, name: str) -> str:
+        return self._place.uri_of(self._files[name].image)
+
     def image_bytes(self, name: str) -> bytes:
         return self._place.read(self._files[name].image)
 

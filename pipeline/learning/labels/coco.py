@@ -83,6 +83,9 @@ class CocoLabels:
             )
         return Labels(item.height, item.width, objects=tuple(objects), unknown=unknown)
 
+    def image_uri(self, name: str) -> str:
+        return self._place.uri_of(self._images[name].file)
+
     def image_bytes(self, name: str) -> bytes:
         return self._place.read(self._images[name].file)
 

@@ -85,6 +85,9 @@ class MaskFolderLabels:
         class_ids, unknown = self._classes.indexed(decode_ids(self.label_bytes(item.name), item.name))
         return Labels(*class_ids.shape, class_ids=class_ids, unknown=unknown)
 
+    def image_uri(self, name: str) -> str:
+        return self._place.uri_of(f"images/{name}")
+
     def image_bytes(self, name: str) -> bytes:
         return self._place.read(f"images/{name}")
 

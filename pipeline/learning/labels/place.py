@@ -42,6 +42,10 @@ class Place:
         """The bytes of one file. Raises StorageError."""
         return self._storage.get(join_uri(self.uri, name)).data
 
+    def uri_of(self, name: str) -> str:
+        """The URI of one file."""
+        return join_uri(self.uri, name)
+
     def read_json(self, name: str) -> Any:
         """Raises UsageError where the file is not there or is not JSON."""
         try:

@@ -82,6 +82,9 @@ class SegmentsLabels:
             )
         return Labels(*class_ids.shape, class_ids=class_ids, objects=objects, unknown=unknown)
 
+    def image_uri(self, name: str) -> str:
+        return name
+
     def image_bytes(self, name: str) -> bytes:
         """As `LabelSource`. Raises LabelError where the image is no longer the one that the mask is of."""
         blob = self._stores[uri_scheme(name)].get(name)

@@ -74,6 +74,10 @@ class LabelSource(Protocol):
         """The truth. Raises LabelError, StorageError."""
         ...
 
+    def image_uri(self, name: str) -> str:
+        """Where the image lies, as a run names it."""
+        ...
+
     def image_bytes(self, name: str) -> bytes:
         """The image's file. Raises StorageError."""
         ...

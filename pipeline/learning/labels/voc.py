@@ -82,6 +82,9 @@ class VocLabels:
             objects = tuple(found)
         return Labels(*class_ids.shape, class_ids=class_ids, objects=objects, unknown=unknown)
 
+    def image_uri(self, name: str) -> str:
+        return self._place.uri_of(f"JPEGImages/{name}")
+
     def image_bytes(self, name: str) -> bytes:
         return self._place.read(f"JPEGImages/{name}")
 

@@ -1,0 +1,282 @@
+"""`maskmill evaluate`. Owns: its options, and its table. Must not know: how anything is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+import pipeline
+from models.overrides import parse_settings
+from pipeline import screen
+from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, interruptible, option
+from pipeline.errors import UsageError
+
+_WHAT, _HOW, _WHERE = "What is scored", "How masks are made", "Where the work is done"
+#: Scores of the table, in its order, with the words for them. Rows of which all are None are left out.
+_LINES = (
+    ("mIoU", "miou"), ("mean Dice", "mean_dice"), ("pixel accuracy", "pixel_accuracy"),
+    ("frequency-weighted IoU", "frequency_weighted_iou"), ("boundary F1", "boundary_f1"),
+    ("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"), ("AP small", "ap_small"), ("AP medium", "ap_medium"),
+    ("AP large", "ap_large"), ("AR, 1 an image", "ar1"), ("AR, 10", "ar10"), ("AR, 100", "ar100"),
+    ("AR small", "ar_small"), ("AR medium", "ar_medium"), ("AR large", "ar_large"),
+    ("PQ", "pq"), ("F1 of objects", "instance_f1"), ("precision of objects", "instance_precision"),
+    ("recall of objects", "instance_recall"),
+)  # fmt: skip
+_BY_CLASS = (
+    ("IoU", "iou_per_class"), ("Dice", "dice_per_class"), ("precision", "precision_per_class"),
+    ("recall", "recall_per_class"), ("boundary F1", "boundary_f1_per_class"), ("AP", "ap_per_class"),
+    ("PQ", "pq_per_class"),
+)  # fmt: skip
+
+
+def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Images with labels: a folder or URL in one of the layouts.")
+    ],
+    model: Annotated[
+        str, option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF")
+    ],
+    split: Annotated[str, option("Which images; `all`: every labelled one.", metavar="NAME")] = "val",
+    out: Annotated[
+        str | None,
+        option("DEST of masks and counts. Default: in the registry, or ~/.cache/maskmill.", metavar="DEST"),
+    ] = None,
+    page: Annotated[Path | None, option("Write the page here, too.", metavar="FILE")] = None,
+    no_page: Annotated[bool, option("Write no page.", "--no-page")] = False,
+    max_error_rate: Annotated[float, option("Above this share of failures: exit status 3.", metavar="SHARE")] = 0.05,
+    wait: Annotated[bool, option("Wait for a run that another live driver holds.", "--wait")] = False,
+    as_json: Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")] = False,
+    slices: Annotated[
+        list[str] | None,
+        option(
+            "Score piece by piece, too: size, prefix, stratum, brightness or another column; may be repeated.",
+            "--slice",
+            panel=_WHAT,
+            metavar="COLUMN",
+        ),
+    ] = None,
+    where: Annotated[
+        str | None, option("Score only rows for which this SQL holds.", panel=_WHAT, metavar="SQL")
+    ] = None,
+    renamed: Annotated[
+        list[str] | None,
+        option(
+            "A class of the model is one of the data set by another name; may be repeated.",
+            "--map",
+            panel=_WHAT,
+            metavar="MODEL_CLASS=DATASET_CLASS",
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        option("Objects below count for AP only. Default: 0.5 for detectors, else 0.", panel=_WHAT, metavar="X"),
+    ] = None,
+    max_detections: Annotated[int, option("Of one class in one image, that AP takes.", panel=_WHAT, metavar="N")] = 100,
+    resamples: Annotated[int, option("Of the bootstrap; 0: no intervals.", panel=_WHAT, metavar="N")] = 1000,
+    confidence: Annotated[float, option("Of the intervals.", panel=_WHAT, metavar="SHARE")] = 0.95,
+    seed: Annotated[int, option("Of the bootstrap.", panel=_WHAT, metavar="N")] = 0,
+    layout: Annotated[
+        str | None,
+        option("Default: by the files.", panel=_WHAT, metavar="coco|masks|voc|cityscapes|segments"),
+    ] = None,
+    labels_of: Annotated[
+        str | None, option("Whose masks are the truth, where DATASET is a DEST.", panel=_WHAT, metavar="MODEL")
+    ] = None,
+    precision: Annotated[
+        str, option("auto: bf16 where the device has it.", panel=_HOW, metavar="auto|fp32|bf16|fp16")
+    ] = "auto",
+    compiled: Annotated[bool, option("torch.compile.", "--compile", panel=_HOW)] = False,
+    batch_size: Annotated[int | None, option("Images per forward pass, at most.", panel=_HOW, metavar="N")] = None,
+    shard_size: Annotated[
+        int | None, option("Images per shard, and so per Parquet file.", panel=_HOW, metavar="N")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        option("Change a field of the model's card; may be repeated.", "--set", panel=_HOW, metavar="KEY=VALUE"),
+    ] = None,
+    retry_errors: Annotated[
+        bool, option("Take up again all images that failed.", "--retry-errors", panel=_HOW)
+    ] = False,
+    max_pixels: Annotated[int, option("Larger images fail.", panel=_HOW, metavar="N")] = 200_000_000,
+    engine: Annotated[
+        str, option("auto: ray for a Ray address or several GPUs.", panel=_WHERE, metavar="auto|local|ray")
+    ] = "auto",
+    actors: Annotated[int | None, option("Workers at most.", panel=_WHERE, metavar="N")] = None,
+    gpus_per_actor: Annotated[float | None, option("GPUs of each actor.", panel=_WHERE, metavar="X")] = None,
+    threads: Annotated[int | None, option("CPU threads of each worker's network.", panel=_WHERE, metavar="N")] = None,
+    memory_mb: Annotated[
+        int, option("Decoded pixels in flight in one worker, in MB.", panel=_WHERE, metavar="N")
+    ] = 1024,
+    ray_address: Annotated[str | None, option("A running Ray cluster.", panel=_WHERE, metavar="ADDRESS")] = None,
+    shared_filesystem: Annotated[
+        bool, option("Local paths mean the same on every node.", "--shared-filesystem", panel=_WHERE)
+    ] = False,
+    source_profile: Annotated[str | None, option("AWS profile for DATASET.", panel=_WHERE, metavar="NAME")] = None,
+    dest_profile: Annotated[str | None, option("AWS profile for DEST.", panel=_WHERE, metavar="NAME")] = None,
+) -> None:
+    """Measure a model on labelled images: masks by the fleet, counts by image, scores with intervals.
+
+    The same command again continues what was stopped, and only scores what is there.
+
+    Exit status: 0 done; 1 infrastructure failed, what was committed is kept; 2 wrong usage;
+    3 done, but too many images failed; 130 interrupted.
+    """
+    try:
+        settings = parse_settings(change or ())
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
+    from pipeline.learning.assessment import EvaluateConfig
+
+    config = EvaluateConfig(
+        dataset=dataset, model=model, split=split, dest=out, layout=layout, labels_of=labels_of,
+        renamed=_renamed(renamed or []), min_score=min_score, where=where, slices=tuple(slices or ()),
+        resamples=resamples, confidence=confidence, seed=seed, max_detections=max_detections, engine=engine,
+        actors=actors, gpus_per_actor=gpus_per_actor, batch_size=batch_size, shard_size=shard_size, threads=threads,
+        precision=precision, compile=compiled, settings=settings, max_pixels=max_pixels,
+        memory_bytes=memory_mb << 20, max_error_rate=max_error_rate, retry_errors=retry_errors, wait=wait,
+        ray_address=ray_address, source_profile=source_profile, dest_profile=dest_profile,
+        shared_filesystem=shared_filesystem,
+    )  # type: ignore[arg-type] # fmt: skip
+    display = screen.Screen(quiet=as_json)
+    try:
+        with redirect_stdout(sys.stderr), interruptible(display.console) as should_stop:
+            found = pipeline.evaluate(config, listen=display.listen, should_stop=should_stop)
+    finally:
+        display.close()
+    pages = [] if no_page or found.scores is None else _write_pages(config, found, page)
+    if as_json:
+        print(json.dumps(_as_json(found, pages), allow_nan=False))
+    else:
+        _print(found, pages)
+    if found.state == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if found.error_rate > max_error_rate:
+        raise typer.Exit(TOO_MANY_ERRORS)
+
+
+def _renamed(texts: list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        ours, mark, theirs = text.partition("=")
+        if not (ours and mark and theirs):
+            raise UsageError(f"--map is {text!r}: give MODEL_CLASS=DATASET_CLASS, such as auto=car")
+        found[ours] = theirs
+    return found
+
+
+def _write_pages(config: Any, found: Any, page: Path | None) -> list[str]:
+    return []
+
+
+def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
+    """The scores at the top, as scripts want them; what they are of beside them."""
+    from pipeline.learning.scores import Scores
+
+    scores = found.scores.model_dump(mode="json") if found.scores else dict.fromkeys(Scores.model_fields)
+    body = found.model_dump(mode="json", exclude={"scores", "segmented"})
+    return scores | body | {"pages": pages, "segmented": screen.as_json(found.segmented)}
+
+
+def _print(found: Any, pages: list[str]) -> None:
+    out = screen.stdout()
+    scores = found.scores
+    if scores is None:
+        out.print(f"interrupted: run {', '.join(found.segmented.runs) or '-'}; the same command continues")
+        return
+    out.print(
+        Text.assemble(
+            (f"{screen.plain(found.model_name)} {found.model_version}", "bold"),
+            f" on {screen.plain(found.split)} of {screen.plain(found.dataset)}: {scores.images} images",
+        ),
+        soft_wrap=True,
+    )
+    failed = sum(found.failed_by_kind.values())
+    if failed:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in found.failed_by_kind.items())
+        out.print(Text(f"{failed} images failed, and no score speaks of them: {kinds}", style="red"), soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("score", f"{scores.confidence:.0%} interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for words, name in _LINES:
+        value = getattr(scores, name)
+        if value is not None:
+            between = scores.intervals.get(name)
+            table.add_row(words, f"{value:.4f}", f"{between.low:.4f} to {between.high:.4f}" if between else "")
+    out.print(table)
+    out.print(_class_table(scores))
+    for line in _remarks(found):
+        out.print(Text(line, style="dim"), soft_wrap=True)
+    for by, pieces in found.slices.items():
+        out.print(_slice_table(by, pieces))
+    out.print(Text(f"counts: {screen.plain(found.folder)}"), soft_wrap=True)
+    for page in pages:
+        out.print(Text(f"page:   {screen.plain(page)}"), soft_wrap=True)
+
+
+def _class_table(scores: Any) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("class", overflow="fold")
+    shown = [(words, getattr(scores, name)) for words, name in _BY_CLASS]
+    shown = [(words, values) for words, values in shown if values and any(one is not None for one in values.values())]
+    for words, _ in shown:
+        table.add_column(words, justify="right", no_wrap=True)
+    for name in scores.class_names:
+        if name not in scores.left_out:
+            table.add_row(Text(screen.plain(name)), *(_figure(values.get(name)) for _, values in shown))
+    return table
+
+
+def _slice_table(by: str, pieces: Any) -> Table:
+    names = [(words, name) for words, name in _LINES if name in ("miou", "pixel_accuracy", "ap", "pq", "instance_f1")]
+    names = [
+        (words, name) for words, name in names if any(one.scores and getattr(one.scores, name) is not None
+                                                      for one in pieces)
+    ]  # fmt: skip
+    table = Table(box=None, padding=(0, 2, 0, 0), title=Text(f"by {screen.plain(by)}"), title_justify="left")
+    table.add_column(Text(screen.plain(by)), overflow="fold")
+    table.add_column("images", justify="right")
+    for words, name in names:
+        table.add_column(words, justify="right", no_wrap=True)
+        if name in ("miou", "pq"):
+            table.add_column("interval", justify="right", no_wrap=True)
+    for one in pieces:
+        cells = []
+        for _, name in names:
+            cells.append(_figure(getattr(one.scores, name) if one.scores else None))
+            if name in ("miou", "pq"):
+                between = one.scores.intervals.get(name) if one.scores else None
+                cells.append(f"{between.low:.4f} to {between.high:.4f}" if between else "")
+        table.add_row(Text(screen.plain(one.value)), str(one.images), *cells)
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _remarks(found: Any) -> list[str]:
+    scores = found.scores
+    lines = []
+    if scores.left_out:
+        lines.append(f"in neither labels nor masks, and so in no mean: {_listed(scores.left_out)}")
+    if found.only_in_model:
+        lines.append(f"classes of the model alone, wrong wherever they are: {_listed(found.only_in_model)}")
+    if found.only_in_dataset:
+        lines.append(f"classes that the model does not have, never found: {_listed(found.only_in_dataset)}")
+    if scores.pq is not None and found.min_score:
+        lines.append(f"PQ, F1, precision and recall count objects with a score of at least {found.min_score:g}")
+    if scores.ap is not None:
+        lines.append(f"AP takes at most {scores.max_detections} objects of a class in an image")
+    return lines
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(screen.plain(name) for name in names)
