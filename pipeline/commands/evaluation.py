@@ -172,7 +172,9 @@ def _renamed(texts: list[str]) -> dict[str, str]:
 
 
 def _write_pages(config: Any, found: Any, page: Path | None) -> list[str]:
-    return []
+    from pipeline.learning.evaluation_page import write_page
+
+    return write_page(config, found, page)
 
 
 def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
@@ -185,6 +187,8 @@ def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
 
 
 def _print(found: Any, pages: list[str]) -> None:
+    from pipeline.learning.evaluation_page import remarks
+
     out = screen.stdout()
     scores = found.scores
     if scores is None:
@@ -212,8 +216,8 @@ def _print(found: Any, pages: list[str]) -> None:
             table.add_row(words, f"{value:.4f}", f"{between.low:.4f} to {between.high:.4f}" if between else "")
     out.print(table)
     out.print(_class_table(scores))
-    for line in _remarks(found):
-        out.print(Text(line, style="dim"), soft_wrap=True)
+    for line in remarks(found):
+        out.print(Text(screen.plain(line), style="dim"), soft_wrap=True)
     for by, pieces in found.slices.items():
         out.print(_slice_table(by, pieces))
     out.print(Text(f"counts: {screen.plain(found.folder)}"), soft_wrap=True)
@@ -260,23 +264,3 @@ def _slice_table(by: str, pieces: Any) -> Table:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _remarks(found: Any) -> list[str]:
-    scores = found.scores
-    lines = []
-    if scores.left_out:
-        lines.append(f"in neither labels nor masks, and so in no mean: {_listed(scores.left_out)}")
-    if found.only_in_model:
-        lines.append(f"classes of the model alone, wrong wherever they are: {_listed(found.only_in_model)}")
-    if found.only_in_dataset:
-        lines.append(f"classes that the model does not have, never found: {_listed(found.only_in_dataset)}")
-    if scores.pq is not None and found.min_score:
-        lines.append(f"PQ, F1, precision and recall count objects with a score of at least {found.min_score:g}")
-    if scores.ap is not None:
-        lines.append(f"AP takes at most {scores.max_detections} objects of a class in an image")
-    return lines
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(screen.plain(name) for name in names)
