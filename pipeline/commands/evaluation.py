@@ -19,21 +19,13 @@ from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, interruptibl
 from pipeline.errors import UsageError
 
 _WHAT, _HOW, _WHERE = "What is scored", "How masks are made", "Where the work is done"
-#: Scores of the table, in its order, with the words for them. Rows of which all are None are left out.
-_LINES = (
-    ("mIoU", "miou"), ("mean Dice", "mean_dice"), ("pixel accuracy", "pixel_accuracy"),
-    ("frequency-weighted IoU", "frequency_weighted_iou"), ("boundary F1", "boundary_f1"),
-    ("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"), ("AP small", "ap_small"), ("AP medium", "ap_medium"),
-    ("AP large", "ap_large"), ("AR, 1 an image", "ar1"), ("AR, 10", "ar10"), ("AR, 100", "ar100"),
-    ("AR small", "ar_small"), ("AR medium", "ar_medium"), ("AR large", "ar_large"),
-    ("PQ", "pq"), ("F1 of objects", "instance_f1"), ("precision of objects", "instance_precision"),
-    ("recall of objects", "instance_recall"),
-)  # fmt: skip
-_BY_CLASS = (
-    ("IoU", "iou_per_class"), ("Dice", "dice_per_class"), ("precision", "precision_per_class"),
-    ("recall", "recall_per_class"), ("boundary F1", "boundary_f1_per_class"), ("AP", "ap_per_class"),
-    ("PQ", "pq_per_class"),
-)  # fmt: skip
+_SLICE_LINES = (
+    ("mIoU", "miou"),
+    ("pixel accuracy", "pixel_accuracy"),
+    ("AP", "ap"),
+    ("PQ", "pq"),
+    ("F1", "instance_f1"),
+)
 
 
 def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
@@ -187,7 +179,7 @@ def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
 
 
 def _print(found: Any, pages: list[str]) -> None:
-    from pipeline.learning.evaluation_page import remarks
+    from pipeline.learning.evaluation_page import FIGURES, remarks
 
     out = screen.stdout()
     scores = found.scores
@@ -209,7 +201,7 @@ def _print(found: Any, pages: list[str]) -> None:
     table.add_column("")
     for column in ("score", f"{scores.confidence:.0%} interval"):
         table.add_column(column, justify="right", no_wrap=True)
-    for words, name in _LINES:
+    for words, name in FIGURES:
         value = getattr(scores, name)
         if value is not None:
             between = scores.intervals.get(name)
@@ -226,10 +218,11 @@ def _print(found: Any, pages: list[str]) -> None:
 
 
 def _class_table(scores: Any) -> Table:
+    from pipeline.learning.evaluation_page import class_columns
+
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", overflow="fold")
-    shown = [(words, getattr(scores, name)) for words, name in _BY_CLASS]
-    shown = [(words, values) for words, values in shown if values and any(one is not None for one in values.values())]
+    shown = class_columns(scores)
     for words, _ in shown:
         table.add_column(words, justify="right", no_wrap=True)
     for name in scores.class_names:
@@ -239,11 +232,11 @@ def _class_table(scores: Any) -> Table:
 
 
 def _slice_table(by: str, pieces: Any) -> Table:
-    names = [(words, name) for words, name in _LINES if name in ("miou", "pixel_accuracy", "ap", "pq", "instance_f1")]
     names = [
-        (words, name) for words, name in names if any(one.scores and getattr(one.scores, name) is not None
-                                                      for one in pieces)
-    ]  # fmt: skip
+        (words, name)
+        for words, name in _SLICE_LINES
+        if any(one.scores and getattr(one.scores, name) is not None for one in pieces)
+    ]
     table = Table(box=None, padding=(0, 2, 0, 0), title=Text(f"by {screen.plain(by)}"), title_justify="left")
     table.add_column(Text(screen.plain(by)), overflow="fold")
     table.add_column("images", justify="right")

@@ -31,14 +31,17 @@ WORST_IMAGES = 24
 #: Classes of the confusion matrix at most, those with most pixels.
 MATRIX_CLASSES = 32
 
-_FIGURES = (
+#: Scores in the order in which they are shown, with the words for them. Those that are None are left out.
+FIGURES = (
     ("mIoU", "miou"), ("mean Dice", "mean_dice"), ("pixel accuracy", "pixel_accuracy"),
-    ("frequency-weighted IoU", "frequency_weighted_iou"), ("boundary F1", "boundary_f1"), ("AP", "ap"),
-    ("AP50", "ap50"), ("AP75", "ap75"), ("AP small", "ap_small"), ("AP medium", "ap_medium"), ("AP large", "ap_large"),
-    ("AR, 100 an image", "ar100"), ("PQ", "pq"), ("F1 of objects", "instance_f1"),
-    ("precision of objects", "instance_precision"), ("recall of objects", "instance_recall"),
+    ("frequency-weighted IoU", "frequency_weighted_iou"), ("boundary F1", "boundary_f1"),
+    ("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"), ("AP small", "ap_small"), ("AP medium", "ap_medium"),
+    ("AP large", "ap_large"), ("AR, 1 an image", "ar1"), ("AR, 10 an image", "ar10"), ("AR, 100 an image", "ar100"),
+    ("AR small", "ar_small"), ("AR medium", "ar_medium"), ("AR large", "ar_large"),
+    ("PQ", "pq"), ("F1 of objects", "instance_f1"), ("precision of objects", "instance_precision"),
+    ("recall of objects", "instance_recall"),
 )  # fmt: skip
-_CLASS_COLUMNS = (
+CLASS_COLUMNS = (
     ("IoU", "iou_per_class"), ("Dice", "dice_per_class"), ("precision", "precision_per_class"),
     ("recall", "recall_per_class"), ("boundary F1", "boundary_f1_per_class"), ("AP", "ap_per_class"),
     ("PQ", "pq_per_class"),
@@ -61,7 +64,7 @@ def write_page(config: EvaluateConfig, found: Assessment, out: Path | None = Non
     card = with_settings(resolve(config.model).card, config.settings)
     classes = {info.id: info.name for info in card.classes}
     alignment = align_classes(classes, dataset.class_names, renamed=config.renamed)
-    pairs = worst_pairs(table, dataset, alignment, storage, found.dest, limit=WORST_IMAGES)
+    pairs = worst_pairs(table, dataset, alignment, storage, dest=found.dest, where=config.where, limit=WORST_IMAGES)
     matrix = confusion_matrix(table, where=config.where)
     html = render_page(found, matrix, pairs, background_id=dataset.background_id)
     uri = join_uri(found.folder, "page.html")
@@ -82,10 +85,7 @@ def render_page(
     """The page. `matrix` int64 [classes, classes], row = actual, column = predicted."""
     scores = found.scores
     assert scores is not None
-    by_class = [(words, getattr(scores, name)) for words, name in _CLASS_COLUMNS]
-    by_class = [
-        (words, values) for words, values in by_class if values and any(one is not None for one in values.values())
-    ]
+    by_class = class_columns(scores)
     shown = [(number, name) for number, name in enumerate(scores.class_names) if name not in scores.left_out]
     source = resources.files("pipeline.learning").joinpath("page", "evaluation.html.j2").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
@@ -112,6 +112,12 @@ def render_page(
         legend=_legend(scores, told_apart, background_id),
         pairs=[pair._replace(name=visible(pair.name), trouble=visible(pair.trouble)) for pair in pairs],
     )  # fmt: skip
+
+
+def class_columns(scores: Scores) -> list[tuple[str, dict[str, float | None]]]:
+    """Words and values by class of what applies."""
+    columns = [(words, getattr(scores, name)) for words, name in CLASS_COLUMNS]
+    return [(words, values) for words, values in columns if values and set(values.values()) != {None}]
 
 
 def remarks(found: Assessment) -> list[str]:
@@ -144,7 +150,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _figures(scores: Scores) -> Any:
-    for words, name in _FIGURES:
+    for words, name in FIGURES:
         value = getattr(scores, name)
         if value is not None:
             between = scores.intervals.get(name)
@@ -156,7 +162,8 @@ def _class_row(scores: Scores, number: int, name: str, columns: list[tuple[str, 
     between = scores.iou_intervals_per_class.get(name)
     return {
         "name": visible(name),
-        "color": _css(class_color(number)),
+        # Where objects are told apart, pictures show which are right, and not their classes.
+        "color": _css(class_color(number)) if scores.pq is None else "",
         "iou": scores.iou_per_class.get(name),
         "low": between.low if between else None,
         "high": between.high if between else None,
@@ -193,7 +200,7 @@ def _percent(share: float) -> str:
 
 
 def _slice(by: str, pieces: tuple[Slice, ...]) -> dict[str, Any]:
-    words = {name: shown for shown, name in _FIGURES}
+    words = {name: shown for shown, name in FIGURES}
     columns = [
         name for name in _SLICE_COLUMNS if any(one.scores and getattr(one.scores, name) is not None for one in pieces)
     ]

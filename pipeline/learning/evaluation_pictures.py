@@ -54,12 +54,20 @@ def class_color(class_id: int) -> tuple[int, int, int]:
 
 
 def worst_pairs(
-    table: pa.Table, dataset: Dataset, alignment: ClassAlignment, storage: Storage, dest: str, *, limit: int
+    table: pa.Table,
+    dataset: Dataset,
+    alignment: ClassAlignment,
+    storage: Storage,
+    *,
+    dest: str,
+    where: str | None,
+    limit: int,
 ) -> list[Pair]:
-    """The `limit` images of an evaluation with the lowest `image_scores`, worst first. `storage` holds `dest`, the
-    table that has their masks. Never raises for what is wrong with an image: the pair says it.
+    """The `limit` images of an evaluation with the lowest `image_scores`, worst first, of those for which the SQL
+    condition `where` holds. `storage` holds `dest`, the table that has their masks. Never raises for what is wrong with
+    an image: the pair says it.
     """
-    scores = dict(list(image_scores(table).items())[:limit])
+    scores = dict(list(image_scores(table, where=where).items())[:limit])
     items = {dataset.source.image_uri(item.name): item for item in dataset.items}
     chosen = table.filter(pc.is_in(table["image_uri"], pa.array(list(scores), pa.string())))
     masks = {row["image_uri"]: row for row in _masks(chosen, storage, dest)}
