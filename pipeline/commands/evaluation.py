@@ -179,6 +179,7 @@ def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
 
 
 def _print(found: Any, pages: list[str]) -> None:
+    from pipeline.engine.outcome import counted
     from pipeline.learning.evaluation_page import FIGURES, remarks
 
     out = screen.stdout()
@@ -189,14 +190,15 @@ def _print(found: Any, pages: list[str]) -> None:
     out.print(
         Text.assemble(
             (f"{screen.plain(found.model_name)} {found.model_version}", "bold"),
-            f" on {screen.plain(found.split)} of {screen.plain(found.dataset)}: {scores.images} images",
+            f" on {screen.plain(found.split)} of {screen.plain(found.dataset)}: {counted(scores.images, 'image')}",
         ),
         soft_wrap=True,
     )
     failed = sum(found.failed_by_kind.values())
     if failed:
         kinds = ", ".join(f"{number} {kind}" for kind, number in found.failed_by_kind.items())
-        out.print(Text(f"{failed} images failed, and no score speaks of them: {kinds}", style="red"), soft_wrap=True)
+        text = f"{counted(failed, 'image')} failed, and no score speaks of {'it' if failed == 1 else 'them'}: {kinds}"
+        out.print(Text(text, style="red"), soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for column in ("score", f"{scores.confidence:.0%} interval"):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.overrides import with_settings
+from pipeline.engine.outcome import counted
 from pipeline.errors import StorageError, UsageError
 from pipeline.learning.assessment import Assessment, EvaluateConfig, open_split
 from pipeline.learning.evaluation_pictures import CROWD, FOUND, WRONG, Pair, class_color, worst_pairs
@@ -90,6 +91,7 @@ def render_page(
     source = resources.files("pipeline.learning").joinpath("page", "evaluation.html.j2").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     told_apart = scores.pq is not None
+    failed = sum(found.failed_by_kind.values())
     return template.render(
         model=visible(found.model_name),
         version=found.model_version,
@@ -98,7 +100,8 @@ def render_page(
         evaluation_id=found.evaluation_id,
         folder=visible(found.folder or ""),
         images=scores.images,
-        failed=sum(found.failed_by_kind.values()),
+        images_counted=counted(scores.images, "image"),
+        failed=counted(failed, "image") if failed else "",
         failed_kinds=", ".join(f"{number} {kind}" for kind, number in found.failed_by_kind.items()),
         remarks=remarks(found),
         figures=list(_figures(scores)),

@@ -195,9 +195,7 @@ def test_an_image_that_changed_is_segmented_again(
     assert second.scores.images == 4
 
 
-def test_what_cannot_be_measured_is_a_row(
-    evaluate: Run, squares: Path, semantic_model: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_measured_is_a_row(evaluate: Run, squares: Path, semantic_model: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(squares / "masks" / "day" / "1.png")
     (squares / "images" / "night" / "0.png").write_bytes(b"no image")
     found = evaluate(squares, semantic_model)

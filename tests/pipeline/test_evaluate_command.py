@@ -1,0 +1,90 @@
+"""`maskmill evaluate` as a person and as a script meet it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pipeline import cli
+from pipeline.engine import placement
+from pipeline.engine.crew import InlineCrew
+
+sys.path.insert(0, str(Path(__file__).parent / "learning"))
+from tiny_nuclei import write_dataset
+
+
+class Said(NamedTuple):
+    """What one command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`maskmill(*arguments)` in this process, workers too."""
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
+    monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
+
+    def run(*arguments: str | Path) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return Said(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+def test_a_table_a_page_and_one_object(maskmill: Command, tmp_path: Path, instance_model: Path) -> None:
+    folder = write_dataset(tmp_path / "discs", images=4, size=48)
+    command = ["evaluate", folder, "--model", instance_model, "--out", tmp_path / "dest", "--resamples", "20"]
+    command += ["--map", "object=disc", "--slice", "stratum"]
+    said = maskmill(*command, "--page", tmp_path / "page.html")
+    assert said.status == 0
+    assert "on val of file://" in said.out
+    assert "by stratum" in said.out
+    for words in ("mIoU", "AP75", "PQ", "95% interval"):
+        assert words in said.out
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    again = maskmill(*command, "--json", "--no-page")
+    assert again.status == 0
+    body = json.loads(again.out)
+    wanted = {
+        "images", "miou", "iou_per_class", "dice_per_class", "pixel_accuracy", "ap", "ap50", "ap75", "pq", "intervals",
+        "state", "dataset", "split", "model_version", "evaluation_id", "slices", "pages", "segmented",
+    }  # fmt: skip
+    assert body.keys() >= wanted
+    assert body["images"] == 2
+    assert body["intervals"]["miou"].keys() == {"low", "high"}
+    assert (body["pages"], body["segmented"]["runs"]) == ([], [])
+    assert f"mIoU                    {body['miou']:.4f}" in said.out
+
+
+def test_statuses(maskmill: Command, tmp_path: Path, semantic_model: Path) -> None:
+    folder = write_dataset(tmp_path / "discs", images=4, size=48)
+    (folder / "images" / "disc-3.png").write_bytes(b"")
+    command = ["evaluate", folder, "--model", semantic_model, "--out", tmp_path / "dest", "--no-page"]
+    said = maskmill(*command)
+    assert said.status == 2
+    assert "--map MODEL_CLASS=DATASET_CLASS" in said.err
+    assert maskmill(*command, "--map", "object").status == 2
+    assert maskmill(*command, "--split", "none").status == 2
+    said = maskmill(*command, "--map", "object=disc", "--resamples", "0")
+    assert said.status == 3
+    assert "1 image failed, and no score speaks of it: 1 empty" in said.out
+    said = maskmill(*command, "--map", "object=disc", "--resamples", "0", "--max-error-rate", "0.5", "--json")
+    assert said.status == 0
+    body = json.loads(said.out)
+    assert (body["images"], body["failed"], body["ap"], body["pq"], body["intervals"]) == (1, 1, None, None, {})
