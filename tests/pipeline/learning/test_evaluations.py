@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_networks import small_card
 
+from models.architectures import untrained_card
 from models.masks import Instance, encode_rle
 from pipeline.errors import UsageError
-from pipeline.learning.evaluations import align_classes, evaluations_table, measure_image
+from pipeline.learning.evaluations import align_classes, counting_score, evaluations_table, measure_image
 from pipeline.learning.labels.truth import IGNORE_ID, LabelledObject, Labels
 from pipeline.learning.scores import score
 from pipeline.table.evaluations import EVALUATIONS, MEASURES
@@ -78,6 +80,30 @@ def test_classes_are_the_same_by_name() -> None:
     assert [one.class_id for one in alignment.instances([found(box(0, 1, 0, 1), 0.5, 9)])] == [3]
     with pytest.raises(UsageError, match="none of the data set's"):
         align_classes({0: "background", 1: "cat"}, ("background", "dog"))
+
+
+def test_several_classes_of_a_model_may_be_one_of_the_labels() -> None:
+    alignment = align_classes(
+        {0: "background", 1: "car", 2: "lorry"},
+        ("background", "vehicle"),
+        renamed={"car": "vehicle", "lorry": "vehicle"},
+    )
+    assert alignment.names == ("background", "vehicle")
+    assert alignment.class_ids(np.array([[0, 1, 2]], dtype=np.uint8)).tolist() == [[0, 1, 1]]
+    with pytest.raises(UsageError, match="'bike' is no class of the model"):
+        align_classes({0: "car"}, ("car",), renamed={"bike": "car"})
+    with pytest.raises(UsageError, match="'bike' is no class of the data set"):
+        align_classes({0: "car"}, ("car",), renamed={"car": "bike"})
+
+
+def test_detectors_are_cut_where_others_are_not() -> None:
+    assert counting_score(untrained_card("net", task="instance")) == 0.0
+    assert counting_score(small_card("maskrcnn_mobilenet_v3_large_fpn")) == 0.5
+    truth = Labels(*SIZE, objects=(labelled(box(0, 5, 0, 5)),))
+    doubtful = [found(box(0, 5, 0, 5), 0.3)]
+    row = measure_image(np.zeros(SIZE, dtype=np.uint8), doubtful, truth, min_score=0.5)
+    assert [(one["matched"], one["predicted"], one["actual"]) for one in row["panoptic"]] == [(0, 0, 1)]
+    assert [one["score"] for one in row["detections"]] == [0.3]
 
 
 def test_classes_of_the_model_alone_are_wrong_wherever_they_are() -> None:
