@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.corpus.decode import decode
 from pipeline.errors import ImageError, StorageError, UsageError
+from pipeline.insight.original import ReplacedError, original_pixels
 from pipeline.insight.overlay import brightened, class_labels, instance_labels, painted
-from pipeline.storage import open_storage, uri_name
+from pipeline.storage import uri_name
 from pipeline.table.catalog import connect
 
 _MARGIN_PX = 12
@@ -119,7 +119,7 @@ def _draw_tile(row: Mapping[str, Any], config: SheetConfig) -> Image.Image:
             facts = _facts(row)
         except (StorageError, ImageError) as error:
             trouble = f"the image cannot be shown now ({error.kind})"
-        except _ReplacedError:
+        except ReplacedError:
             trouble = "the image was replaced since"
     if trouble:
         _write_lines(pen, plain_text(trouble), (14, 14), width_px=size_px - 28, lines=8)
@@ -130,19 +130,9 @@ def _draw_tile(row: Mapping[str, Any], config: SheetConfig) -> Image.Image:
     return tile
 
 
-class _ReplacedError(Exception):
-    """The image is not the one that the row is about."""
-
-
 def _picture(row: Mapping[str, Any], config: SheetConfig) -> Image.Image:
     """The image with its mask, fitted into a tile."""
-    uri = row["image_uri"]
-    blob = open_storage(uri, profile=config.source_profile).get(uri)
-    if blob.etag != row["image_etag"]:
-        raise _ReplacedError(uri)
-    pixels = decode(blob.data, max_pixels=config.max_pixels).pixels
-    if pixels.shape[:2] != (row["height"], row["width"]):
-        raise _ReplacedError(uri)
+    pixels = original_pixels(row, max_pixels=config.max_pixels, profile=config.source_profile)
     scale = config.tile_px / max(row["height"], row["width"])
     size = max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale))
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)

@@ -88,28 +88,35 @@ def drift(
     share of every class (0 where an image has none of it), and for instance models the number of objects. Masks are not
     read. Raises UsageError where there is no such run, StorageError where the table cannot be read. Changes nothing.
     """
-    config = config or DriftConfig()
     dest = normalize_uri(dest)
     connection = open_table(open_storage(dest, profile=profile), dest, temp_path=os.environ.get("TMPDIR", "/tmp"))
     try:
-        chosen = _choose(connection, dest, run_id)
-        earlier = _earlier(connection, chosen, config.runs)
-        about: dict[str, Any] = {
-            "run_id": chosen.run_id,
-            "model": chosen.model,
-            "model_version": chosen.version,
-            "earlier_runs": earlier,
-        }
-        if not earlier:
-            return DriftReport(state="no_earlier_runs", **about)
-        now = _sample(connection, chosen, [chosen.run_id], config.sample_images)
-        before = _sample(connection, chosen, earlier, config.sample_images)
-        about |= {"images": now.images, "earlier_images": before.images}
-        if min(now.images, before.images) < config.least_images:
-            return DriftReport(state="too_few_images", **about)
-        return DriftReport(state="compared", shifts=compare(now.filled(before), before.filled(now), config), **about)
+        return drift_seen_by(connection, dest, run_id, config)
     finally:
         connection.close()
+
+
+def drift_seen_by(
+    connection: Any, dest: str, run_id: str | None = None, config: DriftConfig | None = None
+) -> DriftReport:
+    """As `drift`, for a table that is open already."""
+    config = config or DriftConfig()
+    chosen = _choose(connection, dest, run_id)
+    earlier = _earlier(connection, chosen, config.runs)
+    about: dict[str, Any] = {
+        "run_id": chosen.run_id,
+        "model": chosen.model,
+        "model_version": chosen.version,
+        "earlier_runs": earlier,
+    }
+    if not earlier:
+        return DriftReport(state="no_earlier_runs", **about)
+    now = _sample(connection, chosen, [chosen.run_id], config.sample_images)
+    before = _sample(connection, chosen, earlier, config.sample_images)
+    about |= {"images": now.images, "earlier_images": before.images}
+    if min(now.images, before.images) < config.least_images:
+        return DriftReport(state="too_few_images", **about)
+    return DriftReport(state="compared", shifts=compare(now.filled(before), before.filled(now), config), **about)
 
 
 class _Run(NamedTuple):
