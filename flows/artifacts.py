@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 from prefect.artifacts import (
     create_image_artifact,
+    create_link_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
@@ -24,6 +25,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from pipeline.config import SegmentConfig
 from pipeline.engine.outcome import Event, Outcome, Preview
 from pipeline.errors import BYTES_KINDS, MaskmillError, UsageError
+from pipeline.insight.aftermath import has_report, report_uri
 from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
 from pipeline.insight.drift import drift
 
@@ -132,6 +134,17 @@ def show_sheet(config: SegmentConfig, model_name: str) -> int:
         url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     create_image_artifact(url, key="segment-sheet", description=f"{tiles} images of {config.dest}, with their masks")
     return tiles
+
+
+def show_report(config: SegmentConfig, outcome: Outcome) -> None:
+    """A link to the report of each run that has one."""
+    for run_id in outcome.runs:
+        try:
+            if has_report(config.dest, run_id, profile=config.dest_profile):
+                uri = report_uri(config.dest, run_id)
+                create_link_artifact(uri, link_text=uri, key="segment-report", description=f"Report of run {run_id}")
+        except MaskmillError as error:
+            log.warning("no link to a report: %s", error)
 
 
 def show_drift(config: SegmentConfig, outcome: Outcome) -> None:

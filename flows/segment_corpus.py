@@ -87,9 +87,10 @@ def segment(config: SegmentConfig, corpus: Corpus) -> Outcome:
 
 @task(name="report", cache_policy=NO_CACHE)
 def report(config: SegmentConfig, outcome: Outcome) -> None:
-    """Tables, a contact sheet, events."""
+    """Tables, a contact sheet, a link to the report, events."""
     artifacts.show_outcome(outcome, config.dest)
     artifacts.show_sheet(config, outcome.model_name)
+    artifacts.show_report(config, outcome)
     artifacts.show_drift(config, outcome)
     artifacts.announce(outcome, config.dest)
 

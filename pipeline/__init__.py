@@ -25,6 +25,7 @@ __all__ = [
     "list_runs",
     "models",
     "plan",
+    "report",
     "segment",
     "show_run",
     "verify",
@@ -36,12 +37,34 @@ def segment(config: Any = None, /, **settings: Any) -> Outcome:
 
     The keywords are the fields of `pipeline.config.SegmentConfig`; a ready config may be given instead. `listen`,
     `should_stop` and `corpus` are handed on to `pipeline.engine.run.segment`, which says what is guaranteed and raised.
+
+    Unless `report` is off, every run that this call closes gets its `report.html` and `drift.json`; where that fails it
+    is a warning. See `pipeline.insight.aftermath.leave_behind`.
     """
     from pipeline.config import SegmentConfig
     from pipeline.engine import run
 
     hooks = {key: settings.pop(key) for key in ("listen", "should_stop", "corpus") if key in settings}
-    return run.segment(config or SegmentConfig(**settings), **hooks)
+    config = config or SegmentConfig(**settings)
+    outcome = run.segment(config, **hooks)
+    should_stop = hooks.get("should_stop")
+    if config.report and outcome.runs and not (should_stop and should_stop()):
+        _leave_reports(config, outcome, hooks.get("listen"))
+    return outcome
+
+
+def _leave_reports(config: SegmentConfig, outcome: Outcome, listen: Any) -> None:
+    from pipeline.engine.outcome import Event
+    from pipeline.insight.aftermath import leave_behind
+    from pipeline.insight.gallery import GalleryConfig
+    from pipeline.insight.report import ReportConfig
+
+    warn = (lambda text: listen(Event("warning", text))) if listen else None
+    gallery = GalleryConfig(source_profile=config.source_profile)
+    wanted = ReportConfig(gallery=gallery, dest_profile=config.dest_profile)
+    for uri in leave_behind(config.dest, outcome.runs, wanted, warn=warn):
+        if listen:
+            listen(Event("note", f"report: {uri}"))
 
 
 def plan(config: SegmentConfig, *, scratch: Path) -> Preview:
@@ -83,6 +106,23 @@ def evaluate(config: Any = None, /, **settings: Any) -> Assessment:
 
     hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
     return assessment.evaluate(config or assessment.EvaluateConfig(**settings), **hooks)
+
+
+def report(
+    dest: str,
+    run_id: str | None = None,
+    *,
+    out: str | Path = "report.html",
+    source_profile: str | None = None,
+    dest_profile: str | None = None,
+) -> Any:
+    """A run of `dest` as one HTML page at `out`, a path or URL; default: the newest finished run that has rows. See
+    `pipeline.insight.report.write_report`; its `ReportConfig` says what is shown, and how much of it."""
+    from pipeline.insight.gallery import GalleryConfig
+    from pipeline.insight.report import ReportConfig, write_report
+
+    gallery = GalleryConfig(source_profile=source_profile)
+    return write_report(dest, run_id, out=out, config=ReportConfig(gallery=gallery, dest_profile=dest_profile))
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands import evaluation, models, runs, segment, tables
+from pipeline.commands import evaluation, models, report, runs, segment, tables
 from pipeline.commands.options import INFRASTRUCTURE, INTERRUPTED, OK, USAGE
 from pipeline.errors import MaskmillError, UsageError
 
@@ -41,6 +41,7 @@ app.command()(segment.segment)
 app.command()(evaluation.evaluate)
 for command in (tables.sheet, tables.query, tables.verify, tables.drift):
     app.command()(command)
+app.command()(report.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 

@@ -48,6 +48,7 @@ class SegmentConfig(BaseModel):
     retry_errors: bool = Field(False, description="Take up again every image whose newest row is an error.")
     force: bool = Field(False, description="Process every image of SOURCE again.")
     max_error_rate: float = Field(0.05, ge=0, le=1, description="Above this share of errors the exit status is 3.")
+    report: bool = Field(True, description="Leave an HTML report beside the record of every run that is closed.")
     wait: bool = Field(False, description="Wait for a run that another live driver holds, instead of giving up.")
     ray_address: str | None = Field(None, description="Address of a running Ray cluster.")
     source_profile: str | None = Field(None, description="AWS profile for SOURCE.")

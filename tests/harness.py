@@ -36,8 +36,8 @@ from pipeline.storage import Storage, open_storage
 #: An environment variable that every process below a command inherits: its value tells whose processes they are.
 MARK = "MASKMILL_TEST_MARK"
 #: The frozen batch shape, precision and thread count under which masks must be equal bit for bit; and as flags.
-SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32"}
-SHAPE_FLAGS = ("--batch-size", "4", "--threads", "1", "--precision", "fp32")
+SHAPE: dict[str, Any] = {"batch_size": 4, "threads": 1, "precision": "fp32", "report": False}
+SHAPE_FLAGS = ("--batch-size", "4", "--threads", "1", "--precision", "fp32", "--no-report")
 
 
 def write_tiny_model(path: Path, *, task: str = "semantic", name: str = "tiny", seed: int = 0) -> Path:

@@ -32,6 +32,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     max_error_rate: Annotated[float, option("Above this share of errors: exit status 3.", metavar="SHARE")] = 0.05,
     dry_run: Annotated[bool, option("Only print the plan.", "--dry-run")] = False,
     wait: Annotated[bool, option("Wait for a run that another live driver holds.", "--wait")] = False,
+    report: Annotated[bool, option("Leave an HTML report beside the run's record.", "--report/--no-report")] = True,
     as_json: Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")] = False,
     limit: Annotated[
         int | None, option("At most this many of the images that are left.", panel=_WHICH, metavar="N")
@@ -127,7 +128,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
-        settings=settings, compile=compiled,
+        settings=settings, compile=compiled, report=report,
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

@@ -70,7 +70,7 @@ def color_text(rgb: Sequence[int]) -> str:
 
 def pace(questions: Questions, totals: Mapping[str, Any]) -> list[Card]:
     """Rows a second, and milliseconds a stage, over the time of the run."""
-    answer, step_s = questions.pace(totals["seconds"] or 0)
+    answer, step_s = questions.pace(totals["seconds"] or 0, totals["images"])
     found = answer.records()
     if not found or not totals["seconds"]:
         return []
@@ -117,7 +117,7 @@ def bottleneck(totals: Mapping[str, Any], busy: float | None) -> tuple[str, str]
     """(The stage that limits the run, why). The model, where it was hardly ever idle; else the stage in which an image
     spent most of its time before and after it: a hint, since the record does not say how many were in it at once."""
     if busy is not None and busy >= _MODEL_IS_BUSY:
-        return "the model", f"it was busy {busy:.0%} of the time"
+        return "model", f"it was busy {busy:.0%} of the time"
     waits = {stage: totals[_column(stage)] for stage in ("fetch", "decode", "encode") if totals[_column(stage)]}
     if not waits:
         return "unknown", "no stage was timed"

@@ -90,7 +90,7 @@ def histogram(
         "mark": {"type": "bar", "color": "var(--accent)", "stroke": "var(--surface)", "strokeWidth": 0.5},
         "encoding": {
             "x": {
-                "field": "low", "type": "quantitative", "scale": {"zero": False, "nice": False},
+                "field": "low", "type": "quantitative", "bin": "binned", "scale": {"zero": False, "nice": False},
                 "axis": {"title": title, "grid": False, "format": style},
             },
             "x2": {"field": "high"},
@@ -123,7 +123,7 @@ def columns(
         },
     }
     if "ended" in rows[0]:
-        spec["encoding"]["x2"] = {"field": "ended"}  # type: ignore[index]
+        spec["encoding"] |= {"x": {"bin": "binned"} | dict(x), "x2": {"field": "ended"}}  # type: ignore[operator]
     return _svg(name, description, spec)
 
 

@@ -14,6 +14,8 @@ from pipeline.errors import UsageError
 from pipeline.table.catalog import sql_text, unreadable
 
 _BUCKETS = 60
+#: With fewer images in a step the pace is noise.
+_STEP_IMAGES = 10
 _BINS = 40
 _STEPS_S = (
     0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400, 604800,
@@ -98,9 +100,10 @@ class Questions:
             f"  avg(encode_ms) AS encode_ms\n{self._asked.rows}"
         ).records()[0]
 
-    def pace(self, seconds: float) -> tuple[Answer, float]:
+    def pace(self, seconds: float, images: int) -> tuple[Answer, float]:
         """Rows and mean milliseconds per stage, over time; and the length of a step in seconds."""
-        step_s = next((step for step in _STEPS_S if seconds / step <= _BUCKETS), _STEPS_S[-1])
+        steps = max(_BUCKETS // 5, min(_BUCKETS, images // _STEP_IMAGES))
+        step_s = next((step for step in _STEPS_S if seconds / step <= steps), _STEPS_S[-1])
         answer = self.ask(
             f"SELECT time_bucket(INTERVAL '{round(step_s * 1000)} milliseconds', processed_at) AS began,\n"
             "  count(*) FILTER (status = 'ok') AS ok, count(*) FILTER (status = 'error') AS errors,\n"

@@ -205,7 +205,7 @@ class _Page:
             ("Model", f"{plan['model_name']} {plan['model_version']}"),
             ("Architecture", str(plan["card"].get("architecture", ""))),
             ("Trained on", _trained(plan["card"])),
-            ("Measured", _measured(plan["card"])),
+            ("Measured", _measured(plan["card"], plan["precision"])),
             ("Settings", f"{plan['settings_digest']}, {plan['precision']}"),
             ("Batches", f"{plan['batch_size']} images, {count_text(plan['threads'], 'thread')} a worker"),
             ("Workers", _workers(record.get("workers") or [])),
@@ -295,13 +295,13 @@ def _trained(card: Mapping[str, Any]) -> str:
     return visible(", ".join(parts))
 
 
-def _measured(card: Mapping[str, Any]) -> str:
-    """Figures of the card, nested or not, as `val fp32 foreground_iou 0.87`."""
+def _measured(card: Mapping[str, Any], precision: str) -> str:
+    """Figures of the card, nested or not, as `val bf16 foreground_iou 0.87`; of several precisions the run's own."""
     found: list[str] = []
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping):
-            for key, inner in value.items():
+            for key, inner in ({precision: value[precision]} if precision in value else value).items():
                 walk(f"{prefix} {key}".strip(), inner)
         elif isinstance(value, float):
             found.append(f"{prefix} {value:.3g}")

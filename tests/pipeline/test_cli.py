@@ -76,7 +76,7 @@ class Place(NamedTuple):
 
 @pytest.fixture
 def place(tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]) -> Place:
-    options = ("--model", str(semantic_model), "--precision", "fp32", "--threads", "1")
+    options = ("--model", str(semantic_model), "--precision", "fp32", "--threads", "1", "--no-report")
     return Place(image_folder(3), tmp_path / "dest", options)
 
 
