@@ -12,12 +12,14 @@ from pipeline import screen
 from pipeline.commands.options import Dest, DestProfile, Json
 
 
-def report(
+def report(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
     dest: Dest,
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the newest finished run with images.")
     ] = None,
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The HTML to write: a path or URL.")] = "report.html",
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="The HTML to write: a path or URL.")
+    ] = "report.html",
     source_profile: Annotated[
         str | None, typer.Option("--source-profile", metavar="NAME", help="AWS profile for the images.")
     ] = None,

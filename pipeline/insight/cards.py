@@ -37,7 +37,7 @@ class Card(NamedTuple):
     more_rows: int = 0
 
 
-def _card(key: str, title: str, note: str, svg: str, alt: str, answer: Answer) -> Card:
+def _card(key: str, title: str, note: str, svg: str, *, alt: str, answer: Answer) -> Card:
     rows = [tuple(_cell(value) for value in row) for row in answer.rows[:_TABLE_ROWS]]
     return Card(key, title, note, svg, alt, answer.sql, answer.columns, rows, max(0, len(answer.rows) - _TABLE_ROWS))
 
@@ -93,7 +93,8 @@ def pace(questions: Questions, totals: Mapping[str, Any]) -> list[Card]:
     alt = f"Images per second over the run, in steps of {step_s:g} s: {fastest:,.1f} at most."
     colors = _ROWS if totals["errors"] else {"ok": _ROWS["ok"]}
     svg = charts.columns("pace", alt, rows, title="images/s", colors=colors, x=x)
-    cards = [_card("pace", "Throughput", f"Steps of {step_s:g} s; the first and last are cut.", svg, alt, answer)]
+    note = f"Steps of {step_s:g} s; the first and last are cut."
+    cards = [_card("pace", "Throughput", note, svg, alt=alt, answer=answer)]
     lines = [
         {"at": (one["began"] - start).total_seconds() / unit_s, "part": stage, "value": one[stage],
          "says": f"{stage}: {one[stage]:,.1f} ms an image"}
@@ -105,7 +106,7 @@ def pace(questions: Questions, totals: Mapping[str, Any]) -> list[Card]:
         alt = f"Milliseconds an image in each stage over the run; means: {means}."
         svg = charts.lines("stages", alt, lines, title="ms/image", colors=_STAGES, x=x)
         note = "Stages overlap, and several images are in each at once: the longest is not always the one that limits."
-        cards.append(_card("stages", "Time in each stage", note, svg, alt, answer))
+        cards.append(_card("stages", "Time in each stage", note, svg, alt=alt, answer=answer))
     return cards
 
 
@@ -117,13 +118,13 @@ def bottleneck(totals: Mapping[str, Any], busy: float | None) -> tuple[str, str]
     """(The stage that limits the run, why). The model, where it was hardly ever idle; else the stage in which an image
     spent most of its time before and after it: a hint, since the record does not say how many were in it at once."""
     if busy is not None and busy >= _MODEL_IS_BUSY:
-        return "model", f"it was busy {busy:.0%} of the time"
+        return "model", f"busy {busy:.0%} of the time"
     waits = {stage: totals[_column(stage)] for stage in ("fetch", "decode", "encode") if totals[_column(stage)]}
     if not waits:
         return "unknown", "no stage was timed"
     longest = max(waits, key=lambda stage: waits[stage])
-    idle = "" if busy is None else f"the model was busy only {busy:.0%} of the time, and "
-    return longest, f"{idle}an image spent {waits[longest]:,.1f} ms in {longest}, longer than before or after"
+    idle = "" if busy is None else f"; the model was busy {busy:.0%} of the time"
+    return longest, f"{waits[longest]:,.1f} ms an image{idle}"
 
 
 def history(questions: Questions) -> list[Card]:
@@ -144,7 +145,7 @@ def history(questions: Questions) -> list[Card]:
          "axis": {"title": "run (month-day)", "labelExpr": labels, "labelAngle": 0, "labelOverlap": True}}  # fmt: skip
     alt = f"Images of the last {len(found)} runs of this model; this one has {found[-1]['ok'] + found[-1]['errors']:,}."
     svg = charts.columns("history", alt, rows, title="images", colors=_ROWS, x=x)
-    return [_card("history", "Run by run", "The last one is this one.", svg, alt, answer)]
+    return [_card("history", "Run by run", "The last one is this one.", svg, alt=alt, answer=answer)]
 
 
 def classes(questions: Questions, colors: Mapping[str, str], ok: int) -> list[Card]:
@@ -167,12 +168,12 @@ def classes(questions: Questions, colors: Mapping[str, str], ok: int) -> list[Ca
     ]  # fmt: skip
     alt = "Share of all pixels by class: " + ", ".join(f"{one['name']} {one['share']:.1%}" for one in found[:8]) + "."
     coverage = charts.bars("coverage", alt, pixels, title="share of all pixels", style=".0%")
-    cards = [_card("coverage", "Class coverage", note, coverage, visible(alt), answer)]
+    cards = [_card("coverage", "Class coverage", note, coverage, alt=visible(alt), answer=answer)]
     alt = "Share of images that have the class: " + ", ".join(
         f"{one['name']} {one['images'] / ok:.0%}" for one in found[:8]
     )
     presence = charts.bars("presence", alt, images, title="share of images", style=".0%")
-    return [*cards, _card("presence", "Images with each class", note, presence, visible(alt) + ".", answer)]
+    return [*cards, _card("presence", "Images with each class", note, presence, alt=visible(alt) + ".", answer=answer)]
 
 
 def objects(questions: Questions, colors: Mapping[str, str], totals: Mapping[str, Any]) -> list[Card]:
@@ -189,7 +190,7 @@ def objects(questions: Questions, colors: Mapping[str, str], totals: Mapping[str
     ]  # fmt: skip
     alt = "Objects by class: " + ", ".join(f"{one['name']} {one['objects']:,}" for one in found[:8]) + "."
     svg = charts.bars("objects", alt, rows, title="objects", style="~s", whole=True)
-    cards = [_card("objects", "Objects by class", "", svg, visible(alt), answer)]
+    cards = [_card("objects", "Objects by class", "", svg, alt=visible(alt), answer=answer)]
     answer = questions.crowding(totals["most_objects"])
     starts = [one["objects"] for one in answer.records()]
     step = max(1, -(-(totals["most_objects"] + 1) // 40))
@@ -200,7 +201,7 @@ def objects(questions: Questions, colors: Mapping[str, str], totals: Mapping[str
     ]  # fmt: skip
     alt = f"How many objects images have: {min(starts)} to {totals['most_objects']}, {totals['objects']:,} in all."
     svg = charts.histogram("crowding", alt, bins, title="objects in an image")
-    return [*cards, _card("crowding", "Objects per image", "", svg, alt, answer)]
+    return [*cards, _card("crowding", "Objects per image", "", svg, alt=alt, answer=answer)]
 
 
 def _range(low: int, step: int) -> str:
@@ -222,7 +223,7 @@ def confidence(questions: Questions, totals: Mapping[str, Any]) -> list[Card]:
         f"{totals['confidence']:.3f} on average."
     )
     svg = charts.histogram("confidence", alt, bins, title="mean confidence of an image")
-    return [_card("confidence", "Confidence", f"Mean {totals['confidence']:.3f}.", svg, alt, answer)]
+    return [_card("confidence", "Confidence", f"Mean {totals['confidence']:.3f}.", svg, alt=alt, answer=answer)]
 
 
 def errors(questions: Questions) -> list[Card]:
@@ -238,7 +239,7 @@ def errors(questions: Questions) -> list[Card]:
     ]  # fmt: skip
     alt = "Failed images by kind: " + ", ".join(f"{one['error_kind']} {one['images']:,}" for one in found) + "."
     svg = charts.bars("errors", alt, rows, title="images", style="~s", whole=True)
-    return [_card("errors", "Errors by kind", "", svg, alt, answer)]
+    return [_card("errors", "Errors by kind", "", svg, alt=alt, answer=answer)]
 
 
 def drift(questions: Questions, report: DriftReport) -> list[Card]:
@@ -262,5 +263,5 @@ def drift(questions: Questions, report: DriftReport) -> list[Card]:
         alt = f"{_WORDS[name]} over the last {len(rows)} runs: {before:.4g} before, {now:.4g} now."
         svg = charts.band(f"drift-{name}", alt, rows, color="var(--alert)" if name in moved else "var(--accent)")
         note = f"{before:.3g} → {now:.3g}" + (": drifted" if name in moved else "")
-        cards.append(_card(f"drift-{name}", _WORDS[name].capitalize(), note, svg, alt, answer))
+        cards.append(_card(f"drift-{name}", _WORDS[name].capitalize(), note, svg, alt=alt, answer=answer))
     return cards

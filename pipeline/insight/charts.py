@@ -81,9 +81,7 @@ def bars(
     return _svg(name, description, spec | {"data": _records(filled)}, height_px=50 + _ROW_PX * max(1, len(rows)))
 
 
-def histogram(
-    name: str, description: str, rows: Sequence[Mapping[str, Any]], *, title: str, style: str = "~g"
-) -> str:
+def histogram(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, title: str, style: str = "~g") -> str:
     """Columns from `low` to `high` (in units of `title`) of height `images`, with `says`."""
     spec = {
         "data": _records(rows),
@@ -161,6 +159,7 @@ def band(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, colo
         "axis": {"title": None, "labels": False, "ticks": False},
     }  # fmt: skip
     scale = {"zero": False, "nice": True}
+    low, high = {"field": "p10", "type": "quantitative", "scale": scale}, {"field": "p90"}
     mean = {"field": "mean", "type": "quantitative", "scale": scale, "axis": {"title": None, "tickCount": 3}}
     says = {"field": "says", "type": "nominal"}
     spec = {
@@ -168,9 +167,12 @@ def band(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, colo
         "layer": [
             {
                 "mark": {"type": "area", "color": color, "opacity": 0.18, "aria": False},
-                "encoding": {"x": x, "y": {"field": "p10", "type": "quantitative", "scale": scale}, "y2": {"field": "p90"}},
+                "encoding": {"x": x, "y": low, "y2": high},
             },
-            {"mark": {"type": "line", "color": color, "strokeWidth": 2, "aria": False}, "encoding": {"x": x, "y": mean}},
+            {
+                "mark": {"type": "line", "color": color, "strokeWidth": 2, "aria": False},
+                "encoding": {"x": x, "y": mean},
+            },
             {
                 "mark": {"type": "point", "filled": True, "color": color},
                 "encoding": {

@@ -75,8 +75,8 @@ class _Layers(NamedTuple):
 def make_pictures(rows: Sequence[Mapping[str, Any]], config: GalleryConfig) -> dict[str, Picture]:
     """A Picture for each of these rows of `segments` (that are ok, masks included), by URI.
 
-    Never raises for what is wrong with an image or its source: the picture then says it. Memory: `rows`, the pictures at
-    their largest, and up to eight decoded images of `max_pixels`.
+    Never raises for what is wrong with an image or its source: the picture then says it. Memory: `rows`, the pictures
+    at their largest, and up to eight decoded images of `max_pixels`.
     """
     drawn: dict[str, _Layers | str] = {}
     deadline_s = time.monotonic() + config.timeout_s

@@ -70,7 +70,8 @@ def choose_run(connection: Any, dest: str, run_id: str | None) -> Asked:
 
 
 class Questions:
-    """The figures of one run. Every method runs one query, of flat columns unless it says otherwise: no mask is read."""
+    """The figures of one run. Every method runs one query, of flat columns unless it says otherwise; only `masks` reads
+    masks."""
 
     def __init__(self, connection: Any, dest: str, asked: Asked) -> None:
         self._connection = connection

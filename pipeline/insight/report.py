@@ -22,15 +22,13 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.insight import cards
+from pipeline.insight import cards, facts
 from pipeline.insight.cards import Card, count_text, visible
 from pipeline.insight.drift import DriftConfig, DriftReport, drift_seen_by
 from pipeline.insight.gallery import GalleryConfig, Picture, make_pictures
 from pipeline.insight.questions import Answer, Asked, Questions, choose_run
 from pipeline.storage import join_uri, normalize_uri, open_storage, uri_name
 from pipeline.table.catalog import open_table
-
-_FOUND_NAMES = 12
 
 
 class ReportConfig(BaseModel):
@@ -133,9 +131,8 @@ class _Page:
         self._plan: Mapping[str, Any] = record["plan"]
         self._config = config
         self._totals = questions.totals()
-        self._colors = {
-            one["name"]: cards.color_text(one["color"]) for one in self._plan["card"].get("classes", []) if any(one["color"])
-        }  # fmt: skip
+        classes = self._plan["card"].get("classes", [])
+        self._colors = {one["name"]: cards.color_text(one["color"]) for one in classes if any(one["color"])}
 
     def render(self, dest: str, drift: DriftReport | None) -> str:
         """The whole file."""
@@ -157,7 +154,8 @@ class _Page:
         return _template().render(
             run=self._asked, dest=visible(dest), totals=totals, plan=self._plan, record=self._record,
             script=Markup(script), script_digest=digest, style=Markup(_page_file("report.css")),
-            figures=self._figures(limit), facts=self._facts(), limit=limit, charts=charts,
+            figures=facts.headline(totals, self._record, limit),
+            facts=facts.facts(totals, self._record, self._questions.formats()), charts=charts,
             sections=sections, pictures=_for_script(sections),
             drift=drift, drift_cards=cards.drift(self._questions, drift) if drift else [],
             classes=[one | {"css": cards.color_text(one["color"])} for one in self._plan["card"].get("classes", [])],
@@ -165,57 +163,6 @@ class _Page:
             settings_json=json.dumps(_settings(self._plan), indent=1, ensure_ascii=False),
             made_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )  # fmt: skip
-
-    def _figures(self, limit: tuple[str, str] | None) -> list[tuple[str, str, str]]:
-        """The figures at the top: (value, what it is, a remark)."""
-        totals, record = self._totals, self._record
-        rate = totals["errors"] / totals["images"] if totals["images"] else 0.0
-        found = [
-            (f"{totals['images']:,}", "images", f"of {self._plan['counts']['images']:,} in the corpus"),
-            (f"{totals['errors']:,}", "errors", f"{rate:.2%}" if totals["errors"] else "none"),
-        ]
-        if totals["task"] == "instance":
-            found.append((f"{totals['objects']:,}", "objects", f"{totals['objects'] / max(1, totals['ok']):,.1f} an image"))
-        if totals["confidence"] is not None:
-            found.append((f"{totals['confidence']:.3f}", "mean confidence", f"from {totals['least_confidence']:.3f}"))
-        if totals["foreground"] is not None:
-            found.append((f"{totals['foreground']:.0%}", "foreground", "mean share of an image"))
-        if record.get("seconds"):
-            found.append((f"{record['images_per_s']:,.1f}", "images a second", f"{record['seconds']:,.1f} s of work"))
-        if limit:
-            found.append((limit[0], "limits the speed", limit[1]))
-        return found
-
-    def _facts(self) -> list[tuple[str, str]]:
-        """What ran, line by line."""
-        plan, record, totals = self._plan, self._record, self._totals
-        counts = plan["counts"]
-        parts = [f"{counts[name]:,} {words}" for name, words in (
-            ("new", "new"), ("changed", "changed"), ("failed_before", "failed before"), ("repeated", "done once more"),
-            ("done", "done before"), ("held", "held by other runs"),
-        ) if counts.get(name)]  # fmt: skip
-        formats = [
-            f"{one['images']:,} {one['image_format']}" for one in self._questions.formats().records()
-        ]
-        facts = [
-            ("Corpus", visible(plan["command"]["source"])),
-            ("Its images", f"{counts['images']:,}: {', '.join(parts)}" if parts else f"{counts['images']:,}"),
-            ("Formats", ", ".join(formats)),
-            ("Median size", f"{totals['median_megapixels']:.2f} megapixels" if totals["median_megapixels"] else ""),
-            ("Model", f"{plan['model_name']} {plan['model_version']}"),
-            ("Architecture", str(plan["card"].get("architecture", ""))),
-            ("Trained on", _trained(plan["card"])),
-            ("Measured", _measured(plan["card"], plan["precision"])),
-            ("Settings", f"{plan['settings_digest']}, {plan['precision']}"),
-            ("Batches", f"{plan['batch_size']} images, {count_text(plan['threads'], 'thread')} a worker"),
-            ("Workers", _workers(record.get("workers") or [])),
-            ("Began", plan["created_at"][:19].replace("T", " ") + " UTC"),
-            ("Ended", record["closed_at"][:19].replace("T", " ") + " UTC" if "closed_at" in record else "still open"),
-            ("Table", f"{count_text(record['parts'], 'Part')}, {record['parts_bytes'] / 1e6:,.2f} MB"
-             if "parts" in record else ""),
-            ("Filed under", plan["run_date"]),
-        ]  # fmt: skip
-        return [(name, value) for name, value in facts if value]
 
     def _sections(self) -> list[_Section]:
         config, ask = self._config, self._questions
@@ -242,12 +189,11 @@ class _Page:
             tiles = []
             for one in answer.records():
                 uri = one["image_uri"]
-                caption = _caption(rows[uri])
+                caption = _caption(rows[uri], self._plan["card"])
                 if key == "rare":
                     caption = f"{visible(one['name'])} {one['fraction']:.1%}, in {count_text(one['images'], 'image')}"
-                tiles.append(
-                    _Tile(f"p{numbers[uri]}", visible(uri_name(uri)), visible(uri), caption, pictures[uri], uri not in seen)
-                )  # fmt: skip
+                name, is_first = visible(uri_name(uri)), uri not in seen
+                tiles.append(_Tile(f"p{numbers[uri]}", name, visible(uri), caption, pictures[uri], is_first))
                 seen.add(uri)
             sections.append(_Section(key, title, note, answer.sql, tiles))
         if self._totals["errors"]:
@@ -257,17 +203,20 @@ class _Page:
                       f"{one['error_kind']}: {visible(one['error_message'] or 'no message')}", None, True)
                 for one in answer.records()
             ]  # fmt: skip
-            note = f"{len(tiles):,} of {count_text(self._totals['errors'], 'image')} that failed, of every kind in turn."
+            note = (
+                f"{len(tiles):,} of {count_text(self._totals['errors'], 'image')} that failed, of every kind in turn."
+            )
             sections.append(_Section("failed", "What failed, and why", note, answer.sql, tiles))
         return sections
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def _caption(row: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     number = len(row["instances"] or [])
+    has_background = card.get("background_id") is not None and row["foreground_fraction"] is not None
     parts = [
         count_text(number, "object") if row["task"] == "instance" else "",
         f"confidence {row['mean_confidence']:.3f}" if row["mean_confidence"] is not None else "",
-        f"{row['foreground_fraction']:.0%} foreground" if row["foreground_fraction"] is not None else "",
+        f"{row['foreground_fraction']:.0%} foreground" if has_background else "",
     ]
     return " · ".join(filter(None, parts))
 
@@ -285,45 +234,12 @@ def _settings(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": plan["settings"], "command": plan["command"]}
 
 
-def _trained(card: Mapping[str, Any]) -> str:
-    about = card.get("provenance") or {}
-    parts = [str(about[key]) for key in ("dataset", "source", "weights") if about.get(key)]
-    if about.get("images"):
-        parts.append(f"{about['images']:,} images")
-    if about.get("trained_at"):
-        parts.append(str(about["trained_at"])[:10])
-    return visible(", ".join(parts))
-
-
-def _measured(card: Mapping[str, Any], precision: str) -> str:
-    """Figures of the card, nested or not, as `val bf16 foreground_iou 0.87`; of several precisions the run's own."""
-    found: list[str] = []
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in ({precision: value[precision]} if precision in value else value).items():
-                walk(f"{prefix} {key}".strip(), inner)
-        elif isinstance(value, float):
-            found.append(f"{prefix} {value:.3g}")
-
-    walk("", card.get("metrics") or {})
-    return visible(", ".join(found[:_FOUND_NAMES]))
-
-
-def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
-    kinds: dict[str, int] = {}
-    for one in workers:
-        kind = f"{one.get('name') or one.get('device')} on {one.get('node')}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    listed = [f"{number} × {kind}" for kind, number in list(kinds.items())[:_FOUND_NAMES]]
-    more = len(kinds) - len(listed)
-    return visible(", ".join(listed) + (f" and {more} more" if more > 0 else ""))
-
-
 def _page_file(name: str) -> str:
     return resources.files("pipeline.insight").joinpath("page", name).read_text()
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(_page_file("report.html.j2"))

@@ -123,6 +123,19 @@
     room.scrollLeft = big.offsetWidth * x - room.clientWidth / 2;
     room.scrollTop = big.offsetHeight * y - room.clientHeight / 2;
   };
+  // What a pointer would find, for those who use none: each class, how often, and its mean score.
+  const inWords = (key) => {
+    const found = new Map();
+    for (const [name, score] of pictures[key] ? pictures[key].names : []) {
+      if (!name) continue;
+      const one = found.get(name) || { number: 0, sum: 0, scored: 0 };
+      one.number += 1;
+      if (score !== null) { one.sum += score; one.scored += 1; }
+      found.set(name, one);
+    }
+    return [...found].map(([name, one]) =>
+      (one.number > 1 ? one.number + " × " : "") + name + (one.scored ? " " + (one.sum / one.scored).toFixed(2) : "")).join(" · ");
+  };
   const show = (index) => {
     current = (index + tiles.length) % tiles.length;
     const tile = tiles[current], mask = tile.querySelector(".mask");
@@ -135,6 +148,7 @@
     $("viewer-name").textContent = tile.dataset.name;
     $("viewer-caption").textContent = tile.dataset.caption;
     $("viewer-uri").textContent = tile.dataset.uri;
+    $("viewer-names").textContent = inWords(tile.dataset.picture);
     labelMap(tile.dataset.picture);
     tip.hidden = true;
   };

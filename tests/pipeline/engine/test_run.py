@@ -45,8 +45,13 @@ class Bench:
 
     def segment(self, source: Path | str, **settings: Any) -> Outcome:
         self.told = []
-        defaults: dict[str, Any] = {"model": str(self.model), "precision": "fp32", "threads": 1, "lease_ttl_s": 1.0,
-                                    "report": False}
+        defaults: dict[str, Any] = {
+            "model": str(self.model),
+            "precision": "fp32",
+            "threads": 1,
+            "lease_ttl_s": 1.0,
+            "report": False,
+        }
         should_stop = settings.pop("should_stop", None)
         return pipeline.segment(
             source=str(source), dest=str(self.dest), listen=self.told.append, should_stop=should_stop,
@@ -532,7 +537,12 @@ def test_all_in_memory(memory_folder: str, semantic_model: Path) -> None:
     for index in range(3):
         files.pipe(f"{memory_folder}/photos/a b#{index}.png", encoded_image(index))
     dest = f"{memory_folder}/dest"
-    settings: dict[str, Any] = {"source": f"{memory_folder}/photos", "dest": dest, "model": str(semantic_model), "report": False}
+    settings: dict[str, Any] = {
+        "source": f"{memory_folder}/photos",
+        "dest": dest,
+        "model": str(semantic_model),
+        "report": False,
+    }
     assert pipeline.segment(**settings, shard_size=2, threads=1).ok == 3
     assert pipeline.segment(**settings).planned == 0
     assert pipeline.connect(dest).sql("SELECT count(*) FROM images").fetchall() == [(3,)]
