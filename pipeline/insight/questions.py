@@ -77,6 +77,7 @@ class Questions:
         self._connection = connection
         self._dest = dest
         self._asked = asked
+        self._classes: Answer | None = None
 
     def ask(self, sql: str) -> Answer:
         """Raises InfrastructureError where DEST cannot be read."""
@@ -122,8 +123,8 @@ class Questions:
         )
 
     def classes(self) -> Answer:
-        """Pixels, images and confidence of every class, the largest share first. Reads `classes`."""
-        return self.ask(
+        """Pixels, images and confidence of every class, the largest share first. Reads `classes`, once."""
+        self._classes = self._classes or self.ask(
             "SELECT c.class_id, c.name, sum(c.pixels) / any_value(total) AS share, count(*) AS images,\n"
             "  sum(c.mean_confidence * c.pixels) / sum(c.pixels) AS confidence, sum(c.regions)::BIGINT AS regions\n"
             "FROM (SELECT unnest(classes) AS c, (\n"
@@ -131,6 +132,7 @@ class Questions:
             f"{textwrap.indent(self._ok_rows(), '  ')})\n"
             "GROUP BY ALL ORDER BY share DESC, c.name"
         )
+        return self._classes
 
     def instances(self) -> Answer:
         """Objects of every class, the most frequent first. Reads `instances`, without their outlines."""
@@ -200,15 +202,14 @@ class Questions:
             f"ORDER BY mean_confidence, image_uri LIMIT {limit}"
         )
 
-    def rare_images(self, limit: int) -> Answer:
-        """For each of the classes that the fewest images have, those that have most of it. Reads `classes`."""
+    def rare_images(self, rarest: Sequence[str]) -> Answer:
+        """For each of these classes the two images that have most of it. Reads `classes`."""
+        listed = ", ".join(sql_text(name) for name in rarest)
         return self.ask(
-            "WITH c AS (SELECT image_uri, unnest(classes, recursive := true)\n"
-            f"{textwrap.indent(self._ok_rows(), '  ')}),\n"
-            f"rare AS (SELECT name, count(*) AS images FROM c GROUP BY name ORDER BY images, name LIMIT {limit // 2})\n"
-            "SELECT image_uri, name, images, fraction\nFROM c JOIN rare USING (name)\n"
+            "SELECT image_uri, name, fraction\nFROM (SELECT image_uri, unnest(classes, recursive := true)\n"
+            f"{textwrap.indent(self._ok_rows(), '  ')})\nWHERE name IN ({listed})\n"
             "QUALIFY row_number() OVER (PARTITION BY name ORDER BY fraction DESC, image_uri) <= 2\n"
-            f"ORDER BY images, name, fraction DESC LIMIT {limit}"
+            "ORDER BY name, fraction DESC, image_uri"
         )
 
     def failed_images(self, limit: int) -> Answer:

@@ -169,17 +169,20 @@ class _Page:
         if not self._totals["images"]:
             return []
         chosen: list[tuple[str, str, str, Answer]] = []
+        having: dict[str, int] = {}
+        rarest: list[str] = []
         if self._totals["ok"]:
+            having = {one["name"]: one["images"] for one in ask.classes().records()}
+            rarest = sorted(having, key=lambda name: (having[name], name))[: config.rare_images // 2]
             chosen += [
                 ("random", "A random sample", "The same images in every report of this run.",
                  ask.random_images(config.random_images)),
                 ("uncertain", "The least certain", "Lowest mean confidence first: the ones to look at, or to label.",
                  ask.uncertain_images(config.uncertain_images)),
             ]  # fmt: skip
-            rare = ask.rare_images(config.rare_images)
-            if len({one["name"] for one in rare.records()}) > 2:
+            if rarest and len(having) > 2:
                 note = "The classes that the fewest images have, and the images that have most of each."
-                chosen.append(("rare", "The rarest classes", note, rare))
+                chosen.append(("rare", "The rarest classes", note, ask.rare_images(rarest)))
         rows = {row["image_uri"]: row for row in ask.masks([row[0] for *_, answer in chosen for row in answer.rows])}
         pictures = make_pictures(list(rows.values()), config.gallery)
         numbers = {uri: index for index, uri in enumerate(rows)}
@@ -187,11 +190,16 @@ class _Page:
         sections = []
         for key, title, note, answer in chosen:
             tiles = []
-            for one in answer.records():
+            found = answer.records()
+            if key == "rare":
+                found.sort(key=lambda one: rarest.index(one["name"]))
+            for one in found:
                 uri = one["image_uri"]
                 caption = _caption(rows[uri], self._plan["card"])
                 if key == "rare":
-                    caption = f"{visible(one['name'])} {one['fraction']:.1%}, in {count_text(one['images'], 'image')}"
+                    caption = (
+                        f"{visible(one['name'])} {one['fraction']:.1%}, in {count_text(having[one['name']], 'image')}"
+                    )
                 name, is_first = visible(uri_name(uri)), uri not in seen
                 tiles.append(_Tile(f"p{numbers[uri]}", name, visible(uri), caption, pictures[uri], is_first))
                 seen.add(uri)

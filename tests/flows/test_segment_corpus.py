@@ -98,11 +98,14 @@ def test_too_many_errors_fail_the_run_with_the_reason(case: Case, tmp_path: Path
     (source / "broken.png").write_bytes(b"no picture")
     dest = tmp_path / "out"
     with pytest.raises(TooManyErrorsError, match=r"1 of 13 images failed \(1 not_an_image\), more than"), tags("gate"):
-        segment_corpus(**asked(case, dest, source=str(source)))
+        segment_corpus(**asked(case, dest, source=str(source), report=True))
     (run,) = site.api("flow_runs/filter", {"flow_runs": {"tags": {"all_": ["gate"]}}})
     assert run["state_type"] == "FAILED" and "1 not_an_image" in run["state"]["message"]
     assert len(terminal_rows(dest)) == IMAGES + 1
-    assert '"not_an_image"' in site.artifacts(run["id"])["segment-errors"]["data"]
+    shown = site.artifacts(run["id"])
+    assert '"not_an_image"' in shown["segment-errors"]["data"]
+    (report,) = dest.glob("runs/*/report.html")
+    assert report.as_uri() in shown["segment-report"]["data"]
     outcome = segment_corpus.fn(**asked(case, dest, source=str(source)))
     assert outcome is not None and outcome.runs == []
 
