@@ -160,7 +160,12 @@ def band(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, colo
     }  # fmt: skip
     scale = {"zero": False, "nice": True}
     low, high = {"field": "p10", "type": "quantitative", "scale": scale}, {"field": "p90"}
-    mean = {"field": "mean", "type": "quantitative", "scale": scale, "axis": {"title": None, "tickCount": 3}}
+    mean = {
+        "field": "mean",
+        "type": "quantitative",
+        "scale": scale,
+        "axis": {"title": None, "tickCount": 3, "format": ".3~g"},
+    }
     says = {"field": "says", "type": "nominal"}
     spec = {
         "data": _records(rows),
