@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos check bench clean
+.PHONY: help demo test chaos check bench up down clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -28,6 +28,12 @@ check: .venv/.dev ## lint, format, types, direction of imports
 
 bench: .venv/.dev ## every benchmark, one after the other: long
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+up: .venv/.dev ## Prefect, Ray and an S3 store on this machine, for the tour in README.md; ports in ARGS="..."
+	@$(BIN)/python infra/local_site.py up $(ARGS)
+
+down: ## end exactly those
+	@$(BIN)/python infra/local_site.py down
 
 clean: ## remove what the demo and the tools wrote; .venv stays
 	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
