@@ -12,11 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 import pipeline
 from flows.artifacts import LiveProgress
 from flows.logs import forwarded
 from pipeline.config import SegmentConfig
 from pipeline.corpus.manifest import Corpus
+from pipeline.engine import jobs
 from pipeline.engine.outcome import Event, Outcome
 
 #: Prefect kills a cancelled run's process 30 s after it asked, and Ray takes its time to end.
@@ -25,8 +28,22 @@ _CLOSE_TIMEOUT_S = 8.0
 _POLL_S = 0.5
 
 
-def drive(config: SegmentConfig, corpus: Corpus, logger: Any, progress: LiveProgress) -> Outcome:
-    """`pipeline.segment`, in a thread beside this one, so that Prefect's signal reaches this one at once.
+class Place(BaseModel):
+    """Where a call is driven from, beside what `SegmentConfig` says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ray_jobs_address: str | None = Field(
+        None,
+        description="A Ray cluster's Jobs API, http://HOST:8265: the run is a job there, which the flow follows.",
+    )
+
+
+def drive(
+    config: SegmentConfig, corpus: Corpus, logger: Any, progress: LiveProgress, place: Place | None = None
+) -> Outcome:
+    """`pipeline.segment`, in a thread beside this one, so that Prefect's signal reaches this one at once. Where `place`
+    names a Jobs API it is a job there, which reads SOURCE itself.
 
     On that signal, as on any exception here, shards in flight have up to DRAIN_TIMEOUT_S to be committed; then it goes
     on. Raises what the call raises.
@@ -41,7 +58,12 @@ def drive(config: SegmentConfig, corpus: Corpus, logger: Any, progress: LiveProg
             else:
                 meter.log({"note": logging.INFO, "warning": logging.WARNING}.get(event.kind, event.level), event.text)
 
-        done = _in_thread(lambda: pipeline.segment(config, listen=listen, should_stop=stop.is_set, corpus=corpus))
+        def call() -> Outcome:
+            if place and place.ray_jobs_address:
+                return jobs.segment(config, place.ray_jobs_address, listen=listen, should_stop=stop.is_set)
+            return pipeline.segment(config, listen=listen, should_stop=stop.is_set, corpus=corpus)
+
+        done = _in_thread(call)
         try:
             while not done.done():
                 wait([done], timeout=_POLL_S)

@@ -1,4 +1,4 @@
-"""A flow's parameters, made from a pydantic model. Owns: the signature that Prefect turns into a form and a schema.
+"""A flow's parameters, made from pydantic models. Owns: the signature that Prefect turns into a form and a schema.
 Must not know: what the parameters mean.
 """
 
@@ -13,12 +13,14 @@ from pydantic import BaseModel
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def with_fields_of(model: type[BaseModel]) -> Callable[[_F], _F]:
-    """Gives a function of `**settings` one keyword parameter for each field of `model`: with its type, its bounds, its
-    default and its description.
+def with_fields_of(*models: type[BaseModel]) -> Callable[[_F], _F]:
+    """Gives a function of `**settings` one keyword parameter for each field of `models`: with its type, its bounds,
+    its default and its description.
 
     Flat, not one parameter that is the model: so `-p source=…` works, and the server names the very field it refuses.
     """
+
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
 
     def decorate(function: _F) -> _F:
         parameters = [
@@ -28,10 +30,10 @@ def with_fields_of(model: type[BaseModel]) -> Callable[[_F], _F]:
                 default=inspect.Parameter.empty if field.is_required() else field.get_default(),
                 annotation=Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,
             )
-            for name, field in model.model_fields.items()
+            for name, field in fields.items()
         ]
         # Prefect takes descriptions from the docstring alone.
-        lines = [f"    {name}: {field.description}" for name, field in model.model_fields.items()]
+        lines = [f"    {name}: {field.description}" for name, field in fields.items()]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", *lines])
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function

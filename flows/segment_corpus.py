@@ -15,10 +15,11 @@ from prefect.tasks import Task
 
 import pipeline
 from flows import artifacts
-from flows.driving import drive
+from flows.driving import Place, drive
 from flows.parameters import with_fields_of
 from pipeline.config import SegmentConfig
 from pipeline.corpus.manifest import Corpus
+from pipeline.engine.jobs import check_jobs_address
 from pipeline.engine.outcome import Outcome, Preview
 from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import InfrastructureError, MaskmillError, ReconciliationError, StoppedError, SupersededError
@@ -29,29 +30,33 @@ class TooManyErrorsError(MaskmillError):
 
 
 @flow(name="segment-corpus")
-@with_fields_of(SegmentConfig)
+@with_fields_of(SegmentConfig, Place)
 def segment_corpus(**settings: Any) -> Outcome | None:
     """Brings the table at DEST up to date with SOURCE, as `maskmill segment` does with the same settings.
 
     The run files under the date (UTC) of the flow run's scheduled start. Another run with the same settings, or a retry
     of this one, continues what this one leaves. None after a dry run.
     """
+    place = Place(**{name: settings.pop(name) for name in Place.model_fields if name in settings})
     config = SegmentConfig(**settings)
     if config.run_date is None:
         config = config.model_copy(update={"run_date": flow_run.scheduled_start_time.date()})
     with scratch_folder() as scratch:
-        found = plan(config, scratch)
+        found = plan(config, scratch, place)
         if config.dry_run:
             return None
-        outcome = segment(config, found.corpus)
+        outcome = segment(config, found.corpus, place)
     report(config, outcome)
     _check(outcome, config.max_error_rate)
     return outcome
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def plan(config: SegmentConfig, scratch: Path) -> Preview:
+def plan(config: SegmentConfig, scratch: Path, place: Place) -> Preview:
     """What there is to do. Fails here, before any work, where the model, SOURCE, DEST or the cluster cannot be had."""
+    if place.ray_jobs_address:
+        check_jobs_address(place.ray_jobs_address)
+        config = config.model_copy(update={"engine": "local"})  # no other cluster is asked whether it is there
     found = pipeline.plan(config, scratch=scratch)
     work = found.work
     get_run_logger().info(
@@ -77,10 +82,10 @@ def _worth_another_try(task: Task[..., Any], run: TaskRun, state: State[Any]) ->
     retry_delay_seconds=[10, 60],
     retry_condition_fn=_worth_another_try,
 )
-def segment(config: SegmentConfig, corpus: Corpus) -> Outcome:
+def segment(config: SegmentConfig, corpus: Corpus, place: Place) -> Outcome:
     """Drives the fleet through the open and the new runs of these settings, and reconciles them."""
     progress = artifacts.LiveProgress()
-    outcome = drive(config, corpus, get_run_logger(), progress)
+    outcome = drive(config, corpus, get_run_logger(), progress, place)
     progress.finish()
     return outcome
 

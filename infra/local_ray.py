@@ -7,9 +7,11 @@ Owns: the two nodes. Must not know: the other parts. `ray start` is not used for
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
@@ -25,8 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("port", "dashboard-port", "metrics-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--folder", required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="Ray's files come into its subfolder `ray`")
     asked = parser.parse_args()
+    os.environ["RAY_TMPDIR"] = str(asked.folder)
+    (asked.folder / "ray").mkdir(parents=True, exist_ok=True)
     told_to_end = threading.Event()
     head = {
         "gcs_server_port": asked.port,
@@ -34,7 +38,6 @@ def main() -> None:
         "dashboard_host": "127.0.0.1",
         "dashboard_port": asked.dashboard_port,
         "metrics_export_port": asked.metrics_port,
-        "temp_dir": asked.folder,
         "num_cpus": 0,
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -34,7 +34,7 @@ _STORE_KEY = "local-site"
 _HEALTHY_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 20.0
 #: Ray's sockets lie this deep below its folder, and a socket's path has 107 characters at most.
-_SOCKET_DEPTH = 66
+_SOCKET_DEPTH = 70
 
 
 class SiteError(Exception):
@@ -94,7 +94,8 @@ class Site:
         ports = {name: str(port) for name, port in self.ports.items()}
         ray = [
             sys.executable, str(ROOT / "infra" / "local_ray.py"), "--port", ports["ray"],
-            "--dashboard-port", ports["dashboard"], "--metrics-port", ports["metrics"], "--folder", str(self._ray_folder()),
+            "--dashboard-port", ports["dashboard"], "--metrics-port", ports["metrics"],
+            "--folder", str(self._ray_folder()),
         ]  # fmt: skip
         prefect = [sys.executable, "-m", "prefect"]
         server = [*prefect, "server", "start", "--host", HOST, "--port", ports["prefect"]]
@@ -162,10 +163,12 @@ class Site:
         log = self.folder / "logs" / f"{part.name}.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
         database = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_SERVER_DATABASE_")}
+        # Jobs of the Ray cluster are told to run `python`.
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         with log.open("ab") as out:
             started = subprocess.Popen(
                 part.command,
-                env=inherited | database | self.variables() | {MARK: self.mark},
+                env=inherited | database | self.variables() | {MARK: self.mark, "PATH": path},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -192,14 +195,15 @@ class Site:
         return process is not None
 
     def _ray_folder(self) -> Path:
-        folder = self.folder / "ray"
-        if len(str(folder)) + _SOCKET_DEPTH > 107:
-            short = Path(tempfile.gettempdir(), f"maskmill-{self.mark[:8]}")
-            short.mkdir(mode=0o700, exist_ok=True)
-            if not folder.is_symlink():
-                folder.symlink_to(short)
-            return short
-        return folder
+        """Where the folder `ray` is: this one, unless its name is too long for Ray's sockets."""
+        if len(str(self.folder)) + _SOCKET_DEPTH <= 107:
+            return self.folder
+        short = Path(tempfile.gettempdir(), f"maskmill-{self.mark[:8]}")
+        (short / "ray").mkdir(parents=True, mode=0o700, exist_ok=True)
+        link = self.folder / "ray"
+        if not link.is_symlink():
+            link.symlink_to(short / "ray")
+        return short
 
     def _ray_nodes(self) -> int:
         """Living nodes of the cluster, as its dashboard says."""

@@ -27,7 +27,7 @@ FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "CRASHED"})
 
 #: In the path of all of the site's processes: workers take their time while a file says so, so that there is a middle
 #: to strike in, however fast the machine.
-_PACED = """
+PACED = """
 import os, sys, time
 if {"pipeline.engine.crew", "default_worker.py"} & {part.rpartition("/")[2] for part in sys.orig_argv}:
     import pipeline.engine.intake as intake
@@ -53,7 +53,7 @@ class Site:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
         (folder / "tmp").mkdir(parents=True)
         (folder / "path").mkdir()
-        (folder / "path" / "sitecustomize.py").write_text(_PACED)
+        (folder / "path" / "sitecustomize.py").write_text(PACED)
         self._pace = folder / "pace"
         self.environment = clean | {
             MARK: self.mark,

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
@@ -57,14 +57,25 @@ class Crew(Protocol):
     def close(self) -> None: ...
 
 
+class Watch(Protocol):
+    """Who is told what a worker does, as it does it, from several threads (`telemetry`)."""
+
+    def begin(self, spec: WorkerSpec) -> None: ...
+    def take(self, task: ShardTask) -> None: ...
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def look(self, counts: StreamCounts) -> None: ...
+
+
 class Host:
     """What runs in a worker's process, whatever started it. Methods may be called from several threads.
 
-    `keeps_log`: this process is the worker's own, and what it logs is kept for `logged`.
+    `keeps_log`: this process is the worker's own, and what it logs is kept for `logged`. `watch` makes, in this
+    process, who is told what it does.
     """
 
-    def __init__(self, *, keeps_log: bool = False) -> None:
+    def __init__(self, *, keeps_log: bool = False, watch: Callable[[], Watch] | None = None) -> None:
         self._worker: Worker | None = None
+        self._watch = watch() if watch else None
         self._backlog: Backlog | None = None
         if keeps_log:
             self._backlog = Backlog()
@@ -78,17 +89,26 @@ class Host:
         """Makes the Segmenter and its stream, in place of those of an earlier run."""
         self.close()
         self._worker = None
-        self._worker = Worker(spec, model)
+        if self._watch:
+            self._watch.begin(spec)
+            self._worker = Worker(spec, model, on_rows=self._watch.rows)
+        else:
+            self._worker = Worker(spec, model)
 
     def run(self, task: ShardTask) -> Receipt:
         """See Worker.run."""
         if self._worker is None:
             raise InfrastructureError("a worker was given a shard before its model")
+        if self._watch:
+            self._watch.take(task)
         return self._worker.run(task)
 
     def counts(self) -> StreamCounts:
         """Zeroes until a model is there."""
-        return self._worker.counts() if self._worker else StreamCounts(0, 0, 0.0, 0.0)
+        counts = self._worker.counts() if self._worker else StreamCounts(0, 0, 0.0, 0.0)
+        if self._watch:
+            self._watch.look(counts)
+        return counts
 
     def logged(self) -> list[LogLine]:
         """What this process has logged since the last call."""

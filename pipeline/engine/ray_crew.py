@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from pipeline.engine.crew import CALLS_AT_ONCE, Host, WorkerDiedError, cores, workers_on_cpu
+from pipeline.engine.telemetry import Telemetry
 from pipeline.errors import InfrastructureError, UsageError
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class RayCrew:
             raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
 
     def start(self) -> RayMember:
-        return RayMember(self._ray, self._actor.remote(keeps_log=True))
+        return RayMember(self._ray, self._actor.remote(keeps_log=True, watch=Telemetry))
 
     def share(self, model: bytes) -> Any:
         return self._ray.put(model)

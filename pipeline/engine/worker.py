@@ -144,7 +144,14 @@ class Worker:
     them.
     """
 
-    def __init__(self, spec: WorkerSpec, model: bytes, *, load: Callable[..., SegmenterLike] | None = None) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        model: bytes,
+        *,
+        load: Callable[..., SegmenterLike] | None = None,
+        on_rows: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+    ) -> None:
         here = code_digest()
         if here != spec.code_digest:
             raise InfrastructureError(
@@ -154,6 +161,7 @@ class Worker:
         # What it says of a damaged file is in that image's row already.
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         self._spec = spec
+        self._on_rows = on_rows
         segmenter = (load or load_segmenter)(spec, model)
         self._card_json = segmenter.card.model_dump_json()
         self._node = socket.gethostname()
@@ -194,6 +202,7 @@ class Worker:
             world_failures += len(failed)
             example = failed[0]["error_message"] if failed else example
             builder.add(rows)
+            self._on_rows(rows)
 
         self._stream.submit(refs, add_rows, watched=not (task.probe or task.accept)).result()
         part = builder.finish()

@@ -1,0 +1,157 @@
+"""A `segment` call as a job of a Ray cluster: followed, found again, stopped; and what its actors export meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import SHAPE, Case, part_count, terminal_rows, wait_until
+from ray_site import RaySite, ray_site
+
+from pipeline.config import SegmentConfig
+from pipeline.engine.fleet import FleetProgress
+from pipeline.engine.jobs import (
+    _Following,
+    check_jobs_address,
+    error_line,
+    event_line,
+    job_prefix,
+    outcome_line,
+    segment,
+)
+from pipeline.engine.outcome import Event, Outcome
+from pipeline.errors import InfrastructureError, MaskmillError, ModelError, StorageError, UsageError
+
+__all__ = ["ray_site"]
+
+IMAGES = 30
+
+
+@pytest.fixture
+def heard() -> list[Event]:
+    return []
+
+
+def asked(**changes: Any) -> SegmentConfig:
+    return SegmentConfig(**({"source": "s3://b/photos", "dest": "s3://b/masks", "model": "m"} | changes))
+
+
+def test_a_job_is_named_after_its_command_not_after_its_night() -> None:
+    assert job_prefix(asked(run_date="2026-01-01")) == job_prefix(asked(run_date="2026-01-02", wait=True))
+    others = {job_prefix(asked(**change)) for change in ({}, {"dest": "s3://b/other"}, {"limit": 3}, {"force": True})}
+    assert len(others) == 4
+
+
+def test_what_a_job_prints_is_what_is_heard(heard: list[Event]) -> None:
+    following = _Following(None, "job", heard.append, lambda: False)
+    events = [
+        Event("note", "a\nb"),
+        Event("log", "line", level=logging.ERROR),
+        Event("progress", progress=FleetProgress(3, 1, 2, 0.5, 1.0), total=9),
+    ]
+    for event in events:
+        line = event_line(event)
+        assert "\n" not in line
+        following._take(line)
+    assert heard == events
+    following._take("Traceback of somebody")
+    assert heard[-1] == Event("log", "job: Traceback of somebody", level=logging.INFO)
+    outcome = Outcome(state="done", ok=3, runs=["r"])
+    following._take(outcome_line(outcome))
+    assert following._outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ModelError("no model"), ModelError),
+        (StorageError("away", kind="denied"), InfrastructureError),
+        (ZeroDivisionError("oh"), MaskmillError),
+    ],
+)
+def test_an_error_in_a_job_is_raised_here(error: Exception, kind: type[MaskmillError]) -> None:
+    following = _Following(None, "job", lambda event: None, lambda: False)
+    following._take(error_line(error))
+    assert type(following._error) is kind and str(error) in str(following._error)
+
+
+@pytest.mark.timeout(30)
+def test_an_address_where_nobody_answers_is_said_at_once() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        with pytest.raises(InfrastructureError, match="no Ray cluster"):
+            check_jobs_address(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    for address in ("127.0.0.1:8265", "ray://head:10001", "http://"):
+        with pytest.raises(UsageError, match="http://HOST:8265"):
+            check_jobs_address(address)
+
+
+@pytest.mark.timeout(30)
+def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str) -> None:
+    with pytest.raises(InfrastructureError, match="no Ray Jobs API"):
+        check_jobs_address(s3_server)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_job_outlives_its_follower_is_found_again_stopped_and_done(
+    ray_site: RaySite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[Event]
+) -> None:
+    """Killed follower, second follower that stops the job, third that has it done; and the metrics on the way."""
+    from ray.job_submission import JobSubmissionClient
+
+    for name, value in ray_site.access.items():
+        monkeypatch.setenv(name, value)
+    case = Case(tmp_path / "case", IMAGES)
+    (case.images / "0000-broken.png").write_bytes(b"no picture")
+    dest = tmp_path / "out"
+    config = SegmentConfig(
+        source=str(case.images), dest=str(dest), model=str(case.model), shard_size=1, shared_filesystem=True,
+        max_error_rate=0.5, actors=1, **SHAPE,
+    )  # fmt: skip
+    script = (
+        "import sys; from pipeline.engine.jobs import segment; from pipeline.config import SegmentConfig\n"
+        "segment(SegmentConfig.model_validate_json(sys.argv[1]), sys.argv[2], listen=print)"
+    )
+    with ray_site.paced():
+        first = subprocess.Popen([sys.executable, "-c", script, config.model_dump_json(), ray_site.jobs_address])
+        wait_until(lambda: part_count(dest) >= 3 or first.poll() is not None, what="three Parts", poll_s=0.05)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        kept = part_count(dest)
+        assert 3 <= kept < IMAGES
+        for metric in ("maskmill_errors", "maskmill_model_busy_fraction"):
+            wait_until(lambda: metric in ray_site.metrics(), timeout_s=30, what=metric, poll_s=0.3)  # noqa: B023
+        text = ray_site.metrics()
+
+        interrupted = segment(
+            config, ray_site.jobs_address, listen=heard.append, should_stop=lambda: part_count(dest) >= kept + 3
+        )
+    assert interrupted.state == "interrupted"
+    assert heard[0].text.startswith("following the running job")
+    assert any(event.kind == "progress" for event in heard)
+    assert kept + 3 <= part_count(dest) <= IMAGES
+    assert not list(dest.glob("runs/*/lease.json")), "it was drained, not killed"
+
+    model = f'model="tiny@{interrupted.model_version}"'
+    for metric in ("images_total", "errors_total", "read_bytes_total", "stage_seconds_total", "queue_images"):
+        assert re.search(rf"^ray_maskmill_{metric}{{.*{model}.*}} [0-9.]+", text, re.M), f"{metric} in {text}"
+    assert re.search(r'^ray_maskmill_errors_total{.*kind="not_an_image".*} 1', text, re.M)
+    stages = set(re.findall(r'^ray_maskmill_stage_seconds_total{.*stage="([a-z]+)"', text, re.M))
+    assert stages == {"fetch", "decode", "infer", "encode"}
+
+    outcome = segment(config, ray_site.jobs_address, listen=lambda event: None)
+    assert (outcome.state, outcome.ok, outcome.errors_by_kind) == ("done", IMAGES, {"not_an_image": 1})
+    rows = terminal_rows(dest)
+    assert rows.pop("0000-broken.png").error_kind == "not_an_image"
+    assert rows == case.calm
+    jobs = JobSubmissionClient(ray_site.jobs_address).list_jobs()
+    ours = sorted(job.submission_id for job in jobs if (job.submission_id or "").startswith(job_prefix(config)))
+    assert ours == [f"{job_prefix(config)}1", f"{job_prefix(config)}2"]
