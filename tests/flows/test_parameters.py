@@ -8,6 +8,7 @@ pytest.importorskip("prefect")
 
 from prefect.exceptions import ParameterTypeError
 
+from flows.driving import Place
 from flows.segment_corpus import segment_corpus
 from pipeline.config import SegmentConfig
 
@@ -15,7 +16,7 @@ from pipeline.config import SegmentConfig
 def test_the_form_has_every_field_with_its_bounds_default_and_description() -> None:
     ours = SegmentConfig.model_json_schema()
     form = segment_corpus.parameters.model_dump()
-    assert list(form["properties"]) == list(SegmentConfig.model_fields)
+    assert list(form["properties"]) == [*SegmentConfig.model_fields, *Place.model_fields]
     assert form["required"] == ours["required"] == ["source", "dest", "model"]
     for name, field in ours["properties"].items():
         shown = dict(form["properties"][name])

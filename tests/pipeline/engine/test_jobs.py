@@ -99,16 +99,26 @@ def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str) -> None
         check_jobs_address(s3_server)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_job_outlives_its_follower_is_found_again_stopped_and_done(
-    ray_site: RaySite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[Event]
-) -> None:
-    """Killed follower, second follower that stops the job, third that has it done; and the metrics on the way."""
-    from ray.job_submission import JobSubmissionClient
-
+@pytest.fixture
+def access(ray_site: RaySite, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ray_site.access.items():
         monkeypatch.setenv(name, value)
+
+
+def jobs_of(ray_site: RaySite, config: SegmentConfig) -> list[str]:
+    from ray.job_submission import JobSubmissionClient
+
+    names = (job.submission_id or "" for job in JobSubmissionClient(ray_site.jobs_address).list_jobs())
+    return sorted(name for name in names if name.startswith(job_prefix(config)))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("access")
+def test_a_job_outlives_who_followed_it_and_is_found_and_stopped(
+    ray_site: RaySite, tmp_path: Path, heard: list[Event]
+) -> None:
+    """And on the way its actors' metrics are at Ray's metrics ports. What it leaves, the next run does."""
     case = Case(tmp_path / "case", IMAGES)
     (case.images / "0000-broken.png").write_bytes(b"no picture")
     dest = tmp_path / "out"
@@ -131,27 +141,42 @@ def test_a_job_outlives_its_follower_is_found_again_stopped_and_done(
             wait_until(lambda: metric in ray_site.metrics(), timeout_s=30, what=metric, poll_s=0.3)  # noqa: B023
         text = ray_site.metrics()
 
-        interrupted = segment(
+        outcome = segment(
             config, ray_site.jobs_address, listen=heard.append, should_stop=lambda: part_count(dest) >= kept + 3
         )
-    assert interrupted.state == "interrupted"
+    assert outcome.state == "interrupted"
     assert heard[0].text.startswith("following the running job")
     assert any(event.kind == "progress" for event in heard)
     assert kept + 3 <= part_count(dest) <= IMAGES
     assert not list(dest.glob("runs/*/lease.json")), "it was drained, not killed"
+    assert jobs_of(ray_site, config) == [f"{job_prefix(config)}1"]
 
-    model = f'model="tiny@{interrupted.model_version}"'
+    model = f'model="tiny@{outcome.model_version}"'
     for metric in ("images_total", "errors_total", "read_bytes_total", "stage_seconds_total", "queue_images"):
         assert re.search(rf"^ray_maskmill_{metric}{{.*{model}.*}} [0-9.]+", text, re.M), f"{metric} in {text}"
     assert re.search(r'^ray_maskmill_errors_total{.*kind="not_an_image".*} 1', text, re.M)
     stages = set(re.findall(r'^ray_maskmill_stage_seconds_total{.*stage="([a-z]+)"', text, re.M))
     assert stages == {"fetch", "decode", "infer", "encode"}
 
-    outcome = segment(config, ray_site.jobs_address, listen=lambda event: None)
-    assert (outcome.state, outcome.ok, outcome.errors_by_kind) == ("done", IMAGES, {"not_an_image": 1})
+    assert case.segment(case.images, dest, max_error_rate=0.5).runs == outcome.runs
     rows = terminal_rows(dest)
     assert rows.pop("0000-broken.png").error_kind == "not_an_image"
     assert rows == case.calm
-    jobs = JobSubmissionClient(ray_site.jobs_address).list_jobs()
-    ours = sorted(job.submission_id for job in jobs if (job.submission_id or "").startswith(job_prefix(config)))
-    assert ours == [f"{job_prefix(config)}1", f"{job_prefix(config)}2"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("access")
+def test_jobs_of_one_command_one_after_the_other(ray_site: RaySite, tmp_path: Path) -> None:
+    case = Case(tmp_path / "case", 6)
+    config = SegmentConfig(
+        source=str(case.images), dest=str(tmp_path / "out"), model=str(case.model), shared_filesystem=True, **SHAPE
+    )
+    first = segment(config, ray_site.jobs_address, listen=lambda event: None)
+    assert (first.state, first.ok) == ("done", 6) and terminal_rows(tmp_path / "out") == case.calm
+    second = segment(config, ray_site.jobs_address, listen=lambda event: None)
+    assert (second.runs, second.skipped) == ([], 6)
+    assert jobs_of(ray_site, config) == [f"{job_prefix(config)}1", f"{job_prefix(config)}2"]
+    with pytest.raises(ModelError, match="nobody"):
+        segment(config.model_copy(update={"model": "nobody"}), ray_site.jobs_address, listen=lambda event: None)
