@@ -73,7 +73,7 @@ class Site:
         noted = self.processes.get(name)
         try:
             found = psutil.Process(noted["pid"]) if noted else None
-            if found and found.create_time() == noted["started"] and found.status() != psutil.STATUS_ZOMBIE:  # type: ignore[index]
+            if noted and found and found.create_time() == noted["started"] and _lives(found):
                 return found
         except psutil.NoSuchProcess:
             pass
@@ -188,7 +188,7 @@ class Site:
         family = [process, *process.children(recursive=True)] if process else []
         if process:
             process.terminate()
-            psutil.wait_procs([process], timeout=_END_TIMEOUT_S)
+            _await_end([process], _END_TIMEOUT_S)
         _kill(family)
         self.processes.pop(name, None)
         self.save()
@@ -286,7 +286,7 @@ def marked(mark: str) -> list[psutil.Process]:
 def _becomes_healthy(part: Part, process: psutil.Process, *, timeout_s: float = _HEALTHY_TIMEOUT_S) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+        if not _lives(process):
             return False
         if part.healthy(process):
             return True
@@ -300,7 +300,21 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(processes, timeout=5)
+    _await_end(processes, 5.0)
+
+
+def _await_end(processes: list[psutil.Process], timeout_s: float) -> None:
+    """A zombie is at its end, whoever may come to collect it."""
+    deadline_s = time.monotonic() + timeout_s
+    while any(_lives(process) for process in processes) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ask(url: str, *, token: str = "", body: Any = None) -> Any:

@@ -28,6 +28,8 @@ def test_the_form_has_every_field_with_its_bounds_default_and_description() -> N
 
 def test_parameters_are_cast_and_checked_like_the_configuration() -> None:
     given = {"source": "a", "dest": "b", "model": "c", "batch_size": "4", "suffixes": [".x"]}
-    assert SegmentConfig(**segment_corpus.validate_parameters(given)) == SegmentConfig(**given)
+    cast = segment_corpus.validate_parameters(given | {"ray_jobs_address": "http://head:8265"})
+    assert cast.pop("ray_jobs_address") == "http://head:8265"
+    assert SegmentConfig(**cast) == SegmentConfig(**given)
     with pytest.raises(ParameterTypeError, match="run_date"):
         segment_corpus.validate_parameters(given | {"run_date": "tomorrow"})

@@ -22,7 +22,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 KUBERNETES = ("1.30", "1.37")
 #: Of the reference of ray.io/v1, those that are used here. Their pods are checked as Kubernetes' own.
 CLUSTER_FIELDS = {
-    "spec": {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"},
+    "spec": {
+        "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
+    },
     "authOptions": {"mode", "secretName"},
     "autoscalerOptions": {"idleTimeoutSeconds", "resources", "securityContext"},
     "headGroupSpec": {"serviceType", "rayStartParams", "template"},
