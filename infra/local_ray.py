@@ -45,7 +45,7 @@ def main() -> None:
     node = cluster.add_node(num_cpus=cores(), num_gpus=gpu_count(), object_store_memory=_OBJECT_STORE_BYTES)
     print(f"Ray at {cluster.address}, dashboard {cluster.webui_url}", flush=True)
     while not told_to_end.wait(_LOOK_EVERY_S):
-        if not (cluster.head_node.remaining_processes_alive() and node.remaining_processes_alive()):
+        if not all(one.remaining_processes_alive() for one in (cluster.head_node, node)):
             print("a node is gone", file=sys.stderr)
             break
     cluster.shutdown()

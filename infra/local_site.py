@@ -1,8 +1,8 @@
 """`make up` and `make down`: all that Maskmill needs beside itself, on this machine and without containers.
 
-Owns: the parts' order, health, ports, processes. Must not know: flows, tables. Everything lies in one folder, `.site/`
-by default: `site.json` (ports, process ids and their start times), `logs/`, `env` (for your shell), the server's
-database, Ray's files. Nothing listens beyond 127.0.0.1.
+Owns: the site's processes and its state. Must not know: what the parts are (`local_parts` does), flows, tables.
+Everything lies in one folder, `.site/` by default: `site.json` (ports, process ids and their start times), `logs/`,
+`env` (for your shell), the server's database, Ray's files. Nothing listens beyond 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -13,41 +13,23 @@ import json
 import os
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
+from local_parts import HOST, PORTS, ROOT, STORE_KEY, Layout, Part, free_port, is_taken
 
-ROOT = Path(__file__).resolve().parents[1]
-HOST = "127.0.0.1"
 #: In the environment of every process of a site, whose mark is its value: so `down` finds what a killed part left.
 MARK = "MASKMILL_SITE"
-_PORTS = {"prefect": 4200, "ray": 6379, "dashboard": 8265, "metrics": 8266, "store": 9100}
-_STORE_KEY = "local-site"
 _HEALTHY_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 20.0
-#: Ray's sockets lie this deep below its folder, and a socket's path has 107 characters at most.
-_SOCKET_DEPTH = 70
 
 
 class SiteError(Exception):
     """A part does not start. The message says which, why, and what to do."""
-
-
-class Part(NamedTuple):
-    """One thing that is started. `ports`: names of those it must find free."""
-
-    name: str
-    command: list[str]
-    ports: tuple[str, ...]
-    healthy: Callable[[psutil.Process], bool]
 
 
 class Site:
@@ -58,9 +40,13 @@ class Site:
         self._state_path = self.folder / "site.json"
         state: dict[str, Any] = json.loads(self._state_path.read_text()) if self._state_path.exists() else {}
         self.mark: str = state.get("mark") or secrets.token_hex(16)
-        self.ports: dict[str, int] = state.get("ports") or dict(_PORTS)
+        self.ports: dict[str, int] = state.get("ports") or dict(PORTS)
         self.own_store: bool = state.get("own_store", True)
         self.processes: dict[str, dict[str, Any]] = state.get("processes") or {}
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.folder, self.mark, self.ports, self.own_store)
 
     def save(self) -> None:
         state = {"mark": self.mark, "ports": self.ports, "own_store": self.own_store, "processes": self.processes}
@@ -87,60 +73,6 @@ class Site:
                 kept |= {part.pid, *(child.pid for child in part.children(recursive=True))}
         return [process for process in marked(self.mark) if process.pid not in kept]
 
-    # ── what is started ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def parts(self) -> list[Part]:
-        """In the order in which each finds what it needs."""
-        ports = {name: str(port) for name, port in self.ports.items()}
-        ray = [
-            sys.executable, str(ROOT / "infra" / "local_ray.py"), "--port", ports["ray"],
-            "--dashboard-port", ports["dashboard"], "--metrics-port", ports["metrics"],
-            "--folder", str(self._ray_folder()),
-        ]  # fmt: skip
-        prefect = [sys.executable, "-m", "prefect"]
-        server = [*prefect, "server", "start", "--host", HOST, "--port", ports["prefect"]]
-        worker = [*prefect, "worker", "start", "--pool", "local", "--type", "process", "--name", "local-site"]
-        store = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", ports["store"]]
-        return [
-            *([Part("store", store, ("store",), lambda _: _answers(f"{self.store_url}/moto-api/"))] * self.own_store),
-            Part("prefect-server", server, ("prefect",), lambda _: _answers(f"{self.api_url}/health")),
-            Part("ray", ray, ("ray", "dashboard", "metrics"), lambda _: self._ray_nodes() == 2),
-            # Last: from now on flow runs may start.
-            Part("prefect-worker", worker, (), self._worker_is_online),
-        ]
-
-    @property
-    def api_url(self) -> str:
-        return f"http://{HOST}:{self.ports['prefect']}/api"
-
-    @property
-    def store_url(self) -> str:
-        return f"http://{HOST}:{self.ports['store']}"
-
-    def variables(self) -> dict[str, str]:
-        """What leads Maskmill, Prefect, Ray and every AWS tool to this site."""
-        found = {
-            "PREFECT_API_URL": self.api_url,
-            "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-            "RAY_ADDRESS": f"{HOST}:{self.ports['ray']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.folder / "ray-token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Otherwise Ray takes 127.0.0.1 for a slip and listens on this machine's address in the network.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        }
-        if self.own_store:
-            found |= {
-                "AWS_ENDPOINT_URL": self.store_url,
-                "AWS_ACCESS_KEY_ID": _STORE_KEY,
-                "AWS_SECRET_ACCESS_KEY": _STORE_KEY,
-                "AWS_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-            }
-        return found
-
     def prepare(self) -> None:
         """The folder, with the token that Ray asks of everybody and the variables for a shell."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -148,14 +80,14 @@ class Site:
         if not token.exists():
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in self.variables().items()]
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in self.layout.variables().items()]
         (self.folder / "env").write_text("\n".join(lines) + "\n")
         self.save()
 
     def start(self, part: Part) -> None:
         """Raises SiteError where it does not become healthy."""
         for name in part.ports:
-            if _is_taken(self.ports[name]):
+            if is_taken(self.ports[name]):
                 raise SiteError(
                     f"{part.name}: port {self.ports[name]} of {HOST} is taken by another program: "
                     f"make up ARGS='--{name}-port N'"
@@ -168,7 +100,7 @@ class Site:
         with log.open("ab") as out:
             started = subprocess.Popen(
                 part.command,
-                env=inherited | database | self.variables() | {MARK: self.mark, "PATH": path},
+                env=inherited | database | self.layout.variables() | {MARK: self.mark, "PATH": path},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -194,37 +126,12 @@ class Site:
         self.save()
         return process is not None
 
-    def _ray_folder(self) -> Path:
-        """Where the folder `ray` is: this one, unless its name is too long for Ray's sockets."""
-        if len(str(self.folder)) + _SOCKET_DEPTH <= 107:
-            return self.folder
-        short = Path(tempfile.gettempdir(), f"maskmill-{self.mark[:8]}")
-        (short / "ray").mkdir(parents=True, mode=0o700, exist_ok=True)
-        link = self.folder / "ray"
-        if not link.is_symlink():
-            link.symlink_to(short / "ray")
-        return short
-
-    def _ray_nodes(self) -> int:
-        """Living nodes of the cluster, as its dashboard says."""
-        token = (self.folder / "ray-token").read_text()
-        answer = _ask(f"http://{HOST}:{self.ports['dashboard']}/nodes?view=summary", token=token)
-        nodes = answer["data"]["summary"] if answer else []
-        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
-
-    def _worker_is_online(self, process: psutil.Process) -> bool:
-        """One of the same name may have been killed a moment ago: the server still takes it to be there."""
-        found = _ask(f"{self.api_url}/work_pools/local/workers/filter", body={})
-        beats = [one["last_heartbeat_time"] for one in found or [] if one["status"] == "ONLINE"]
-        started = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.create_time()))
-        return any(beat >= started for beat in beats)
-
 
 def up(site: Site) -> None:
     """Starts what is not up. Raises SiteError; what is up by then stays up."""
     site.prepare()
     began = 0
-    for part in site.parts():
+    for part in site.layout.parts():
         process = site.process(part.name)
         if process is not None and _becomes_healthy(part, process, timeout_s=10.0):
             print(f"  {part.name:15} is up already, process {process.pid}")
@@ -232,14 +139,18 @@ def up(site: Site) -> None:
         if part.name in site.processes:
             print(f"  {part.name:15} was {'not healthy' if process else 'gone'}: started again")
             site.stop(part.name)
+            if part.ports:  # what it has left may hold them
+                _kill(site.strangers())
         began_s = time.monotonic()
         site.start(part)
         began += 1
         print(f"  {part.name:15} is up, process {site.processes[part.name]['pid']}, {time.monotonic() - began_s:.0f} s")
     print(f"\nUp{'' if began else ' already'}. Logs: {site.folder / 'logs'}; end: make down")
-    print(f"  Prefect {site.api_url.removesuffix('/api')}   Ray http://{HOST}:{site.ports['dashboard']}")
+    print(
+        f"  Prefect {site.layout.api_url.removesuffix('/api')}   Ray http://{HOST}:{site.ports['dashboard']}, token in {site.folder / 'ray-token'}"
+    )
     if site.own_store:
-        print(f"  S3      {site.store_url} (moto: for a tour only; it keeps everything in memory)")
+        print(f"  S3      {site.layout.store_url} (moto: for a tour only; it keeps everything in memory)")
     else:
         print(f"  S3      {os.environ['AWS_ENDPOINT_URL']}, yours")
     print(f"In your shell: source {site.folder / 'env'}")
@@ -261,7 +172,7 @@ def upload(site: Site, folder: Path, uri: str) -> None:
     """Puts the files of `folder` under `s3://BUCKET/PREFIX`, and makes the bucket."""
     import boto3
 
-    os.environ.update(site.variables())
+    os.environ.update(site.layout.variables())
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     client = boto3.client("s3")
     client.create_bucket(Bucket=bucket)
@@ -317,48 +228,13 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _ask(url: str, *, token: str = "", body: Any = None) -> Any:
-    """The JSON answer, or None where nobody gives one."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=5) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError):
-        return None
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> None:
     """The command. Exit status 1 where a part does not start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".site")
     actions = parser.add_subparsers(dest="action", required=True)
     starting = actions.add_parser("up", help="start what is not up")
-    for name, port in _PORTS.items():
+    for name, port in PORTS.items():
         starting.add_argument(f"--{name}-port", type=int, help=f"default: {port}")
     starting.add_argument("--free-ports", action="store_true", help="ports that are free now")
     actions.add_parser("down", help="end exactly that")
@@ -391,13 +267,13 @@ def _choose(site: Site, asked: argparse.Namespace) -> None:
     """A site that has living parts keeps its ports and its store."""
     if any(site.process(name) for name in site.processes):
         return
-    given = {name: getattr(asked, f"{name}_port") for name in _PORTS}
+    given = {name: getattr(asked, f"{name}_port") for name in PORTS}
     site.ports = {
-        name: given[name] or (_free_port() if asked.free_ports else site.ports.get(name, default))
-        for name, default in _PORTS.items()
+        name: given[name] or (free_port() if asked.free_ports else site.ports.get(name, default))
+        for name, default in PORTS.items()
     }
     # A shell that has sourced `env` names our own store.
-    site.own_store = not os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ACCESS_KEY_ID") == _STORE_KEY
+    site.own_store = not os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ACCESS_KEY_ID") == STORE_KEY
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ KUBERNETES = ("1.30", "1.37")
 #: Of the reference of ray.io/v1, those that are used here. Their pods are checked as Kubernetes' own.
 CLUSTER_FIELDS = {
     "spec": {
-        "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
+        "rayVersion", "authOptions", "enableInTreeAutoscaling",
+        "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
     },
     "authOptions": {"mode", "secretName"},
     "autoscalerOptions": {"idleTimeoutSeconds", "resources", "securityContext"},
