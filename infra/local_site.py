@@ -146,9 +146,8 @@ def up(site: Site) -> None:
         began += 1
         print(f"  {part.name:15} is up, process {site.processes[part.name]['pid']}, {time.monotonic() - began_s:.0f} s")
     print(f"\nUp{'' if began else ' already'}. Logs: {site.folder / 'logs'}; end: make down")
-    print(
-        f"  Prefect {site.layout.api_url.removesuffix('/api')}   Ray http://{HOST}:{site.ports['dashboard']}, token in {site.folder / 'ray-token'}"
-    )
+    print(f"  Prefect {site.layout.api_url.removesuffix('/api')}")
+    print(f"  Ray     http://{HOST}:{site.ports['dashboard']}, which asks for the token in {site.folder / 'ray-token'}")
     if site.own_store:
         print(f"  S3      {site.layout.store_url} (moto: for a tour only; it keeps everything in memory)")
     else:

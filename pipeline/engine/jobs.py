@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import queue
 import shlex
 import threading
@@ -29,6 +30,7 @@ from pipeline.errors import InfrastructureError, MaskmillError, UsageError
 log = logging.getLogger(__name__)
 
 _PREFIX = "@maskmill "
+_RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _POLL_S = 0.5
 _STATUS_EVERY_S = 2.0
 _AWAY_TIMEOUT_S = 120.0
@@ -90,10 +92,14 @@ def _client(address: str) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise UsageError("the Jobs API needs Ray: pip install 'maskmill[ray]'") from error
+    # Ray takes these for the address, whatever it is given, and `make up` and clusters set one.
+    hidden = {name: os.environ.pop(name) for name in _RAY_ADDRESSES if name in os.environ}
     try:
         return JobSubmissionClient(address)
     except (OSError, RuntimeError, ValueError) as error:
         raise InfrastructureError(f"no Ray Jobs API at {address}: {error}") from error
+    finally:
+        os.environ.update(hidden)
 
 
 def _submit_or_find(client: Any, config: SegmentConfig) -> tuple[str, bool]:

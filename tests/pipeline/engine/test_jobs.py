@@ -18,6 +18,7 @@ from ray_site import RaySite, ray_site
 from pipeline.config import SegmentConfig
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.jobs import (
+    _client,
     _Following,
     check_jobs_address,
     error_line,
@@ -94,7 +95,8 @@ def test_an_address_where_nobody_answers_is_said_at_once() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str) -> None:
+def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # Ray would go there instead
     with pytest.raises(InfrastructureError, match="no Ray Jobs API"):
         check_jobs_address(s3_server)
 
@@ -103,17 +105,16 @@ def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str) -> None
 def access(ray_site: RaySite, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ray_site.access.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
 
 
 def jobs_of(ray_site: RaySite, config: SegmentConfig) -> list[str]:
-    from ray.job_submission import JobSubmissionClient
-
-    names = (job.submission_id or "" for job in JobSubmissionClient(ray_site.jobs_address).list_jobs())
+    names = (job.submission_id or "" for job in _client(ray_site.jobs_address).list_jobs())
     return sorted(name for name in names if name.startswith(job_prefix(config)))
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("access")
 def test_a_job_outlives_who_followed_it_and_is_found_and_stopped(
     ray_site: RaySite, tmp_path: Path, heard: list[Event]
@@ -132,13 +133,15 @@ def test_a_job_outlives_who_followed_it_and_is_found_and_stopped(
     )
     with ray_site.paced():
         first = subprocess.Popen([sys.executable, "-c", script, config.model_dump_json(), ray_site.jobs_address])
-        wait_until(lambda: part_count(dest) >= 3 or first.poll() is not None, what="three Parts", poll_s=0.05)
+        wait_until(
+            lambda: part_count(dest) >= 3 or first.poll() is not None, timeout_s=240, what="three Parts", poll_s=0.05
+        )
         first.send_signal(signal.SIGKILL)
         first.wait()
         kept = part_count(dest)
         assert 3 <= kept < IMAGES
         for metric in ("maskmill_errors", "maskmill_model_busy_fraction"):
-            wait_until(lambda: metric in ray_site.metrics(), timeout_s=30, what=metric, poll_s=0.3)  # noqa: B023
+            wait_until(lambda: metric in ray_site.metrics(), timeout_s=60, what=metric, poll_s=0.3)  # noqa: B023
         text = ray_site.metrics()
 
         outcome = segment(
@@ -166,7 +169,7 @@ def test_a_job_outlives_who_followed_it_and_is_found_and_stopped(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("access")
 def test_jobs_of_one_command_one_after_the_other(ray_site: RaySite, tmp_path: Path) -> None:
     case = Case(tmp_path / "case", 6)
