@@ -1,0 +1,373 @@
+"""The batches of training: step by step, from images and labels in memory. Owns: what a step's batch is, the cache of
+decoded images, and preparing ahead. Must not know: losses, optimisers, who trains.
+
+A batch is a function of the data set, the settings, the seed and the step. Workers take slices of it, so what is seen
+does not depend on how many there are, and going on needs only the number of the step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.card import Card, LetterboxPolicy, TilePolicy
+from models.fitting import fit_size
+from models.losses import IGNORED
+from models.masks import decode_rle
+from models.preprocessing import image_statistics, normalize, select_bands
+from pipeline.errors import UsageError
+from pipeline.learning import views
+from pipeline.learning.dataset import Dataset, Item
+from pipeline.learning.draws import class_weights, epoch_order, image_chances
+from pipeline.learning.labels.place import in_order
+from pipeline.learning.recipe import AugmentationConfig, SamplingConfig
+from pipeline.learning.targets import boundary_targets, detection_targets
+
+#: Bytes of decoded images and labels that are kept; the others are read again each time.
+CACHE_BYTES = 2 << 30
+#: Steps that are prepared ahead of the device.
+AHEAD_STEPS = 4
+#: Pixels. The longest side of a view where nothing says how large it is to be.
+_LONGEST_CROP_PX = 512
+#: Pixels of the grid from which an image's statistics are estimated after its colours have changed.
+_SAMPLE_PX = 4096
+
+
+class Batch(NamedTuple):
+    """What a worker sees in one step."""
+
+    names: tuple[str, ...]
+    #: Normalised: float32 [N, C, H, W], channels_last; for networks that detect a list of [C, h, w].
+    inputs: torch.Tensor | list[torch.Tensor]
+    #: int64 [N, H, W], channels of the network or IGNORED; for networks that detect what `detection_targets` makes.
+    targets: torch.Tensor | list[dict[str, torch.Tensor]]
+    #: uint8 [N, H, W] as of `boundary_targets`, for networks that learn boundaries.
+    emphasis: torch.Tensor | None = None
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on a device."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        targets: torch.Tensor | list[dict[str, torch.Tensor]]
+        if isinstance(self.targets, torch.Tensor):
+            targets = moved(self.targets)
+        else:
+            targets = [{name: moved(tensor) for name, tensor in one.items()} for one in self.targets]
+        inputs = self.inputs
+        return Batch(
+            self.names,
+            moved(inputs) if isinstance(inputs, torch.Tensor) else [moved(one) for one in inputs],
+            targets,
+            None if self.emphasis is None else moved(self.emphasis),
+        )
+
+
+class _Object(NamedTuple):
+    """Cut out of its image."""
+
+    channel: int
+    top: int
+    left: int
+    #: bool [h, w].
+    mask: NDArray[np.bool_]
+
+
+class _Picture(NamedTuple):
+    """An image in memory."""
+
+    #: uint8 [h, w, 3].
+    pixels: NDArray[np.uint8]
+    #: Classes: uint8 channels or IGNORED. Boundaries: int32 labels, -1 not known. Detection: bool, what is ignored.
+    labels: NDArray[np.uint8] | NDArray[np.int32] | NDArray[np.bool_]
+    objects: tuple[_Object, ...]
+    #: Mean and standard deviation of the whole image.
+    statistics: tuple[float, float]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.pixels.nbytes + self.labels.nbytes + sum(one.mask.nbytes for one in self.objects)
+
+
+class Examples:
+    """The batches of one split for one network. Safe to share by threads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        card: Card,
+        *,
+        augmentation: AugmentationConfig,
+        sampling: SamplingConfig,
+        batch_size: int,
+        seed: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """`batch_size`: of all workers together. Reads all labels at once where `sampling` asks for rare classes.
+
+        Raises UsageError where the labels cannot teach this network, ValueError where the card takes other pixels than
+        8-bit RGB or the crop does not fit the network.
+        """
+        if card.preprocessing.dtype != "uint8" or max(card.preprocessing.bands) > 2:
+            raise ValueError(
+                f"data sets are read as 8-bit RGB; {card.name!r} takes bands {list(card.preprocessing.bands)} of "
+                f"{card.preprocessing.dtype}"
+            )
+        if not len(dataset):
+            raise UsageError(f"split {dataset.split!r} of {dataset.source.title} has no images")
+        self.dataset = dataset
+        self.card = card
+        self.kind: Literal["classes", "boundaries", "detection"] = {
+            "argmax": "classes", "watershed": "boundaries", "detections": "detection",
+        }[card.postprocessing.kind]  # type: ignore[assignment]  # fmt: skip
+        if self.kind != "classes" and not dataset.has_objects:
+            raise UsageError(
+                f"{dataset.source.title} has labels of classes only, and {card.architecture} is to tell objects apart: "
+                "train a semantic network, or give labels of objects (COCO)"
+            )
+        if self.kind == "detection":
+            # A mirror image would be objects that are not there.
+            augmentation = augmentation.model_copy(update={"beyond": "nothing"})
+        self.augmentation = augmentation
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self.seed = seed
+        self.crop = _crop(card, dataset, augmentation)
+        self._channels = _channels(card, dataset, self.kind)
+        self._cache: dict[int, _Picture] = {}
+        self._free_bytes = cache_bytes
+        self._lock = threading.Lock()
+        self._pixels_of_classes: NDArray[np.int64] | None = None
+        counts = self.pixels_of_classes() if sampling.rare_image_share else None
+        self.chances = image_chances([item.stratum for item in dataset.items], counts, sampling)
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.dataset)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which as many images are seen as there are, at least 1."""
+        return max(1, round(len(self) / self.batch_size))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """What worker `rank` of `world` sees in a step: its slice of the step's batch, at least one example. Raises
+        ValueError where there are more workers than examples; UsageError for images that cannot be read.
+        """
+        if world > self.batch_size:
+            raise ValueError(f"{world} workers cannot share a batch of {self.batch_size}: raise batch_size")
+        first, last = self.batch_size * rank // world, self.batch_size * (rank + 1) // world
+        positions = range(step * self.batch_size + first, step * self.batch_size + last)
+        orders = {
+            epoch: epoch_order(self.chances, self.seed, epoch) for epoch in {one // len(self) for one in positions}
+        }
+        indices = [int(orders[one // len(self)][one % len(self)]) for one in positions]
+        names = tuple(self.dataset.items[index].name for index in indices)
+        examples = [
+            self._example(index, np.random.default_rng([self.seed, 1, position]))
+            for index, position in zip(indices, positions, strict=True)
+        ]
+        if self.kind == "detection":
+            return Batch(names, [one[0] for one in examples], [one[1] for one in examples])  # type: ignore[misc]
+        inputs = torch.stack([one[0] for one in examples]).contiguous(memory_format=torch.channels_last)
+        targets = torch.stack([one[1] for one in examples])  # type: ignore[misc]
+        emphasis = None if self.kind == "classes" else torch.stack([one[2] for one in examples])  # type: ignore[misc]
+        return Batch(names, inputs, targets, emphasis)
+
+    def stream(
+        self, start_step: int = 0, rank: int = 0, world: int = 1, *, threads: int = 1, ahead: int = AHEAD_STEPS
+    ) -> Iterator[Batch]:
+        """The batches of `start_step` and all after it, in order, without end; `ahead` of them are being prepared by
+        `threads`. Close it (or let it go) to stop them.
+        """
+        with ThreadPoolExecutor(threads, thread_name_prefix="examples") as pool:
+            step = start_step + ahead
+            pending = [pool.submit(self.batch, one, rank, world) for one in range(start_step, step)]
+            try:
+                while True:
+                    batch = pending.pop(0).result()
+                    pending.append(pool.submit(self.batch, step, rank, world))
+                    step += 1
+                    yield batch
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def pixels_of_classes(self) -> NDArray[np.int64]:
+        """int64 [images, network channels]: pixels of each channel's targets in the images as they are. Reads all
+        labels, once. Raises ValueError for networks that detect, which have no classes of pixels.
+        """
+        if self.kind == "detection":
+            raise ValueError(f"{self.card.architecture} has no classes of pixels to be counted")
+        if self._pixels_of_classes is None:
+            channels = self.card.network_channels
+
+            def counted(item: Item) -> NDArray[np.int64]:
+                labels, _ = self._labels(item)
+                ids = labels if self.kind == "classes" else boundary_targets(labels)[0]  # type: ignore[arg-type]
+                return np.bincount(ids.ravel(), minlength=256)[:channels]
+
+            self._pixels_of_classes = np.stack(list(in_order(counted, self.dataset.items)))
+        return self._pixels_of_classes
+
+    def class_weights(self, kind: Literal["none", "inverse", "median"], power: float = 1.0) -> tuple[float, ...] | None:
+        """Of the network's channels, as `draws.class_weights`; None for `none` and for networks that detect."""
+        if kind == "none" or self.kind == "detection":
+            return None
+        return class_weights(self.pixels_of_classes(), kind, power)
+
+    def _example(
+        self, index: int, random: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor], torch.Tensor | None]:
+        """Inputs, targets and emphasis of one random view."""
+        picture = self._picture(index)
+        height, width = picture.pixels.shape[:2]
+        scale = 1.0 if self.kind == "detection" else fit_size(self.card, height, width).height / height
+        focus = self._focus(picture, random)
+        window = views.draw_window((height, width), self.crop, self.augmentation, random, scale=scale, focus=focus)
+        rows, columns = window.source(height, width)
+        image_CHW = torch.from_numpy(picture.pixels[rows, columns]).permute(2, 0, 1)
+        sample_CN = _grid(picture.pixels)
+        recolored = views.recolored(torch.cat([image_CHW.flatten(1), sample_CN], dim=1), self.augmentation, random)
+        pixels = image_CHW[0].numel()
+        statistics = _changed(picture.statistics, sample_CN, recolored[:, pixels:])
+        image_CHW = recolored[:, :pixels].view(image_CHW.shape)
+        maps_KHW, channels_K = self._maps(picture, rows, columns)
+        outside = {"classes": IGNORED, "boundaries": -1, "detection": 0}[self.kind]
+        image_CHW, maps_KHW = views.look(
+            image_CHW, maps_KHW, window, self.augmentation, random, outside=outside, size=(height, width)
+        )
+        inputs_CHW = self._inputs(views.blurred(image_CHW, self.augmentation, random), statistics)
+        inputs_CHW = views.disturbed(inputs_CHW, self.augmentation, random)
+        if self.kind == "classes":
+            return inputs_CHW, maps_KHW[0].to(torch.int64), None
+        if self.kind == "boundaries":
+            targets, emphasis = boundary_targets(maps_KHW[0].contiguous().numpy())
+            return inputs_CHW, torch.from_numpy(targets), torch.from_numpy(emphasis)
+        return inputs_CHW, detection_targets(maps_KHW[1:], channels_K, maps_KHW[0] > 0), None
+
+    def _inputs(self, image_CHW: torch.Tensor, statistics: tuple[float, float]) -> torch.Tensor:
+        pixels = select_bands(image_CHW.permute(1, 2, 0).numpy(), self.card.preprocessing)
+        return normalize(
+            torch.from_numpy(np.ascontiguousarray(pixels))[None],
+            torch.tensor([statistics], dtype=torch.float32),
+            self.card.preprocessing,
+            dtype=torch.float32,
+        )[0]
+
+    def _maps(self, picture: _Picture, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """[K, h, w] of what a view may show, and int64 [K - 1]: the channels of the objects behind the first map."""
+        labels = np.ascontiguousarray(picture.labels[rows, columns])
+        if self.kind != "detection":
+            return torch.from_numpy(labels)[None], torch.zeros(0, dtype=torch.int64)
+        maps, channels = [labels.astype(np.uint8)], []
+        for one in picture.objects:
+            whole = np.zeros(picture.pixels.shape[:2], dtype=np.uint8)
+            whole[one.top : one.top + one.mask.shape[0], one.left : one.left + one.mask.shape[1]] = one.mask
+            cut = whole[rows, columns]
+            if cut.any():
+                maps.append(cut)
+                channels.append(one.channel)
+        return torch.from_numpy(np.stack(maps)), torch.tensor(channels, dtype=torch.int64)
+
+    def _focus(self, picture: _Picture, random: np.random.Generator) -> tuple[int, int] | None:
+        if self.kind != "classes" or random.random() >= self.sampling.focus_probability:
+            return None
+        present = np.flatnonzero(np.bincount(picture.labels.ravel(), minlength=256)[:IGNORED])
+        if not len(present):
+            return None
+        pixels = np.flatnonzero(picture.labels.ravel() == random.choice(present))
+        return divmod(int(random.choice(pixels)), picture.labels.shape[1])
+
+    def _picture(self, index: int) -> _Picture:
+        picture = self._cache.get(index)
+        if picture is None:
+            item = self.dataset.items[index]
+            # torch takes only arrays that may be written to.
+            pixels = np.require(self.dataset.image(item), requirements="W")
+            labels, objects = self._labels(item)
+            picture = _Picture(pixels, labels, objects, image_statistics(pixels))
+            with self._lock:
+                if index not in self._cache and picture.size_bytes <= self._free_bytes:
+                    self._free_bytes -= picture.size_bytes
+                    self._cache[index] = picture
+        return picture
+
+    def _labels(
+        self, item: Item
+    ) -> tuple[NDArray[np.uint8] | NDArray[np.int32] | NDArray[np.bool_], tuple[_Object, ...]]:
+        labels = self.dataset.labels(item)
+        if self.kind == "classes":
+            return self._channels[labels.class_ids()], ()
+        if self.kind == "boundaries":
+            numbers = labels.instance_labels()
+            return np.where(labels.ignored(), np.int32(-1), numbers), ()
+        objects = []
+        for one in labels.objects or ():
+            if not one.is_crowd:
+                mask = decode_rle(one.rle)
+                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+                if len(rows):
+                    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+                    channel = int(self._channels[one.class_id])
+                    objects.append(_Object(channel, int(rows[0]), int(columns[0]), mask[box].copy()))
+        return labels.ignored(), tuple(objects)
+
+
+def _channels(card: Card, dataset: Dataset, kind: str) -> NDArray[np.uint8]:
+    """uint8 [256]: the network's channel by the data set's class id, found by the class's name. IGNORED stays."""
+    channels = np.full(256, IGNORED, dtype=np.uint8)
+    if kind == "boundaries":
+        return channels
+    names = {info.name: channel for channel, info in enumerate(card.classes)}
+    for class_id, name in enumerate(dataset.class_names):
+        if name not in names:
+            raise UsageError(
+                f"{dataset.source.title} has a class {name!r} that the model lacks: it has {', '.join(names)}"
+            )
+        channels[class_id] = names[name]
+    return channels
+
+
+def _crop(card: Card, dataset: Dataset, augmentation: AugmentationConfig) -> tuple[int, int] | None:
+    policy, step = card.size_policy, card.canvas_multiple
+    fixed: tuple[int, int] | None = None
+    if isinstance(policy, LetterboxPolicy):
+        fixed = policy.height_px, policy.width_px
+    elif isinstance(policy, TilePolicy):
+        fixed = policy.tile_px, policy.tile_px
+    chosen = augmentation.crop_px
+    if chosen is not None:
+        if any(side % step for side in chosen):
+            raise ValueError(f"crop_px {chosen} must be multiples of the network's {step} pixels")
+        return chosen
+    if fixed is not None or card.postprocessing.kind == "detections":
+        return fixed
+    fits = [fit_size(card, item.height, item.width) for item in dataset.items]
+    sides = (float(np.median([fit.height for fit in fits])), float(np.median([fit.width for fit in fits])))
+    least = _LONGEST_CROP_PX // step * step or step
+    return tuple(min(least, max(step, round(side / step) * step)) for side in sides)  # type: ignore[return-value]
+
+
+def _grid(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """uint8 [3, n]: pixels on a regular grid over the image, about _SAMPLE_PX of them."""
+    stride = max(1, int((pixels.shape[0] * pixels.shape[1] / _SAMPLE_PX) ** 0.5))
+    return torch.from_numpy(np.ascontiguousarray(pixels[::stride, ::stride])).reshape(-1, 3).T
+
+
+def _changed(statistics: tuple[float, float], before_CN: torch.Tensor, after_CN: torch.Tensor) -> tuple[float, float]:
+    """Mean and deviation of an image in other colours, from those that it had and a sample of its pixels before and
+    after. Exact where nothing changed.
+    """
+    if torch.equal(before_CN, after_CN):
+        return statistics
+    old, new = before_CN.float(), after_CN.float()
+    ratio = float(new.std(correction=0)) / max(float(old.std(correction=0)), 1e-6)
+    return statistics[0] + float(new.mean()) - float(old.mean()), statistics[1] * ratio
