@@ -27,7 +27,7 @@ from pipeline.learning.dataset import Dataset, Item
 from pipeline.learning.draws import class_weights, epoch_order, image_chances
 from pipeline.learning.labels.place import in_order
 from pipeline.learning.recipe import AugmentationConfig, SamplingConfig
-from pipeline.learning.targets import boundary_targets, detection_targets
+from pipeline.learning.targets import boundary_targets, detection_targets, object_layers
 
 #: Bytes of decoded images and labels that are kept; the others are read again each time.
 CACHE_BYTES = 2 << 30
@@ -70,30 +70,18 @@ class Batch(NamedTuple):
         )
 
 
-class _Object(NamedTuple):
-    """Cut out of its image."""
-
-    channel: int
-    top: int
-    left: int
-    #: bool [h, w].
-    mask: NDArray[np.bool_]
-
-
 class _Picture(NamedTuple):
     """An image in memory."""
 
     #: uint8 [h, w, 3].
     pixels: NDArray[np.uint8]
-    #: Classes: uint8 channels or IGNORED. Boundaries: int32 labels, -1 not known. Detection: bool, what is ignored.
-    labels: NDArray[np.uint8] | NDArray[np.int32] | NDArray[np.bool_]
-    objects: tuple[_Object, ...]
+    #: [K, h, w]. Classes: uint8 channels or IGNORED; boundaries: int32 labels, -1 not known; K is 1. Detection: what
+    #: is ignored, then layers of objects' numbers from 1, 0 where none is; two that overlap are in different layers.
+    maps: NDArray[np.uint8] | NDArray[np.int32]
+    #: Detection: the network's channel of each object, in the order of their numbers.
+    channels: tuple[int, ...]
     #: Mean and standard deviation of the whole image.
     statistics: tuple[float, float]
-
-    @property
-    def size_bytes(self) -> int:
-        return self.pixels.nbytes + self.labels.nbytes + sum(one.mask.nbytes for one in self.objects)
 
 
 class Examples:
@@ -210,8 +198,8 @@ class Examples:
             channels = self.card.network_channels
 
             def counted(item: Item) -> NDArray[np.int64]:
-                labels, _ = self._labels(item)
-                ids = labels if self.kind == "classes" else boundary_targets(labels)[0]  # type: ignore[arg-type]
+                (labels,), _ = self._maps(item)
+                ids = labels if self.kind == "classes" else boundary_targets(labels)[0]
                 return np.bincount(ids.ravel(), minlength=256)[:channels]
 
             self._pixels_of_classes = np.stack(list(in_order(counted, self.dataset.items)))
@@ -239,7 +227,7 @@ class Examples:
         pixels = image_CHW[0].numel()
         statistics = _changed(picture.statistics, sample_CN, recolored[:, pixels:])
         image_CHW = recolored[:, :pixels].view(image_CHW.shape)
-        maps_KHW, channels_K = self._maps(picture, rows, columns)
+        maps_KHW = torch.from_numpy(picture.maps[:, rows, columns])
         outside = {"classes": IGNORED, "boundaries": -1, "detection": 0}[self.kind]
         image_CHW, maps_KHW = views.look(
             image_CHW, maps_KHW, window, self.augmentation, random, outside=outside, size=(height, width)
@@ -251,7 +239,7 @@ class Examples:
         if self.kind == "boundaries":
             targets, emphasis = boundary_targets(maps_KHW[0].contiguous().numpy())
             return inputs_CHW, torch.from_numpy(targets), torch.from_numpy(emphasis)
-        return inputs_CHW, detection_targets(maps_KHW[1:], channels_K, maps_KHW[0] > 0), None
+        return inputs_CHW, detection_targets(maps_KHW[1:], picture.channels, maps_KHW[0] > 0), None
 
     def _inputs(self, image_CHW: torch.Tensor, statistics: tuple[float, float]) -> torch.Tensor:
         pixels = select_bands(image_CHW.permute(1, 2, 0).numpy(), self.card.preprocessing)
@@ -262,29 +250,14 @@ class Examples:
             dtype=torch.float32,
         )[0]
 
-    def _maps(self, picture: _Picture, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """[K, h, w] of what a view may show, and int64 [K - 1]: the channels of the objects behind the first map."""
-        labels = np.ascontiguousarray(picture.labels[rows, columns])
-        if self.kind != "detection":
-            return torch.from_numpy(labels)[None], torch.zeros(0, dtype=torch.int64)
-        maps, channels = [labels.astype(np.uint8)], []
-        for one in picture.objects:
-            whole = np.zeros(picture.pixels.shape[:2], dtype=np.uint8)
-            whole[one.top : one.top + one.mask.shape[0], one.left : one.left + one.mask.shape[1]] = one.mask
-            cut = whole[rows, columns]
-            if cut.any():
-                maps.append(cut)
-                channels.append(one.channel)
-        return torch.from_numpy(np.stack(maps)), torch.tensor(channels, dtype=torch.int64)
-
     def _focus(self, picture: _Picture, random: np.random.Generator) -> tuple[int, int] | None:
         if self.kind != "classes" or random.random() >= self.sampling.focus_probability:
             return None
-        present = np.flatnonzero(np.bincount(picture.labels.ravel(), minlength=256)[:IGNORED])
+        present = np.flatnonzero(np.bincount(picture.maps.ravel(), minlength=256)[:IGNORED])
         if not len(present):
             return None
-        pixels = np.flatnonzero(picture.labels.ravel() == random.choice(present))
-        return divmod(int(random.choice(pixels)), picture.labels.shape[1])
+        pixels = np.flatnonzero(picture.maps.ravel() == random.choice(present))
+        return divmod(int(random.choice(pixels)), picture.maps.shape[2])
 
     def _picture(self, index: int) -> _Picture:
         picture = self._cache.get(index)
@@ -292,33 +265,26 @@ class Examples:
             item = self.dataset.items[index]
             # torch takes only arrays that may be written to.
             pixels = np.require(self.dataset.image(item), requirements="W")
-            labels, objects = self._labels(item)
-            picture = _Picture(pixels, labels, objects, image_statistics(pixels))
+            maps, channels = self._maps(item)
+            picture = _Picture(pixels, maps, channels, image_statistics(pixels))
             with self._lock:
-                if index not in self._cache and picture.size_bytes <= self._free_bytes:
-                    self._free_bytes -= picture.size_bytes
+                size_bytes = pixels.nbytes + maps.nbytes
+                if index not in self._cache and size_bytes <= self._free_bytes:
+                    self._free_bytes -= size_bytes
                     self._cache[index] = picture
         return picture
 
-    def _labels(
-        self, item: Item
-    ) -> tuple[NDArray[np.uint8] | NDArray[np.int32] | NDArray[np.bool_], tuple[_Object, ...]]:
+    def _maps(self, item: Item) -> tuple[NDArray[np.uint8] | NDArray[np.int32], tuple[int, ...]]:
+        """As in _Picture."""
         labels = self.dataset.labels(item)
         if self.kind == "classes":
-            return self._channels[labels.class_ids()], ()
+            return self._channels[labels.class_ids()][None], ()
         if self.kind == "boundaries":
-            numbers = labels.instance_labels()
-            return np.where(labels.ignored(), np.int32(-1), numbers), ()
-        objects = []
-        for one in labels.objects or ():
-            if not one.is_crowd:
-                mask = decode_rle(one.rle)
-                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-                if len(rows):
-                    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-                    channel = int(self._channels[one.class_id])
-                    objects.append(_Object(channel, int(rows[0]), int(columns[0]), mask[box].copy()))
-        return labels.ignored(), tuple(objects)
+            return np.where(labels.ignored(), np.int32(-1), labels.instance_labels())[None], ()
+        objects = [one for one in labels.objects or () if not one.is_crowd]
+        layers = object_layers([decode_rle(one.rle) for one in objects], (item.height, item.width))
+        maps = np.concatenate([labels.ignored()[None].astype(np.int32), layers])
+        return maps, tuple(int(self._channels[one.class_id]) for one in objects)
 
 
 def _channels(card: Card, dataset: Dataset, kind: str) -> NDArray[np.uint8]:

@@ -4,6 +4,8 @@ boxes. Must not know: images, geometry, losses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
@@ -37,22 +39,43 @@ def boundary_targets(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDAr
     return channels, np.where(touching, 2, edge).astype(np.uint8)
 
 
+def object_layers(masks: Sequence[NDArray[np.bool_]], size: tuple[int, int]) -> NDArray[np.int32]:
+    """int32 [L, h, w] of masks bool [h, w], L at least 1: numbers of objects, from 1, and 0 where none is. Objects that
+    share a pixel lie in different layers, so that none hides another.
+    """
+    layers = [np.zeros(size, dtype=np.int32)]
+    for number, mask in enumerate(masks, start=1):
+        layer = next((one for one in layers if not one[mask].any()), None)
+        if layer is None:
+            layer = np.zeros(size, dtype=np.int32)
+            layers.append(layer)
+        layer[mask] = number
+    return np.stack(layers)
+
+
 def detection_targets(
-    masks_KHW: torch.Tensor, labels_K: torch.Tensor, ignored_HW: torch.Tensor
+    layers_LHW: torch.Tensor, channels: Sequence[int], ignored_HW: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Targets as torchvision's Mask R-CNN takes them, and what to leave out: `boxes` float32 [K, 4] (x0, y0, x1, y1, in
     pixels), `labels` int64 [K], `masks` uint8 [K, h, w], `ignored` bool [h, w].
 
+    `layers_LHW`: as of `object_layers`, or a view of them; `channels`: of each object, in the order of their numbers.
     Boxes are those of the masks as they are in the view, tighter than turned boxes would be. Objects with less than
     LEAST_OBJECT_PX pixels in it become ignored.
     """
-    masks_KHW = masks_KHW > 0
-    kept = masks_KHW.flatten(1).sum(dim=1) >= LEAST_OBJECT_PX
-    ignored_HW = ignored_HW | masks_KHW[~kept].any(dim=0)
-    masks_KHW = masks_KHW[kept]
+    masks, labels = [], []
+    for layer_HW in layers_LHW:
+        numbers, pixels = layer_HW[layer_HW > 0].unique(return_counts=True)
+        for number, count in zip(numbers.tolist(), pixels.tolist(), strict=True):
+            if count < LEAST_OBJECT_PX:
+                ignored_HW = ignored_HW | (layer_HW == number)
+            else:
+                masks.append(layer_HW == number)
+                labels.append(channels[number - 1])
+    masks_KHW = torch.stack(masks) if masks else ignored_HW.new_zeros((0, *ignored_HW.shape))
     return {
         "boxes": _boxes(masks_KHW),
-        "labels": labels_K[kept],
+        "labels": torch.tensor(labels, dtype=torch.int64),
         "masks": masks_KHW.to(torch.uint8),
         "ignored": ignored_HW,
     }
