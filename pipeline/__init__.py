@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from pipeline.config import SegmentConfig
     from pipeline.engine.outcome import Outcome, Preview
     from pipeline.learning.assessment import Assessment
+    from pipeline.learning.labels.check import LabelReport
+    from pipeline.learning.training import TrainOutcome
 
 __version__ = "0.1.0"
 __all__ = [
     "abandon_run",
+    "check_labels",
     "connect",
     "drift",
     "evaluate",
@@ -28,6 +31,7 @@ __all__ = [
     "report",
     "segment",
     "show_run",
+    "train",
     "verify",
 ]
 
@@ -72,6 +76,26 @@ def plan(config: SegmentConfig, *, scratch: Path) -> Preview:
     from pipeline.engine import run
 
     return run.plan(config, scratch=scratch)
+
+
+def train(config: Any = None, /, **settings: Any) -> TrainOutcome:
+    """Trains a model and publishes it: `train(dataset=..., name=..., registry=..., minutes=..., ...)`.
+
+    The keywords are the fields of `pipeline.learning.configuration.TrainConfig`; a ready config may be given instead.
+    `listen` and `should_stop` are handed on to `pipeline.learning.training.train`, which says what is guaranteed and
+    raised.
+    """
+    from pipeline.learning import training
+
+    hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    return training.train(config or training.TrainConfig(**settings), **hooks)
+
+
+def check_labels(source: str, **options: Any) -> LabelReport:
+    """What is wrong with a labelled data set: see `pipeline.learning.labels.check.check_labels`."""
+    from pipeline.learning.labels import check
+
+    return check.check_labels(source, **options)
 
 
 def connect(dest: str, *, profile: str | None = None) -> Any:

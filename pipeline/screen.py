@@ -83,6 +83,78 @@ class Screen:
             self._bar.stop()
 
 
+class TrainingScreen:
+    """Everything that `train` shows while it trains, on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._quiet = quiet
+        self._live = self.console.is_terminal and not quiet
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._told_s = time.monotonic()
+
+    def listen(self, event: Any) -> None:
+        if self._quiet:
+            return
+        if hasattr(event, "text"):
+            self.console.print(Text(plain(event.text), style="dim"), soft_wrap=True)
+        elif hasattr(event, "row"):
+            self.console.print(_epoch_line(event.row, best=event.best), soft_wrap=True)
+        else:
+            self._progress(event)
+
+    def _progress(self, event: Any) -> None:
+        left_s = event.elapsed_s / event.share * (1 - event.share) if event.share > 0 else math.nan
+        line = f"epoch {event.epoch}, step {event.step}, loss {event.loss:.4f}, {event.images_per_s:.1f} images/s"
+        left = f", {left_s / 60:.1f} min left" if math.isfinite(left_s) else ""
+        if self._live:
+            if self._bar is None:
+                self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self.console)
+                self._bar.start()
+                self._task = self._bar.add_task("", total=1.0)
+            self._bar.update(self._task, completed=min(event.share, 1.0), description=line + left)
+        elif time.monotonic() - self._told_s >= _LINE_EVERY_S:
+            self._told_s = time.monotonic()
+            self.console.print(f"{100 * event.share:.0f}%: {line}{left}", soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _epoch_line(row: dict[str, Any], *, best: bool) -> str:
+    measured = {name.removeprefix("val_"): row[name] for name in row if name.startswith("val_")}
+    shown = ", ".join(
+        f"{name} {value:.4f}" for name, value in measured.items() if name not in ("s", "images") and value is not None
+    )
+    loss = "?" if row.get("loss") is None else f"{row['loss']:.4f}"
+    return (
+        f"epoch {row['epoch']}: step {row['step']}, {row['elapsed_s'] / 60:.1f} min, loss {loss}"
+        f"{', ' + shown if shown else ''}{' (best)' if best else ''}, {row['images_per_s']:.1f} images/s"
+    )
+
+
+def print_training(outcome: Any) -> None:
+    out = stdout()
+    word = "trained" if outcome.state == "trained" else "trained before"
+    out.print(f"[bold]{word}[/]: {outcome.name}@{outcome.version}")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("file", Text(plain(outcome.uri)))
+    table.add_row(
+        "training",
+        f"{outcome.steps} steps in {outcome.epochs} epochs, {outcome.minutes:.1f} min, {outcome.images_per_s:.1f} "
+        f"images/s; weights of step {outcome.kept_step}"
+        + (f"; continued after step {outcome.resumed_step}" if outcome.resumed_step else ""),
+    )
+    for split, by_precision in outcome.metrics.items():
+        for precision, figures in by_precision.items():
+            shown = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+            table.add_row(f"{plain(split)}, {precision}", shown)
+    table.add_row("trace, curves", Text(plain(outcome.folder)))
+    out.print(table)
+
+
 def as_json(outcome: Any) -> dict[str, Any]:
     body = outcome.model_dump(mode="json", exclude={"work", "estimate", "shards"})
     if outcome.state == "planned":
