@@ -26,12 +26,12 @@ _LEGEND_PX = 18
 _TINT = 0.5
 _INK = (40, 40, 40)
 #: Of what is left out of the loss.
-_IGNORED_COLOR = (255, 0, 255)
+_IGNORED_COLOR = (255, 255, 255)
 
 
 def draw_preview(examples: Examples, *, views: int = 24, columns: int = 4, width_px: int = 320) -> bytes:
     """A PNG of the first `views` views of training, each beside itself with its labels: classes in the card's colours,
-    objects each in one of its own with its box, what is ignored in magenta; and below, how much of the views each class
+    objects each in one of its own with its box, what is ignored in white; and below, how much of the views each class
     has. Deterministic.
 
     `width_px`: of one view, and of one with its labels; `columns` of such pairs. Views are shown normalised, their
