@@ -8,6 +8,7 @@ functions of (seed, step, rank). So a run that continues from a checkpoint does 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ from pipeline.learning.trace import EpochTally, finite, trace_name, trace_parque
 State = dict[str, torch.Tensor]
 #: Keeps random numbers of steps and workers apart, whatever the seed.
 _SEED_STRIDE = 1_000_003
+#: Steps after which several workers ask each other whether to go on.
+_AGREE_STEPS = 10
 
 
 class TrainingError(InfrastructureError):
@@ -211,12 +214,18 @@ class Loop:
         batches: Any = self._examples.stream(step * config.accumulate, self._peers.rank, self._peers.world)
         with contextlib.closing(batches):
             entered_s = time.monotonic()
-            while True:
-                share = self._share(step, began_s)
-                if share >= 1 or step >= end:
+            share = self._share(step, began_s)
+            for taken in itertools.count():
+                # Workers agree on the clock, and on stopping, now and then: asking at each step would be waiting.
+                if self._peers.world == 1 or taken % _AGREE_STEPS == 0:
+                    share = self._share(step, began_s)
+                    if self._peers.agreed(self._should_stop()):
+                        raise StoppedError("stopped on request: the same command continues from the last epoch")
+                elif self._total_steps is not None:
+                    share = self._share(step, began_s)
+                # At least one: measuring may have used up the last of the time.
+                if step >= end or (share >= 1 and taken):
                     break
-                if self._should_stop():
-                    raise StoppedError("stopped on request: the same command continues from the last epoch")
                 rate = config.learning_rate * rate_factor(
                     share, shape=config.schedule, warmup=config.warmup, power=config.poly_power
                 )

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from models.segmenter import default_device
+from pipeline.engine.ray_crew import ray_address
 from pipeline.errors import StorageError, UsageError
 from pipeline.learning.checkpoints import CheckpointFolder
 from pipeline.learning.configuration import TrainConfig, run_key
@@ -118,7 +119,7 @@ def train(
 
 def _do(job: Job, say: Listen, stop: Callable[[], bool]) -> Summary:
     config = job.config
-    address = config.ray_address
+    address = ray_address(config.ray_address)
     engine = config.engine
     if engine == "auto":
         engine = "ray" if config.workers > 1 or address else "local"

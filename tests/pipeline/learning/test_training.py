@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import torch
+from PIL import Image
+
+from models.file import load_module
+from models.segmenter import Segmenter
+from pipeline.errors import StoppedError, UsageError
+from pipeline.learning import loop
+from pipeline.learning.dataset import Dataset
+from pipeline.learning.evaluation import evaluate
+from pipeline.learning.loop import EpochEvent, StepEvent
+from pipeline.learning.training import BrokenLabelsError, Note, TrainingError, train
+from pipeline.storage import local_path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_nuclei import write_dataset
+from tiny_training import equal, tiny, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights after three epochs of two steps."""
+    return weights(train(tiny(folder, tmp_path_factory.mktemp("undisturbed"), epochs=3)).uri)
+
+
+def test_the_model_serves_and_tells_its_origin(folder: Path, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    outcome = train(tiny(folder, tmp_path), listen=heard.append)
+    assert outcome.state == "trained"
+    assert outcome.uri == f"file://{tmp_path}/discs/{outcome.version}.safetensors"
+    card, module = load_module(Path(local_path(outcome.uri)).read_bytes())
+    assert card.class_names() == {0: "background", 1: "disc"}
+    assert card.task == "instance"
+    told = card.provenance
+    assert told["data_sha256"] == Dataset(folder, "train").digest()
+    assert (told["steps"], told["epochs"], told["images"]) == (4, 2, 4)
+    assert told["settings"]["seed"] == 1  # type: ignore[index, call-overload]
+    assert told["initial_weights"] == "random"
+    assert str(tmp_path) not in card.model_dump_json()
+    assert str(folder) not in card.model_dump_json()
+    figures = evaluate(Segmenter(module, card, device="cpu", precision="fp32"), Dataset(folder, "val"))
+    assert outcome.metrics["val"]["fp32"] == {name: round(value, 4) for name, value in figures.items()}
+    assert [type(event) for event in heard if not isinstance(event, Note)] == [
+        StepEvent, StepEvent, EpochEvent, StepEvent, StepEvent, EpochEvent,
+    ]  # fmt: skip
+
+
+def test_trace_and_curves_stay_and_checkpoints_go(folder: Path, tmp_path: Path) -> None:
+    outcome = train(tiny(folder, tmp_path))
+    run = Path(local_path(outcome.folder))
+    rows = duckdb.sql(f"SELECT * FROM read_parquet('{run}/trace/*.parquet') ORDER BY epoch").fetchall()
+    names = [column[0] for column in duckdb.sql(f"SELECT * FROM read_parquet('{run}/trace/*.parquet')").description]
+    first = dict(zip(names, rows[0], strict=True))
+    assert [row[names.index("step")] for row in rows] == [2, 4]
+    assert first["loss"] == pytest.approx(sum(first[name] for name in names if name.startswith("loss_")), rel=1e-5)
+    assert first["images_per_s"] > 0
+    assert 0 <= first["val_panoptic_quality"] <= 1
+    assert Image.open(run / "curves.png").size[0] > 500
+    assert not list(run.glob("checkpoint-*"))
+    assert json.loads((run / "outcome.json").read_text())["version"] == outcome.version
+
+
+def test_the_same_again_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
+    first = train(tiny(folder, tmp_path, steps=1))
+    again = train(tiny(folder, tmp_path, steps=1, out=str(tmp_path / "copy.safetensors")))
+    assert (again.state, again.version) == ("already", first.version)
+    assert (tmp_path / "copy.safetensors").read_bytes() == Path(local_path(first.uri)).read_bytes()
+    assert train(tiny(folder, tmp_path, steps=1, restart=True)).state == "trained"
+
+
+def test_equal_settings_give_equal_weights(folder: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    assert equal(weights(train(tiny(folder, tmp_path / "a", epochs=3)).uri), undisturbed)
+    assert not equal(weights(train(tiny(folder, tmp_path / "b", epochs=3, seed=2)).uri), undisturbed)
+
+
+def test_stopped_on_request_and_continued(folder: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    seen: list[Any] = []
+    with pytest.raises(StoppedError, match="same command continues"):
+        train(
+            tiny(folder, tmp_path, epochs=3),
+            listen=seen.append,
+            should_stop=lambda: sum(isinstance(event, StepEvent) for event in seen) == 5,
+        )
+    outcome = train(tiny(folder, tmp_path, epochs=3))
+    assert outcome.resumed_step == 4
+    assert equal(weights(outcome.uri), undisturbed)
+
+
+def test_killed_and_continued_by_the_same_command(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    config = tiny(folder, tmp_path / "registry", epochs=3)
+    recipe.write_text(config.model_dump_json(exclude={"dataset"}))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(folder), "--recipe", str(recipe), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline_s = time.monotonic() + 120
+    # After the first checkpoint, wherever the second epoch then is.
+    while not list(tmp_path.glob("registry/_training/*/checkpoint-*")) and time.monotonic() < deadline_s:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    outcome = json.loads(result.stdout)
+    assert outcome["resumed_step"] >= 2
+    assert equal(weights(outcome["uri"]), undisturbed)
+
+
+def test_learns_and_keeps_the_best(folder: Path, tmp_path: Path) -> None:
+    plain = {"crop_px": 64, "scale": (0.9, 1.1), "color_probability": 0, "noise_probability": 0, "blur_probability": 0}
+    heard: list[Any] = []
+    config = tiny(
+        folder, tmp_path, steps=60, batch_size=4, learning_rate=5e-3, ema_decay=0.8, epoch_images=60,
+        augmentation=plain, task="semantic", sampling={"stratum_power": 1},
+    )  # fmt: skip
+    outcome = train(config, listen=heard.append)
+    scores = {event.row["step"]: event.row["val_mean_iou"] for event in heard if isinstance(event, EpochEvent)}
+    assert outcome.kept_step == max(scores, key=lambda step: scores[step])
+    assert outcome.metrics["val"]["fp32"]["mean_iou"] == pytest.approx(max(scores.values()), abs=1e-4)
+    assert max(scores.values()) > 0.6
+
+
+def test_stops_early(folder: Path, tmp_path: Path) -> None:
+    outcome = train(tiny(folder, tmp_path, epochs=50, patience=1, learning_rate=1e-9))
+    assert outcome.epochs < 5
+
+
+def test_minutes_end_a_run(folder: Path, tmp_path: Path) -> None:
+    outcome = train(tiny(folder, tmp_path, minutes=0.01))
+    assert outcome.steps >= 1
+    assert outcome.minutes >= 0.01
+
+
+def test_non_finite_loss_names_step_and_images(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loop.Objective.parts, []
+
+    def third_is_broken(self: Any, module: Any, batch: Any) -> Any:
+        calls.append(batch.names)
+        return {
+            name: part * (float("nan") if len(calls) == 3 else 1) for name, part in real(self, module, batch).items()
+        }
+
+    monkeypatch.setattr(loop.Objective, "parts", third_is_broken)
+    with pytest.raises(TrainingError, match="became nan at step 3") as caught:
+        train(tiny(folder, tmp_path))
+    assert ", ".join(calls[2]) in str(caught.value)
+    assert not list(tmp_path.glob("discs/*"))
+
+
+def test_broken_labels_are_refused(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "broken")
+    Image.new("RGB", (9, 9)).save(folder / "images" / "disc-0.png")
+    with pytest.raises(BrokenLabelsError, match="1 errors") as caught:
+        train(tiny(folder, tmp_path / "registry"))
+    assert "size_mismatch" in caught.value.report.text()
+    assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 1, "minutes": 1.0}, "give one of epochs"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple of workers x accumulate"),
+        ({"registry": None}, "where is the model to go"),
+        ({"patience": 1, "val_split": None}, "val_split"),
+        ({"workers": 2, "engine": "local"}, "one worker"),
+    ],
+)
+def test_settings_that_contradict_each_other(folder: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(folder, tmp_path, **changes)
+
+
+def test_a_semantic_set_teaches_no_instances(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="known are"):
+        train(tiny(folder, tmp_path, arch="unett"))

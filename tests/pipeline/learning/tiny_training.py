@@ -1,0 +1,40 @@
+"""Settings that train in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.file import load_module
+from pipeline.learning.configuration import TrainConfig
+from pipeline.storage import local_path
+
+TINY: dict[str, Any] = {
+    "name": "discs",
+    "arch": "unet",
+    "args": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    "augmentation": {"crop_px": 32},
+    "batch_size": 2,
+    "precision": "fp32",
+    "use_gpu": False,
+    "threads": 1,
+    "seed": 1,
+}
+
+
+def tiny(dataset: Path, registry: Path, **changes: Any) -> TrainConfig:
+    settings = {"dataset": str(dataset), "registry": str(registry), "steps": 4, **TINY, **changes}
+    if "epochs" in changes or "minutes" in changes:
+        del settings["steps"]
+    return TrainConfig(**settings)
+
+
+def weights(uri: str) -> dict[str, torch.Tensor]:
+    _, module = load_module(Path(local_path(uri)).read_bytes())
+    return module.state_dict()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
