@@ -26,9 +26,13 @@ __all__ = [
     "drift",
     "evaluate",
     "list_runs",
+    "model_history",
     "models",
     "plan",
+    "promote_model",
+    "push_model",
     "report",
+    "rollback_model",
     "segment",
     "show_run",
     "train",
@@ -170,8 +174,39 @@ def abandon_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[s
     return status.abandon_run(dest, run_id, profile=profile)
 
 
-def models() -> list[Any]:
-    """The models that a name can reach."""
-    from pipeline import registry
+def models(registry: str | None = None, *, profile: str | None = None) -> list[Any]:
+    """The models that a name can reach. `registry`: a folder or URL, by default `MASKMILL_REGISTRY`."""
+    from pipeline.registry import listings
 
-    return registry.listings()
+    return listings(registry=registry, profile=profile)
+
+
+def push_model(model: Any, registry: str | None = None, **options: Any) -> Any:
+    """Puts a model file into a registry, as the challenger: see `pipeline.registry.changes.push_model`."""
+    from pipeline.registry import changes
+
+    return changes.push_model(model, registry, **options)
+
+
+def promote_model(model: str, registry: str | None = None, **settings: Any) -> Any:
+    """Makes a challenger the champion if it is better, or says why not: `promote_model("street", evaluations=...)`.
+
+    The keywords are the fields of `pipeline.learning.promotion.PromoteConfig`; see `promote_model` there.
+    """
+    from pipeline.learning import promotion
+
+    return promotion.promote_model(promotion.PromoteConfig(model=model, registry=registry, **settings))
+
+
+def rollback_model(name: str, registry: str | None = None, **options: Any) -> Any:
+    """Makes the champion before the present one the champion: see `pipeline.registry.changes.rollback_model`."""
+    from pipeline.registry import changes
+
+    return changes.rollback_model(name, registry=registry, **options)
+
+
+def model_history(name: str, registry: str | None = None, *, profile: str | None = None) -> list[Any]:
+    """Every decision about the models of `name`, the oldest first: see `pipeline.registry.shelf.model_history`."""
+    from pipeline.registry import shelf
+
+    return shelf.model_history(name, registry=registry, profile=profile)

@@ -1,7 +1,7 @@
 """The command `maskmill`. Owns: which commands there are, and what an error becomes. Must not know: their options.
 
 Exit status: 0 done; 1 infrastructure failed, or a table is damaged; 2 wrong usage; 3 done with too many errors; 4 a run
-has drifted; 130 interrupted.
+has drifted; 5 a challenger was not good enough; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ class SegmentConfig(BaseModel):
     model: str = Field(
         description="A model's name, name@version or name@alias, or the path or URL of a .safetensors file."
     )
+    registry: str | None = Field(
+        None, description="A folder or URL with models by name. Default: MASKMILL_REGISTRY, then what ships."
+    )
     engine: Engine = Field("auto", description="local: processes on this machine; ray: actors on a Ray cluster.")
     actors: int | None = Field(
         None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU core."

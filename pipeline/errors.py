@@ -4,6 +4,7 @@ Must not know: anything else of the project.
     MaskmillError
     ├── UsageError            the caller must change something (exit 2)
     │   ├── ModelError        a model file that is missing, cut off, or not a model
+    │   ├── ChampionChangedError  another champion came while this change was being decided
     │   └── HeldError         another live driver holds the run
     ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
     │   ├── StorageError      one storage call; carries `kind`
@@ -35,6 +36,10 @@ class UsageError(MaskmillError):
 
 class ModelError(UsageError):
     """A model reference that cannot be resolved, or a file that is not a model."""
+
+
+class ChampionChangedError(UsageError):
+    """The champion changed while a promotion or rollback was being decided, so that the decision was about another."""
 
 
 class HeldError(UsageError):

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -232,6 +233,13 @@ def print_whole(table: Table) -> None:
     console = stdout()
     console.width = max(console.width, console.measure(table, options=console.options.update_width(100_000)).maximum)
     console.print(table, soft_wrap=True)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """One line each on stderr."""
+    console = Console(stderr=True, highlight=False)
+    for text in warnings:
+        console.print(Text.assemble(("warning:", "yellow"), " ", plain(text)), soft_wrap=True)
 
 
 def _kinds(kinds: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""`maskmill models`. Owns: its options. Must not know: how anything is done, or how it looks."""
+"""`maskmill models`. Owns: its options. Must not know: how anything is done."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import Json
+from pipeline.commands.options import KEPT, Json, Registry
 from pipeline.errors import UsageError
 
-app = typer.Typer(help="Models that a name can reach: list, show, import.", no_args_is_help=True)
+app = typer.Typer(help="Models: what a name can reach, and which version it means.", no_args_is_help=True)
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="A name, name@alias, name@version, path or URL.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `maskmill models list` shows it.")]
+_STATES = {"promoted": "is the champion now", "kept": "is not promoted", "unchanged": "stays the champion"}
+Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Kept in the history.")]
 
 
 @app.command("list")
-def models_list(as_json: Json = False) -> None:
+def models_list(registry: Registry = None, as_json: Json = False) -> None:
     """Models that a name can reach."""
-    lines = pipeline.models()
+    lines = pipeline.models(registry)
     if as_json:
         print(json.dumps([line._asdict() for line in lines]))
         return
@@ -34,15 +39,114 @@ def models_list(as_json: Json = False) -> None:
 
 
 @app.command("show")
-def models_show(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A name, name@alias, name@version, path or URL.")],
-) -> None:
+def models_show(reference: Ref, registry: Registry = None) -> None:
     """A model's card, as JSON."""
     from pipeline.registry import resolve
 
-    model = resolve(reference)
+    model = resolve(reference, registry=registry)
     body = {"version": model.version, "file": model.origin, "size_bytes": len(model.data)}
     print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
+
+
+@app.command("push")
+def models_push(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Path or URL of a .safetensors file.")],
+    registry: Registry = None,
+    alias: Annotated[
+        str, typer.Option(metavar="NAME", help="What it is called besides; '' for nothing.")
+    ] = "challenger",
+    reason: Reason = None,
+    as_json: Json = False,
+) -> None:
+    """Put a model file into a registry, under the name on its card, as the challenger."""
+    pushed = pipeline.push_model(model, registry, alias=alias or None, reason=reason)
+    screen.warn(pushed.warnings)
+    if as_json:
+        print(json.dumps(pushed._asdict()))
+        return
+    aliases = f" ({', '.join(pushed.aliases)})" if pushed.aliases else ""
+    print(f"{pushed.name}@{pushed.version}{aliases}{'' if pushed.new else ', there already'}: {pushed.uri}")
+
+
+@app.command("promote")
+def models_promote(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
+    model: Annotated[str, typer.Argument(metavar="NAME", help="NAME (its challenger), NAME@alias or NAME@version.")],
+    registry: Registry = None,
+    evaluations: Annotated[
+        str | None, typer.Option(metavar="DEST", help="Where evaluations of both models are.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="miou|mean_dice|boundary_f1|pq|ap", help="Default: miou, or pq for instances.")
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the resamples: in so many it must be better.")
+    ] = 0.95,
+    max_class_drop: Annotated[float, typer.Option(metavar="X", help="No class may fall by more than this.")] = 0.02,
+    force: Annotated[bool, typer.Option("--force", help="Whatever the comparison says; needs --reason.")] = False,
+    reason: Reason = None,
+    as_json: Json = False,
+) -> None:
+    """Make a challenger the champion, if it beats the present one on the same images; exit status 5 if it does not.
+
+    Example: maskmill models promote street --evaluations s3://bucket/evaluations
+    """
+    done = pipeline.promote_model(
+        model, registry, evaluations=evaluations, metric=metric, confidence=confidence, max_class_drop=max_class_drop,
+        force=force, reason=reason,
+    )  # fmt: skip
+    screen.warn(done.warnings)
+    if as_json:
+        print(done.model_dump_json(indent=2))
+    else:
+        print(f"{done.name}@{done.version} {_STATES[done.state]}: {done.why}")
+        if done.comparison:
+            screen.print_whole(_classes_table(done.comparison.class_differences))
+    if done.state == "kept":
+        raise typer.Exit(KEPT)
+
+
+@app.command("rollback")
+def models_rollback(name: Name, registry: Registry = None, reason: Reason = None, as_json: Json = False) -> None:
+    """Make the champion before the present one the champion again."""
+    entry = pipeline.rollback_model(name, registry, reason=reason)
+    print(
+        entry.model_dump_json(indent=2)
+        if as_json
+        else f"{name}@{entry.version} is the champion again, instead of {entry.champion_before}"
+    )
+
+
+@app.command("alias")
+def models_alias(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="name@version or name@alias.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Any name but champion.")],
+    registry: Registry = None,
+    reason: Reason = None,
+) -> None:
+    """Give a version of a registry one more name, which another version then loses."""
+    from pipeline.registry import set_alias
+
+    entry = set_alias(reference, alias, registry=registry, reason=reason)
+    print(f"{alias} is {entry.version}" if entry else f"{alias} is {reference} already")
+
+
+@app.command("history")
+def models_history(name: Name, registry: Registry = None, as_json: Json = False) -> None:
+    """Every decision about a name, the oldest first, with its numbers."""
+    entries = pipeline.model_history(name, registry)
+    if as_json:
+        print(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "at", "by", "what", "version", "champion", "why"):
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        why = str((entry.decision or {}).get("why") or entry.reason or "")
+        table.add_row(
+            str(entry.number), f"{entry.at:%Y-%m-%d %H:%M}", Text(screen.plain(entry.by)), entry.action, entry.version,
+            entry.aliases.get("champion", "none"), Text(screen.plain(why)),
+        )  # fmt: skip
+    screen.print_whole(table)
 
 
 @app.command("import")
@@ -86,3 +190,12 @@ def models_import(  # noqa: PLR0917 - typer's way: every option of the command i
         normalization=normalization,
     )  # fmt: skip
     print(f"{out}: {model.card.name}, version {model.version}, {len(model.card.classes)} classes")
+
+
+def _classes_table(differences: dict[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("class", overflow="fold")
+    table.add_column("change", justify="right")
+    for name, difference in sorted(differences.items(), key=lambda pair: pair[1]):
+        table.add_row(Text(screen.plain(name)), f"{difference:+.4f}")
+    return table

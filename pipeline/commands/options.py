@@ -12,12 +12,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, KEPT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `maskmill runs list` shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME", help="AWS profile for DEST.")]
+
+Registry = Annotated[
+    str | None,
+    typer.Option("--registry", metavar="URL", help="Folder or URL with models. Default: MASKMILL_REGISTRY."),
+]
 
 
 def option(help_text: str, *names: str, panel: str = "Options", metavar: str | None = None) -> Any:

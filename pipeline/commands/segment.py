@@ -13,7 +13,7 @@ import typer
 import pipeline
 from models.overrides import parse_settings
 from pipeline import screen
-from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, Dest, interruptible, option
+from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, Dest, Registry, interruptible, option
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.errors import UsageError
 
@@ -29,6 +29,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         str,
         option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF"),
     ],
+    registry: Registry = None,
     max_error_rate: Annotated[float, option("Above this share of errors: exit status 3.", metavar="SHARE")] = 0.05,
     dry_run: Annotated[bool, option("Only print the plan.", "--dry-run")] = False,
     wait: Annotated[bool, option("Wait for a run that another live driver holds.", "--wait")] = False,
@@ -122,7 +123,8 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     except ValueError as error:
         raise UsageError(f"--set: {error}") from error
     config = SegmentConfig(
-        source=source, dest=dest, model=model, engine=engine, actors=actors, gpus_per_actor=gpus_per_actor,
+        source=source, dest=dest, model=model, registry=registry, engine=engine, actors=actors,
+        gpus_per_actor=gpus_per_actor,
         batch_size=batch_size, shard_size=shard_size, threads=threads, precision=precision, limit=limit, canary=canary,
         dry_run=dry_run, retry_errors=retry_errors, force=force, max_error_rate=max_error_rate, wait=wait,
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,

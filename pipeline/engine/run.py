@@ -297,7 +297,7 @@ class _Segmentation:
 
     def _model(self) -> Model:
         """The model with its card as this command wants it."""
-        shipped = resolve(self._config.model)
+        shipped = resolve(self._config.model, registry=self._config.registry)
         model = _as_asked(shipped, self._config)
         as_shipped, as_asked = shipped.card.model_dump(), model.card.model_dump()
         self._changed = [name for name in sorted(as_asked) if as_asked[name] != as_shipped[name]]

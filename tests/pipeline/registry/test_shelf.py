@@ -125,7 +125,7 @@ def test_models_that_ship_come_after_the_registrys(
 ) -> None:
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "street.safetensors").write_bytes(semantic_model.read_bytes())
-    monkeypatch.setattr(registry.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(registry.shelf.resources, "files", lambda package: tmp_path)
     monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
     shipped = model_version(semantic_model.read_bytes())
     assert resolve("street").version == shipped
@@ -135,7 +135,11 @@ def test_models_that_ship_come_after_the_registrys(
     path.parent.mkdir(parents=True)
     path.write_bytes(other_semantic_model.read_bytes())
     monkeypatch.setenv("MASKMILL_REGISTRY", str(tmp_path / "shelf"))
+    assert resolve("street").version == shipped
+    assert resolve(f"street@{own}").version == own
+    (path.parent / "aliases.json").write_text(json.dumps({"champion": own}))
     assert resolve("street").version == own
+    assert resolve(f"street@{shipped}").version == shipped
 
 
 def test_what_ships_is_usable() -> None:

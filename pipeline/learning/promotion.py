@@ -1,0 +1,173 @@
+"""The gate before a champion. Owns: what a challenger must show, how that is decided, and that the decision is kept.
+Must not know: how registries are written, how images are measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import ChampionChangedError, UsageError
+from pipeline.learning.comparison import Comparison, Metric, compare
+from pipeline.learning.measured import measured_rows
+from pipeline.registry.changes import change_champion, registry_warnings
+from pipeline.registry.history import CHALLENGER
+from pipeline.registry.shelf import Model, Shelf, parse_reference, read_shelf, required_registry, resolve
+
+
+class PromoteConfig(BaseModel):
+    """One promotion that is asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="NAME, whose challenger is meant, or NAME@alias or NAME@version.")
+    registry: str | None = Field(None, description="Folder or URL of the registry. Default: MASKMILL_REGISTRY.")
+    evaluations: str | None = Field(None, description="DEST that holds evaluations of both models.")
+    metric: Metric | None = Field(
+        None, description="What is compared. Default: miou, or pq where objects are told apart."
+    )
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="Share of resamples in which the challenger must be better."
+    )
+    max_class_drop: float = Field(0.02, ge=0, le=1, description="No class may fall by more than this.")
+    resamples: int = Field(2000, ge=100, description="Of the images, in the paired bootstrap.")
+    seed: int = Field(0, ge=0, description="Of the resamples.")
+    force: bool = Field(False, description="Promote whatever the comparison says. Needs a reason.")
+    reason: str | None = Field(None, description="Kept in the history.")
+    profile: str | None = Field(None, description="AWS profile of registry and evaluations.")
+
+
+class Promotion(BaseModel):
+    """What became of it. `unchanged`: the version is champion already, and nothing was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    #: The version that asked to be champion.
+    version: str
+    state: Literal["promoted", "kept", "unchanged"]
+    #: One sentence.
+    why: str
+    champion_before: str | None
+    #: The champion now.
+    champion: str
+    forced: bool = False
+    #: None where nothing was compared.
+    comparison: Comparison | None = None
+    #: Number of the entry in the history.
+    entry: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class _Verdict(NamedTuple):
+    promoted: bool
+    why: str
+    forced: bool
+    comparison: Comparison | None
+
+
+def promote_model(config: PromoteConfig) -> Promotion:
+    """Makes a version the champion of its name if it beats the present one on the same images, or says why not.
+
+    It beats it where it is better in at least `confidence` of the resamples of a paired bootstrap, and no class's score
+    falls by more than `max_class_drop`. Where there is no champion it is promoted with that said. Either way the
+    decision and its numbers become an entry of the history. Raises UsageError where there is nothing to compare by, and
+    ChampionChangedError where the champion changed meanwhile: of promotions at the same moment one wins, and the others
+    were decided against a champion that is no more.
+    """
+    registry = required_registry(config.registry)
+    if config.force and not (config.reason or "").strip():
+        raise UsageError("a forced promotion needs a reason, which the history keeps: give --reason TEXT")
+    name, which = parse_reference(config.model)
+    shelf = read_shelf(name, registry=registry, profile=config.profile)
+    version, before = shelf.line(which or CHALLENGER).version, shelf.champion()
+    if version == before:
+        return _unchanged(name, version)
+    # A file that does not load, or is not what it is called, shall not become champion.
+    candidate = resolve(f"{name}@{version}", registry=registry, profile=config.profile)
+    verdict = _judge(config, shelf, candidate)
+    try:
+        entry = change_champion(
+            registry, name, version, "promote" if verdict.promoted else "keep", instead_of=before,
+            profile=config.profile, reason=config.reason, decision=_kept(config, verdict),
+        )  # fmt: skip
+    except ChampionChangedError:
+        if read_shelf(name, registry=registry, profile=config.profile).champion() == version:
+            return _unchanged(name, version)
+        raise
+    return Promotion(
+        name=name,
+        version=version,
+        state="promoted" if verdict.promoted else "kept",
+        why=verdict.why,
+        champion_before=before,
+        champion=version if verdict.promoted or before is None else before,
+        forced=verdict.forced,
+        comparison=verdict.comparison,
+        entry=entry.number,
+        warnings=registry_warnings(registry, profile=config.profile),
+    )
+
+
+def judge(comparison: Comparison, config: PromoteConfig) -> tuple[bool, str]:
+    """Whether the challenger may be champion, and why, in one sentence."""
+    found = (
+        f"{comparison.metric} {comparison.candidate:.4f} against {comparison.baseline:.4f} on {comparison.images} "
+        f"images, better in {comparison.confidence:.1%} of the resamples"
+    )
+    faults = []
+    if comparison.confidence < config.confidence:
+        faults.append(f"{config.confidence:.1%} is asked for")
+    if comparison.worst_drop > config.max_class_drop:
+        faults.append(
+            f"class {comparison.worst_class!r} falls by {comparison.worst_drop:.4f}, "
+            f"and {config.max_class_drop:g} is allowed"
+        )
+    return not faults, f"{found}; {' and '.join(faults)}" if faults else found
+
+
+def _judge(config: PromoteConfig, shelf: Shelf, candidate: Model) -> _Verdict:
+    before = shelf.champion()
+    if before is None:
+        return _Verdict(True, f"{shelf.name} had no champion", False, None)
+    if config.evaluations is None:
+        if config.force:
+            return _Verdict(True, f"forced, with nothing compared: {config.reason}", True, None)
+        raise UsageError(
+            f"{shelf.name} has the champion {before}, and {candidate.version} must be held against it: give "
+            "--evaluations DEST with evaluations of both on the same images, or --force with a --reason"
+        )
+    found = compare(
+        _rows(config, shelf.name, before), _rows(config, shelf.name, candidate.version),
+        metric=config.metric or ("pq" if candidate.card.task == "instance" else "miou"),
+        resamples=config.resamples, confidence=config.confidence, seed=config.seed,
+    )  # fmt: skip
+    passed, why = judge(found, config)
+    if config.force and not passed:
+        return _Verdict(True, f"forced ({config.reason}), although: {why}", True, found)
+    return _Verdict(passed, why, False, found)
+
+
+def _rows(config: PromoteConfig, name: str, version: str) -> pa.Table:
+    assert config.evaluations is not None
+    return measured_rows(config.evaluations, name, version, profile=config.profile)
+
+
+def _kept(config: PromoteConfig, verdict: _Verdict) -> dict[str, Any]:
+    """What the history keeps: the rule, what was found, what followed."""
+    asked = config.model_dump(mode="json", include={"confidence", "max_class_drop", "resamples", "seed", "evaluations"})
+    comparison = verdict.comparison.model_dump(mode="json") if verdict.comparison else None
+    return {
+        **asked,
+        "promoted": verdict.promoted,
+        "forced": verdict.forced,
+        "why": verdict.why,
+        "comparison": comparison,
+    }
+
+
+def _unchanged(name: str, version: str) -> Promotion:
+    why = f"{version} is the champion of {name} already"
+    return Promotion(name=name, version=version, state="unchanged", why=why, champion_before=version, champion=version)

@@ -1,0 +1,201 @@
+"""The gate: who becomes champion, who does not, and what is remembered of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import write_tiny_model
+
+import pipeline
+from models.file import model_version
+from pipeline.errors import ChampionChangedError, ModelError, UsageError
+from pipeline.learning import promotion
+from pipeline.learning.comparison import compare
+from pipeline.learning.measured import measured_rows
+from pipeline.registry import resolve
+from pipeline.registry.changes import change_champion
+
+sys.path.insert(0, str(Path(__file__).parent))
+from drawn_evaluations import instance_rows, semantic_rows, table_of
+
+
+@pytest.fixture(scope="session")
+def rivals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("rivals")
+    return [write_tiny_model(folder / f"{seed}.safetensors", name="street", seed=seed) for seed in range(3)]
+
+
+class Place:
+    """A registry whose champion is the first rival, the others pushed; and evaluations of them."""
+
+    def __init__(self, folder: Path, rivals: list[Path]) -> None:
+        self.registry, self.dest = str(folder / "registry"), folder / "evaluated"
+        self.versions = [model_version(path.read_bytes()) for path in rivals]
+        for path in rivals:
+            pipeline.push_model(path, self.registry, alias=None)
+        change_champion(self.registry, "street", self.versions[0], "promote", instead_of=None)
+
+    def measured(self, version: str, rows: list[dict[str, Any]], **changes: Any) -> None:
+        """Evaluations of a version, as one more file of DEST."""
+        table = table_of([row | {"model_version": version, "settings_digest": "s"} | changes for row in rows])
+        path = self.dest / "evaluations" / f"{len(list(self.dest.rglob('*.parquet')))}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+
+    def promote(self, reference: str, **settings: Any) -> promotion.Promotion:
+        settings = {"evaluations": str(self.dest), "resamples": 200} | settings
+        return pipeline.promote_model(reference, self.registry, **settings)  # type: ignore[no-any-return]
+
+    def champion(self) -> str:
+        return resolve("street", registry=self.registry).version
+
+    def told(self) -> list[Any]:
+        return pipeline.model_history("street", self.registry)
+
+
+@pytest.fixture
+def place(tmp_path: Path, rivals: list[Path]) -> Place:
+    return Place(tmp_path, rivals)
+
+
+def test_a_better_model_becomes_champion(place: Place) -> None:
+    first, better, _ = place.versions
+    place.measured(first, semantic_rows(0.3))
+    place.measured(better, semantic_rows(0.2))
+    done = place.promote(f"street@{better}")
+    assert (done.state, done.champion_before, done.champion, done.forced) == ("promoted", first, better, False)
+    assert place.champion() == better
+    expected = compare(table_of(semantic_rows(0.3)), table_of(semantic_rows(0.2)), resamples=200)
+    assert done.comparison == expected
+    entry = place.told()[-1]
+    assert (entry.number, entry.action, entry.champion_before) == (done.entry, "promote", first)
+    assert entry.decision["comparison"] == expected.model_dump(mode="json")
+    assert entry.decision["why"] == done.why and "better in 100.0% of the resamples" in done.why
+    assert {"confidence": 0.95, "max_class_drop": 0.02, "resamples": 200, "seed": 0}.items() <= entry.decision.items()
+    again = place.promote(f"street@{better}")
+    assert again.state == "unchanged" and len(place.told()) == entry.number
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "words"),
+    [
+        (0.3, {}, "better in 50.0% of the resamples; 95.0% is asked for"),
+        (0.4, {}, "95.0% is asked for and class"),
+        ({2: 0.45}, {"metric": "mean_dice"}, r"resamples; class 'dog' falls by 0\.\d+, and 0.02 is allowed"),
+    ],
+)
+def test_one_that_is_not_good_enough_is_kept_out_with_the_reason(
+    place: Place, error: Any, settings: dict[str, Any], words: str
+) -> None:
+    first, other, _ = place.versions
+    place.measured(first, semantic_rows({0: 0.3, 1: 0.3} if settings else 0.3))
+    place.measured(other, semantic_rows(error))
+    done = place.promote(f"street@{other}", **settings)
+    assert (done.state, done.champion) == ("kept", first)
+    assert re.search(words, done.why)
+    assert place.champion() == first
+    entry = place.told()[-1]
+    assert (entry.action, entry.version, entry.aliases["champion"]) == ("keep", other, first)
+    assert entry.decision["promoted"] is False and entry.decision["comparison"]["images"] == 12
+    forced = place.promote(f"street@{other}", force=True, reason="the old one leaks", **settings)
+    assert forced.state == "promoted" and forced.forced and "although" in forced.why
+    assert place.told()[-1].reason == "the old one leaks" and place.champion() == other
+
+
+def test_a_class_may_fall_by_what_is_allowed(place: Place) -> None:
+    first, other, _ = place.versions
+    place.measured(first, semantic_rows({0: 0.3, 1: 0.3}))
+    place.measured(other, semantic_rows({2: 0.45}))
+    assert place.promote(f"street@{other}", metric="mean_dice", max_class_drop=0.5).state == "promoted"
+
+
+def test_instances_are_compared_by_panoptic_quality(tmp_path: Path) -> None:
+    paths = [
+        write_tiny_model(tmp_path / f"{seed}.safetensors", task="instance", name="street", seed=seed)
+        for seed in range(2)
+    ]
+    place = Place(tmp_path, paths)
+    place.measured(place.versions[0], instance_rows(0.4))
+    place.measured(place.versions[1], instance_rows(0.9))
+    done = place.promote(f"street@{place.versions[1]}", max_class_drop=0.1)
+    assert done.state == "promoted" and done.comparison is not None and done.comparison.metric == "pq"
+
+
+def test_the_challenger_is_what_a_bare_name_means(place: Place, rivals: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no 'challenger'"):
+        place.promote("street")
+    pipeline.push_model(rivals[2], place.registry)
+    place.measured(place.versions[0], semantic_rows(0.3))
+    place.measured(place.versions[2], semantic_rows(0.1))
+    assert place.promote("street").champion == place.versions[2]
+    empty = str(tmp_path / "empty")
+    pipeline.push_model(rivals[1], empty)
+    done = pipeline.promote_model("street", empty)
+    assert (done.state, done.why, done.champion_before) == ("promoted", "street had no champion", None)
+
+
+def test_what_cannot_be_decided_changes_nothing(place: Place) -> None:
+    first, other, third = place.versions
+    before = place.told()
+    with pytest.raises(UsageError, match=r"must be held against it: give\s+--evaluations"):
+        place.promote(f"street@{other}", evaluations=None)
+    with pytest.raises(UsageError, match="needs a reason"):
+        place.promote(f"street@{other}", force=True, reason=" ")
+    with pytest.raises(UsageError, match=rf"no evaluations of street@{first} \(it holds nothing\)"):
+        place.promote(f"street@{other}")
+    place.measured(first, semantic_rows(0.3))
+    with pytest.raises(UsageError, match=rf"no evaluations of street@{other} \(it holds {first}\)"):
+        place.promote(f"street@{other}")
+    place.measured(other, semantic_rows(0.2)[1:])
+    with pytest.raises(UsageError, match="not of the same images"):
+        place.promote(f"street@{other}")
+    place.measured(other, semantic_rows(0.2)[:1], settings_digest="t")
+    with pytest.raises(UsageError, match="different classes or settings"):
+        place.promote(f"street@{other}")
+    with pytest.raises(ModelError, match="no model is called 'nobody'"):
+        place.promote("nobody")
+    with pytest.raises(ModelError, match="has no '012345678901'"):
+        place.promote("street@012345678901")
+    (place.dest / "evaluations" / "foreign.parquet").write_bytes(b"no table")
+    with pytest.raises(UsageError, match=r"foreign\.parquet is no table"):
+        place.promote(f"street@{third}")
+    assert place.told() == before and place.champion() == first
+
+
+def test_rows_of_several_files_are_one_table(place: Place) -> None:
+    rows = semantic_rows(0.2)
+    for part in (rows[:5], rows[5:]):
+        place.measured("a" * 12, part)
+    table = measured_rows(str(place.dest), "street", "a" * 12)
+    assert isinstance(table, pa.Table) and table.num_rows == len(rows)
+    assert compare(table, table_of(rows), resamples=1).difference == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_promotion_that_comes_second_does_not_count(
+    place: Place, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    """While it compares, somebody else promotes: the same version, or another."""
+    first, other, third = place.versions
+    place.measured(first, semantic_rows(0.3))
+    place.measured(other, semantic_rows(0.2))
+    faster = other if same else third
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        change_champion(place.registry, "street", faster, "promote", instead_of=first)
+        return compare(*arguments, **settings)
+
+    monkeypatch.setattr(promotion, "compare", slow)
+    if same:
+        assert place.promote(f"street@{other}").state == "unchanged"
+    else:
+        with pytest.raises(ChampionChangedError, match=f"from {first} to {third}: nothing was changed"):
+            place.promote(f"street@{other}")
+    assert place.champion() == faster
+    assert [one.action for one in place.told()].count("promote") == 2
