@@ -191,11 +191,13 @@ def push_model(model: Any, registry: str | None = None, **options: Any) -> Any:
 def promote_model(model: str, registry: str | None = None, **settings: Any) -> Any:
     """Makes a challenger the champion if it is better, or says why not: `promote_model("street", evaluations=...)`.
 
-    The keywords are the fields of `pipeline.learning.promotion.PromoteConfig`; see `promote_model` there.
+    The keywords are the fields of `pipeline.learning.promotion.PromoteConfig`. `listen` and `should_stop` are handed on
+    to `pipeline.learning.promotion.promote_model`, which says what is guaranteed and raised.
     """
     from pipeline.learning import promotion
 
-    return promotion.promote_model(promotion.PromoteConfig(model=model, registry=registry, **settings))
+    hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    return promotion.promote_model(promotion.PromoteConfig(model=model, registry=registry, **settings), **hooks)
 
 
 def rollback_model(name: str, registry: str | None = None, **options: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +14,8 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import KEPT, Json, Registry
-from pipeline.errors import UsageError
+from pipeline.commands.options import INTERRUPTED, KEPT, Json, Registry, interruptible
+from pipeline.errors import StoppedError, UsageError
 
 app = typer.Typer(help="Models: what a name can reach, and which version it means.", no_args_is_help=True)
 
@@ -72,8 +74,12 @@ def models_push(
 def models_promote(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
     model: Annotated[str, typer.Argument(metavar="NAME", help="NAME (its challenger), NAME@alias or NAME@version.")],
     registry: Registry = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Labelled images on which both are evaluated.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Which of them; `all`: every labelled one.")] = "val",
     evaluations: Annotated[
-        str | None, typer.Option(metavar="DEST", help="Where evaluations of both models are.")
+        str | None, typer.Option(metavar="DEST", help="Where evaluations lie; without --dataset: of both models.")
     ] = None,
     metric: Annotated[
         str | None, typer.Option(metavar="miou|mean_dice|boundary_f1|pq|ap", help="Default: miou, or pq for instances.")
@@ -84,16 +90,27 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
     max_class_drop: Annotated[float, typer.Option(metavar="X", help="No class may fall by more than this.")] = 0.02,
     force: Annotated[bool, typer.Option("--force", help="Whatever the comparison says; needs --reason.")] = False,
     reason: Reason = None,
+    engine: Annotated[str, typer.Option(metavar="auto|local|ray", help="Of the evaluations.")] = "auto",
+    actors: Annotated[int | None, typer.Option(metavar="N", help="Workers of the evaluations, at most.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a challenger the champion, if it beats the present one on the same images; exit status 5 if it does not.
 
-    Example: maskmill models promote street --evaluations s3://bucket/evaluations
+    Example: maskmill models promote street --dataset s3://bucket/labelled
     """
-    done = pipeline.promote_model(
-        model, registry, evaluations=evaluations, metric=metric, confidence=confidence, max_class_drop=max_class_drop,
-        force=force, reason=reason,
-    )  # fmt: skip
+    display = screen.Screen(quiet=as_json)
+    try:
+        with redirect_stdout(sys.stderr), interruptible(display.console) as should_stop:
+            done = pipeline.promote_model(
+                model, registry, dataset=dataset, split=split, evaluations=evaluations, metric=metric,
+                confidence=confidence, max_class_drop=max_class_drop, force=force, reason=reason,
+                evaluation={"engine": engine, "actors": actors}, listen=display.listen, should_stop=should_stop,
+            )  # fmt: skip
+    except StoppedError as stopped:
+        display.console.print(str(stopped), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        display.close()
     screen.warn(done.warnings)
     if as_json:
         print(done.model_dump_json(indent=2))

@@ -4,17 +4,21 @@ Must not know: how registries are written, how images are measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from pipeline.errors import ChampionChangedError, UsageError
+from pipeline.engine.outcome import Listener
+from pipeline.errors import ChampionChangedError, StoppedError, UsageError
+from pipeline.learning.assessment import EvaluateConfig, evaluate
 from pipeline.learning.comparison import Comparison, Metric, compare
-from pipeline.learning.measured import measured_rows
 from pipeline.registry.changes import change_champion, registry_warnings
 from pipeline.registry.history import CHALLENGER
 from pipeline.registry.shelf import Model, Shelf, parse_reference, read_shelf, required_registry, resolve
+from pipeline.storage import join_uri
+from pipeline.table.evaluations import read_evaluations
 
 
 class PromoteConfig(BaseModel):
@@ -24,7 +28,14 @@ class PromoteConfig(BaseModel):
 
     model: str = Field(description="NAME, whose challenger is meant, or NAME@alias or NAME@version.")
     registry: str | None = Field(None, description="Folder or URL of the registry. Default: MASKMILL_REGISTRY.")
-    evaluations: str | None = Field(None, description="DEST that holds evaluations of both models.")
+    dataset: str | None = Field(None, description="Labelled images on which both models are evaluated.")
+    split: str = Field("val", description="Which of them; `all` for every labelled one.")
+    evaluations: str | None = Field(
+        None, description="DEST of the evaluations. With no dataset: of both models, and there already."
+    )
+    evaluation: dict[str, JsonValue] = Field(
+        {}, description="How they are evaluated: further fields of EvaluateConfig, such as engine, actors, layout."
+    )
     metric: Metric | None = Field(
         None, description="What is compared. Default: miou, or pq where objects are told apart."
     )
@@ -64,18 +75,26 @@ class Promotion(BaseModel):
 class _Verdict(NamedTuple):
     promoted: bool
     why: str
-    forced: bool
-    comparison: Comparison | None
+    forced: bool = False
+    comparison: Comparison | None = None
+    #: Ids of the evaluations that were compared: the champion's, the challenger's.
+    evaluations: tuple[str, str] | None = None
 
 
-def promote_model(config: PromoteConfig) -> Promotion:
+def promote_model(
+    config: PromoteConfig, *, listen: Listener | None = None, should_stop: Callable[[], bool] | None = None
+) -> Promotion:
     """Makes a version the champion of its name if it beats the present one on the same images, or says why not.
 
     It beats it where it is better in at least `confidence` of the resamples of a paired bootstrap, and no class's score
     falls by more than `max_class_drop`. Where there is no champion it is promoted with that said. Either way the
-    decision and its numbers become an entry of the history. Raises UsageError where there is nothing to compare by, and
-    ChampionChangedError where the champion changed meanwhile: of promotions at the same moment one wins, and the others
-    were decided against a champion that is no more.
+    decision and its numbers become an entry of the history.
+
+    With a `dataset` both are evaluated on it first, as `maskmill evaluate` does, under `evaluations` or in the
+    registry; what is there already is not done again. `listen` and `should_stop` are handed on to that. Raises
+    UsageError where there is nothing to compare by, StoppedError when asked to stop, and ChampionChangedError where the
+    champion changed meanwhile: of promotions at the same moment one wins, and the others were decided against a
+    champion that is no more. Safe to call again, after anything.
     """
     registry = required_registry(config.registry)
     if config.force and not (config.reason or "").strip():
@@ -87,7 +106,14 @@ def promote_model(config: PromoteConfig) -> Promotion:
         return _unchanged(name, version)
     # A file that does not load, or is not what it is called, shall not become champion.
     candidate = resolve(f"{name}@{version}", registry=registry, profile=config.profile)
-    verdict = _judge(config, shelf, candidate)
+
+    def measure(of: str) -> pa.Table:
+        if config.dataset is None:
+            assert config.evaluations is not None
+            return read_evaluations(config.evaluations, model_version=of, profile=config.profile)
+        return _evaluated(config, config.dataset, shelf, of, registry, listen=listen, should_stop=should_stop)
+
+    verdict = _judge(config, shelf, candidate, measure)
     try:
         entry = change_champion(
             registry, name, version, "promote" if verdict.promoted else "keep", instead_of=before,
@@ -128,43 +154,54 @@ def judge(comparison: Comparison, config: PromoteConfig) -> tuple[bool, str]:
     return not faults, f"{found}; {' and '.join(faults)}" if faults else found
 
 
-def _judge(config: PromoteConfig, shelf: Shelf, candidate: Model) -> _Verdict:
+def _judge(config: PromoteConfig, shelf: Shelf, candidate: Model, measure: Callable[[str], pa.Table]) -> _Verdict:
     before = shelf.champion()
     if before is None:
-        return _Verdict(True, f"{shelf.name} had no champion", False, None)
-    if config.evaluations is None:
+        return _Verdict(True, f"{shelf.name} had no champion")
+    if config.evaluations is None and config.dataset is None:
         if config.force:
-            return _Verdict(True, f"forced, with nothing compared: {config.reason}", True, None)
+            return _Verdict(True, f"forced, with nothing compared: {config.reason}", forced=True)
         raise UsageError(
-            f"{shelf.name} has the champion {before}, and {candidate.version} must be held against it: give "
-            "--evaluations DEST with evaluations of both on the same images, or --force with a --reason"
+            f"{shelf.name} has the champion {before}, and {candidate.version} must be held against it: give --dataset "
+            "D, or --evaluations DEST with evaluations of both on the same images, or --force with a --reason"
         )
+    champion, challenger = measure(before), measure(candidate.version)
     found = compare(
-        _rows(config, shelf.name, before), _rows(config, shelf.name, candidate.version),
-        metric=config.metric or ("pq" if candidate.card.task == "instance" else "miou"),
+        champion, challenger, metric=config.metric or ("pq" if candidate.card.task == "instance" else "miou"),
         resamples=config.resamples, confidence=config.confidence, seed=config.seed,
     )  # fmt: skip
+    ids = champion["evaluation_id"][0].as_py(), challenger["evaluation_id"][0].as_py()
     passed, why = judge(found, config)
     if config.force and not passed:
-        return _Verdict(True, f"forced ({config.reason}), although: {why}", True, found)
-    return _Verdict(passed, why, False, found)
+        return _Verdict(True, f"forced ({config.reason}), although: {why}", True, found, ids)
+    return _Verdict(passed, why, False, found, ids)
 
 
-def _rows(config: PromoteConfig, name: str, version: str) -> pa.Table:
-    assert config.evaluations is not None
-    return measured_rows(config.evaluations, name, version, profile=config.profile)
+def _evaluated(
+    config: PromoteConfig, dataset: str, shelf: Shelf, version: str, registry: str, **hooks: Any
+) -> pa.Table:
+    """The rows of a version's evaluation, which is brought up to date first."""
+    dest = config.evaluations or join_uri(registry, "_evaluations", shelf.name, version)
+    settings: dict[str, Any] = {"resamples": 0, "dest_profile": config.profile} | config.evaluation
+    found = evaluate(
+        EvaluateConfig(dataset=dataset, split=config.split, model=shelf.line(version).origin, dest=dest, **settings),
+        **hooks,
+    )
+    if found.state != "done":
+        raise StoppedError("stopped while the models were being evaluated: the same command continues")
+    return read_evaluations(dest, model_version=version, evaluation_id=found.evaluation_id, profile=config.profile)
 
 
 def _kept(config: PromoteConfig, verdict: _Verdict) -> dict[str, Any]:
     """What the history keeps: the rule, what was found, what followed."""
-    asked = config.model_dump(mode="json", include={"confidence", "max_class_drop", "resamples", "seed", "evaluations"})
-    comparison = verdict.comparison.model_dump(mode="json") if verdict.comparison else None
+    asked = config.model_dump(mode="json", include={"confidence", "max_class_drop", "seed", "dataset", "split"})
     return {
         **asked,
         "promoted": verdict.promoted,
         "forced": verdict.forced,
         "why": verdict.why,
-        "comparison": comparison,
+        "evaluations": list(verdict.evaluations) if verdict.evaluations else None,
+        "comparison": verdict.comparison.model_dump(mode="json") if verdict.comparison else None,
     }
 
 

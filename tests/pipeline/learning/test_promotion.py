@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import write_tiny_model
+from handmade import CREATED_AT
+from harness import in_process, write_images, write_tiny_model
 
 import pipeline
 from models.file import model_version
-from pipeline.errors import ChampionChangedError, ModelError, UsageError
+from pipeline.errors import ChampionChangedError, ModelError, StoppedError, UsageError
 from pipeline.learning import promotion
 from pipeline.learning.comparison import compare
-from pipeline.learning.measured import measured_rows
 from pipeline.registry import resolve
 from pipeline.registry.changes import change_champion
+from pipeline.table.evaluations import evaluation_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from drawn_evaluations import instance_rows, semantic_rows, table_of
@@ -43,10 +43,10 @@ class Place:
 
     def measured(self, version: str, rows: list[dict[str, Any]], **changes: Any) -> None:
         """Evaluations of a version, as one more file of DEST."""
-        table = table_of([row | {"model_version": version, "settings_digest": "s"} | changes for row in rows])
-        path = self.dest / "evaluations" / f"{len(list(self.dest.rglob('*.parquet')))}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
+        marks = {"model_version": version, "evaluation_id": "abc", "evaluated_at": CREATED_AT} | changes
+        folder = self.dest / evaluation_folder("street", version, marks["evaluation_id"])
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table_of([row | marks for row in rows]), folder / f"{len(list(folder.iterdir()))}.parquet")
 
     def promote(self, reference: str, **settings: Any) -> promotion.Promotion:
         settings = {"evaluations": str(self.dest), "resamples": 200} | settings
@@ -77,7 +77,8 @@ def test_a_better_model_becomes_champion(place: Place) -> None:
     assert (entry.number, entry.action, entry.champion_before) == (done.entry, "promote", first)
     assert entry.decision["comparison"] == expected.model_dump(mode="json")
     assert entry.decision["why"] == done.why and "better in 100.0% of the resamples" in done.why
-    assert {"confidence": 0.95, "max_class_drop": 0.02, "resamples": 200, "seed": 0}.items() <= entry.decision.items()
+    rule = {"confidence": 0.95, "max_class_drop": 0.02, "evaluations": ["abc", "abc"]}
+    assert {name: entry.decision[name] for name in rule} == rule
     again = place.promote(f"street@{better}")
     assert again.state == "unchanged" and len(place.told()) == entry.number
 
@@ -141,40 +142,49 @@ def test_the_challenger_is_what_a_bare_name_means(place: Place, rivals: list[Pat
 
 
 def test_what_cannot_be_decided_changes_nothing(place: Place) -> None:
-    first, other, third = place.versions
+    first, other, _ = place.versions
     before = place.told()
-    with pytest.raises(UsageError, match=r"must be held against it: give\s+--evaluations"):
+    with pytest.raises(UsageError, match=r"must be held against it: give --dataset"):
         place.promote(f"street@{other}", evaluations=None)
     with pytest.raises(UsageError, match="needs a reason"):
         place.promote(f"street@{other}", force=True, reason=" ")
-    with pytest.raises(UsageError, match=rf"no evaluations of street@{first} \(it holds nothing\)"):
+    with pytest.raises(UsageError, match=rf"holds no evaluation of model version {first}"):
         place.promote(f"street@{other}")
     place.measured(first, semantic_rows(0.3))
-    with pytest.raises(UsageError, match=rf"no evaluations of street@{other} \(it holds {first}\)"):
+    with pytest.raises(UsageError, match=rf"holds no evaluation of model version {other}"):
         place.promote(f"street@{other}")
     place.measured(other, semantic_rows(0.2)[1:])
     with pytest.raises(UsageError, match="not of the same images"):
-        place.promote(f"street@{other}")
-    place.measured(other, semantic_rows(0.2)[:1], settings_digest="t")
-    with pytest.raises(UsageError, match="different classes or settings"):
         place.promote(f"street@{other}")
     with pytest.raises(ModelError, match="no model is called 'nobody'"):
         place.promote("nobody")
     with pytest.raises(ModelError, match="has no '012345678901'"):
         place.promote("street@012345678901")
-    (place.dest / "evaluations" / "foreign.parquet").write_bytes(b"no table")
-    with pytest.raises(UsageError, match=r"foreign\.parquet is no table"):
-        place.promote(f"street@{third}")
     assert place.told() == before and place.champion() == first
 
 
-def test_rows_of_several_files_are_one_table(place: Place) -> None:
-    rows = semantic_rows(0.2)
-    for part in (rows[:5], rows[5:]):
-        place.measured("a" * 12, part)
-    table = measured_rows(str(place.dest), "street", "a" * 12)
-    assert isinstance(table, pa.Table) and table.num_rows == len(rows)
-    assert compare(table, table_of(rows), resamples=1).difference == 0
+def test_both_are_measured_where_a_data_set_is_given(place: Place, tmp_path: Path) -> None:
+    """The truth is what one of them finds: that one has no fault."""
+    first, perfect, _ = place.versions
+    images, truth = write_images(tmp_path / "images", 6), str(tmp_path / "truth")
+    quick = {"engine": "local", "threads": 1, "precision": "fp32"}
+    told: list[Any] = []
+    with in_process():
+        pipeline.segment(source=str(images), dest=truth, model=f"street@{perfect}", registry=place.registry, **quick)
+        asked: dict[str, Any] = {"dataset": truth, "split": "all", "evaluations": None, "evaluation": quick}
+        with pytest.raises(StoppedError, match="same command continues"):
+            place.promote(f"street@{perfect}", should_stop=lambda: True, **asked)
+        assert place.champion() == first
+        done = place.promote(f"street@{perfect}", listen=told.append, **asked)
+    assert (done.state, done.champion) == ("promoted", perfect)
+    assert done.comparison is not None
+    assert (done.comparison.candidate, done.comparison.images) == (1.0, 6) and done.comparison.baseline < 1
+    assert any(event.kind == "note" for event in told)
+    kept = [
+        path.parent.name for path in Path(place.registry, "_evaluations").glob("street/*/evaluations/*/*/*/*.parquet")
+    ]
+    assert set(kept) == {f"evaluation={one}" for one in place.told()[-1].decision["evaluations"]}
+    assert {line.name for line in pipeline.models(place.registry)} == {"street", "nuclei-unet"}
 
 
 @pytest.mark.parametrize("same", [True, False])
