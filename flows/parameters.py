@@ -33,7 +33,7 @@ def with_fields_of(*models: type[BaseModel]) -> Callable[[_F], _F]:
             for name, field in fields.items()
         ]
         # Prefect takes descriptions from the docstring alone.
-        lines = [f"    {name}: {field.description}" for name, field in fields.items()]
+        lines = [f"    {name}: {field.description}" for name, field in fields.items() if field.description]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", *lines])
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function

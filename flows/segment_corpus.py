@@ -9,20 +9,19 @@ from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
-from prefect.tasks import Task
 
 import pipeline
 from flows import artifacts
 from flows.driving import Place, drive
 from flows.parameters import with_fields_of
+from flows.retries import worth_another_try
 from pipeline.config import SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.jobs import check_jobs_address
 from pipeline.engine.outcome import Outcome, Preview
 from pipeline.engine.scratch import scratch_folder
-from pipeline.errors import InfrastructureError, MaskmillError, ReconciliationError, StoppedError, SupersededError
+from pipeline.errors import MaskmillError
 
 
 class TooManyErrorsError(MaskmillError):
@@ -68,19 +67,12 @@ def plan(config: SegmentConfig, scratch: Path, place: Place) -> Preview:
     return found
 
 
-def _worth_another_try(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether it was the world that failed, which may have passed meanwhile. A retry continues the open run."""
-    error = state.result(raise_on_failure=False)
-    hopeless = (ReconciliationError, StoppedError, SupersededError)
-    return isinstance(error, InfrastructureError) and not isinstance(error, hopeless)
-
-
 @task(
     name="segment",
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=[10, 60],
-    retry_condition_fn=_worth_another_try,
+    retry_condition_fn=worth_another_try,
 )
 def segment(config: SegmentConfig, corpus: Corpus, place: Place) -> Outcome:
     """Drives the fleet through the open and the new runs of these settings, and reconciles them."""

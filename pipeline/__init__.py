@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from pipeline.engine.outcome import Outcome, Preview
     from pipeline.learning.assessment import Assessment
     from pipeline.learning.labels.check import LabelReport
+    from pipeline.learning.promotion import Promotion
     from pipeline.learning.training import TrainOutcome
+    from pipeline.registry import Entry, Pushed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -181,26 +183,29 @@ def models(registry: str | None = None, *, profile: str | None = None) -> list[A
     return listings(registry=registry, profile=profile)
 
 
-def push_model(model: Any, registry: str | None = None, **options: Any) -> Any:
+def push_model(model: Any, registry: str | None = None, **options: Any) -> Pushed:
     """Puts a model file into a registry, as the challenger: see `pipeline.registry.changes.push_model`."""
     from pipeline.registry import changes
 
     return changes.push_model(model, registry, **options)
 
 
-def promote_model(model: str, registry: str | None = None, **settings: Any) -> Any:
-    """Makes a challenger the champion if it is better, or says why not: `promote_model("street", evaluations=...)`.
+def promote_model(model: Any, registry: str | None = None, **settings: Any) -> Promotion:
+    """Makes a challenger the champion if it is better, or says why not: `promote_model("street", dataset=...)`.
 
-    The keywords are the fields of `pipeline.learning.promotion.PromoteConfig`. `listen` and `should_stop` are handed on
-    to `pipeline.learning.promotion.promote_model`, which says what is guaranteed and raised.
+    The keywords are the fields of `pipeline.learning.promotion.PromoteConfig`; a ready config may be given instead.
+    `listen` and `should_stop` are handed on to `pipeline.learning.promotion.promote_model`, which says what is
+    guaranteed and raised.
     """
     from pipeline.learning import promotion
 
     hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
+    if isinstance(model, promotion.PromoteConfig):
+        return promotion.promote_model(model, **hooks)
     return promotion.promote_model(promotion.PromoteConfig(model=model, registry=registry, **settings), **hooks)
 
 
-def rollback_model(name: str, registry: str | None = None, **options: Any) -> Any:
+def rollback_model(name: str, registry: str | None = None, **options: Any) -> Entry:
     """Makes the champion before the present one the champion: see `pipeline.registry.changes.rollback_model`."""
     from pipeline.registry import changes
 

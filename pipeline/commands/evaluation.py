@@ -15,7 +15,7 @@ from rich.text import Text
 import pipeline
 from models.overrides import parse_settings
 from pipeline import screen
-from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, interruptible, option
+from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, Registry, interruptible, option
 from pipeline.errors import UsageError
 
 _WHAT, _HOW, _WHERE = "What is scored", "How masks are made", "Where the work is done"
@@ -35,6 +35,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     model: Annotated[
         str, option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF")
     ],
+    registry: Registry = None,
     split: Annotated[str, option("Which images; `all`: every labelled one.", metavar="NAME")] = "val",
     out: Annotated[
         str | None,
@@ -127,7 +128,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     from pipeline.learning.assessment import EvaluateConfig
 
     config = EvaluateConfig(
-        dataset=dataset, model=model, split=split, dest=out, layout=layout, labels_of=labels_of,
+        dataset=dataset, model=model, registry=registry, split=split, dest=out, layout=layout, labels_of=labels_of,
         renamed=_renamed(renamed or []), min_score=min_score, where=where, slices=tuple(slices or ()),
         resamples=resamples, confidence=confidence, seed=seed, max_detections=max_detections, engine=engine,
         actors=actors, gpus_per_actor=gpus_per_actor, batch_size=batch_size, shard_size=shard_size, threads=threads,

@@ -56,6 +56,7 @@ class EvaluateConfig(BaseModel):
 
     dataset: str = Field(description="A labelled data set: a folder or URL in one of the layouts, or a DEST.")
     model: str = Field(description="A model's name, name@version or name@alias, or a .safetensors file.")
+    registry: str | None = Field(None, description="A folder or URL with models by name. Default: MASKMILL_REGISTRY.")
     split: str = Field("val", description="Which images; `all` for every labelled one.")
     dest: str | None = Field(None, description="Where masks and evaluations live. Default: see `default_dest`.")
     layout: Layout | None = Field(None, description="Of the data set. Default: by its files.")
@@ -147,13 +148,13 @@ def evaluate(
     """
     listen = listen or (lambda event: None)
     should_stop = should_stop or (lambda: False)
-    model = resolve(config.model)
+    model = resolve(config.model, registry=config.registry)
     card = _card(model, config)
     dataset = open_split(config)
     alignment = align_classes(
         {info.id: info.name for info in card.classes}, dataset.class_names, renamed=config.renamed
     )
-    dest = normalize_uri(config.dest) if config.dest else default_dest(model)
+    dest = normalize_uri(config.dest) if config.dest else default_dest(model, config.registry)
     min_score = counting_score(card) if config.min_score is None else config.min_score
     storage = open_storage(dest, profile=config.dest_profile)
     items = {dataset.source.image_uri(item.name): item for item in dataset.items}
@@ -207,11 +208,11 @@ def evaluate(
     return _scored(config, found, table, len(items))
 
 
-def default_dest(model: Model) -> str:
-    """Where evaluations of a model lie unless somebody says otherwise: `_evaluations/<name>/<version>` in the registry
-    that the environment names, else in this user's cache.
+def default_dest(model: Model, registry: str | None = None) -> str:
+    """Where evaluations of a model lie unless somebody says otherwise: `_evaluations/<name>/<version>` in the registry,
+    the one given or that of the environment, else in this user's cache.
     """
-    registry = registry_uri()
+    registry = registry_uri(registry)
     if registry:
         return join_uri(registry, "_evaluations", model.card.name, model.version)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -21,17 +21,14 @@ from pipeline.storage import join_uri
 from pipeline.table.evaluations import read_evaluations
 
 
-class PromoteConfig(BaseModel):
-    """One promotion that is asked for."""
+class Gate(BaseModel):
+    """What a challenger must show, and on what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="NAME, whose challenger is meant, or NAME@alias or NAME@version.")
-    registry: str | None = Field(None, description="Folder or URL of the registry. Default: MASKMILL_REGISTRY.")
-    dataset: str | None = Field(None, description="Labelled images on which both models are evaluated.")
-    split: str = Field("val", description="Which of them; `all` for every labelled one.")
+    split: str = Field("val", description="Which of the labelled images; `all` for every one.")
     evaluations: str | None = Field(
-        None, description="DEST of the evaluations. With no dataset: of both models, and there already."
+        None, description="DEST of the evaluations. With no data set: of both models, and there already."
     )
     evaluation: dict[str, JsonValue] = Field(
         {}, description="How they are evaluated: further fields of EvaluateConfig, such as engine, actors, layout."
@@ -45,6 +42,14 @@ class PromoteConfig(BaseModel):
     max_class_drop: float = Field(0.02, ge=0, le=1, description="No class may fall by more than this.")
     resamples: int = Field(2000, ge=100, description="Of the images, in the paired bootstrap.")
     seed: int = Field(0, ge=0, description="Of the resamples.")
+
+
+class PromoteConfig(Gate):
+    """One promotion that is asked for."""
+
+    model: str = Field(description="NAME, whose challenger is meant, or NAME@alias or NAME@version.")
+    registry: str | None = Field(None, description="Folder or URL of the registry. Default: MASKMILL_REGISTRY.")
+    dataset: str | None = Field(None, description="Labelled images on which both models are evaluated.")
     force: bool = Field(False, description="Promote whatever the comparison says. Needs a reason.")
     reason: str | None = Field(None, description="Kept in the history.")
     profile: str | None = Field(None, description="AWS profile of registry and evaluations.")
@@ -137,19 +142,19 @@ def promote_model(
     )
 
 
-def judge(comparison: Comparison, config: PromoteConfig) -> tuple[bool, str]:
+def judge(comparison: Comparison, gate: Gate) -> tuple[bool, str]:
     """Whether the challenger may be champion, and why, in one sentence."""
     found = (
         f"{comparison.metric} {comparison.candidate:.4f} against {comparison.baseline:.4f} on {comparison.images} "
         f"images, better in {comparison.confidence:.1%} of the resamples"
     )
     faults = []
-    if comparison.confidence < config.confidence:
-        faults.append(f"{config.confidence:.1%} is asked for")
-    if comparison.worst_drop > config.max_class_drop:
+    if comparison.confidence < gate.confidence:
+        faults.append(f"{gate.confidence:.1%} is asked for")
+    if comparison.worst_drop > gate.max_class_drop:
         faults.append(
             f"class {comparison.worst_class!r} falls by {comparison.worst_drop:.4f}, "
-            f"and {config.max_class_drop:g} is allowed"
+            f"and {gate.max_class_drop:g} is allowed"
         )
     return not faults, f"{found}; {' and '.join(faults)}" if faults else found
 

@@ -24,6 +24,7 @@ from pipeline.registry.shelf import (
     listings,
     model_history,
     registry_uri,
+    required_registry,
     resolve,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "model_history",
     "push_model",
     "registry_uri",
+    "required_registry",
     "resolve",
     "rollback_model",
     "set_alias",

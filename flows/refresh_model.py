@@ -1,0 +1,65 @@
+"""The flow `refresh-model`: train → evaluate challenger and champion → promote, or keep and say why → segment again.
+Owns: their order. Must not know: what makes a model better.
+"""
+
+from __future__ import annotations
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+import pipeline
+from flows import model_artifacts
+from flows.driving import event_line, follow
+from flows.retries import worth_another_try
+from flows.segment_corpus import segment_corpus
+from flows.train_model import train
+from pipeline.config import SegmentConfig
+from pipeline.learning.configuration import TrainConfig
+from pipeline.learning.promotion import Gate, PromoteConfig, Promotion
+from pipeline.registry import required_registry
+
+
+@flow(name="refresh-model")
+def refresh_model(
+    training: TrainConfig, gate: Gate | None = None, segmentation: SegmentConfig | None = None
+) -> Promotion:
+    """A new model is trained, and becomes the champion of its name if it beats the present one on the same images.
+
+    Args:
+        training: What is trained, on what, and into which registry it goes.
+        gate: What it must show, on a split of the same data set. Default: better on `val` in 95% of the resamples, no
+            class worse by more than 0.02.
+        segmentation: What is segmented when there is a new champion, as `segment-corpus` does. Default: nothing.
+    """
+    training = training.model_copy(update={"registry": required_registry(training.registry)})
+    trained = train(training)
+    done = promote(training, gate or Gate(), trained.uri)
+    if done.state == "promoted" and segmentation is not None:
+        segment_corpus(**{"registry": training.registry} | segmentation.model_dump(exclude_unset=True))
+    return done
+
+
+@task(
+    name="promote",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[10, 60],
+    retry_condition_fn=worth_another_try,
+)
+def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
+    """Makes the model the challenger, evaluates it and the champion, decides, and shows the decision."""
+    logger = get_run_logger()
+    profile = training.registry_profile
+    pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
+    asked = PromoteConfig(
+        **gate.model_dump(), model=f"{pushed.name}@{pushed.version}", registry=training.registry, dataset=training.dataset,
+        profile=profile,
+    )  # fmt: skip
+    done = follow(
+        lambda listen, should_stop: pipeline.promote_model(asked, listen=listen, should_stop=should_stop),
+        logger,
+        line=event_line,
+    )
+    logger.info("%s %s %s: %s", done.name, done.version, done.state, done.why)
+    model_artifacts.show_promotion(done)
+    return done
