@@ -1,6 +1,7 @@
 """When the pipeline runs, and what Prefect shows of it. Must not know: how anything is done.
 
-`segment_corpus` the flow; `parameters` its form, made from the configuration that the command line uses; `driving` one
-pipeline call inside a task: cancelled, followed, logged; `artifacts` what the UI shows; `automations` what the server
-does by itself. The table is the memory: no flow keeps state of its own.
+`segment_corpus`, `train_model`, `evaluate_model` and `refresh_model` the flows; `parameters` their forms, made from the
+configuration that the command line uses; `driving` one pipeline call inside a task: cancelled, followed, logged;
+`retries` what is tried again; `artifacts` and `model_artifacts` what the UI shows; `automations` what the server does by
+itself. The table is the memory: no flow keeps state of its own.
 """

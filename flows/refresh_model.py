@@ -52,8 +52,8 @@ def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
     profile = training.registry_profile
     pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
     asked = PromoteConfig(
-        **gate.model_dump(), model=f"{pushed.name}@{pushed.version}", registry=training.registry, dataset=training.dataset,
-        profile=profile,
+        **gate.model_dump(), model=f"{pushed.name}@{pushed.version}", registry=training.registry,
+        dataset=training.dataset, profile=profile,
     )  # fmt: skip
     done = follow(
         lambda listen, should_stop: pipeline.promote_model(asked, listen=listen, should_stop=should_stop),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.faultproxy import FaultProxy
 from harness import file_digests
 
 from models.file import model_version
@@ -261,6 +262,22 @@ def test_killed_before_and_after_the_step_that_counts(registry: Path, street: li
     assert at_once(promote | {"die": "after"}) == [(-signal.SIGKILL, "")]
     assert meaning(str(registry)) == {"champion": b}
     assert [one.number for one in model_history("street", registry=str(registry))] == [1, 2, 3]
+
+
+@pytest.mark.s3
+def test_a_lost_answer_is_not_taken_for_a_lost_race(
+    s3_bucket: str, fault_proxy: FaultProxy, street: list[Path]
+) -> None:
+    """The store has made the file, and the client never hears of it."""
+    registry, (a, b, *_) = f"{s3_bucket}/models", versions_of(street)
+    for path in street[:2]:
+        push_model(path, registry)
+    change_champion(registry, "street", a, "promote", instead_of=None)
+    fault_proxy.inject("reset_after", match=r"PUT .*(_history|safetensors)", limit=1)
+    assert change_champion(registry, "street", b, "promote", instead_of=a).number == 4
+    assert fault_proxy.hits["reset_after"] == 1
+    assert meaning(registry) == {"champion": b}
+    assert [one.number for one in model_history("street", registry=registry)] == [1, 2, 3, 4]
 
 
 @pytest.mark.s3
