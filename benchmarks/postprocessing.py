@@ -32,7 +32,7 @@ from models import cleanup
 from models.crf import refine
 from models.masks import Instance, encode_label_rles
 from models.refinement import CleanupSettings, CrfSettings, SuppressionSettings
-from models.suppression import kept_boxes, kept_instances
+from models.suppression import kept_instances
 
 SIDE_PX, CLASSES, INSTANCES = 1024, 11, 300
 RADIUS_PX, MAX_HOLE_PX, MIN_REGION_PX = 3, 64, 50
@@ -277,16 +277,10 @@ def crf_and_suppression(labels: Ids, repeat: int) -> Table:
             took_ms = milliseconds(work, max(1, repeat // 3), clock)
             table.add_row(f"CRF, {device}, {channels} channels", f"{took_ms:,.0f}")
     random = np.random.default_rng(0)
-    corners = random.uniform(0, 1000, (1000, 2))
-    boxes = torch.tensor(np.concatenate([corners, corners + random.uniform(10, 60, (1000, 2))], axis=1))
-    scores, kinds = torch.tensor(random.random(1000)), torch.tensor(random.integers(0, 80, 1000))
-    settings = SuppressionSettings()
-    took_ms = milliseconds(lambda: kept_boxes(boxes, scores, kinds, settings), repeat)
-    table.add_row("1,000 boxes of 80 classes", f"{took_ms:.1f}")
     # Each instance twice, the second time shifted, so that half of them go.
     rles = encode_label_rles(labels, INSTANCES) + encode_label_rles(np.roll(labels, 2, axis=1), INSTANCES)
     instances = [Instance(1, float(random.random()), (0, 0, 0, 0), 0, rle) for rle in rles]
-    took_ms = milliseconds(lambda: kept_instances(instances, settings), repeat)
+    took_ms = milliseconds(lambda: kept_instances(instances, SuppressionSettings()), repeat)
     table.add_row(f"{len(instances)} masks of one class", f"{took_ms:.1f}")
     return table
 

@@ -50,8 +50,8 @@ def refine(
         k_2(i, j) = exp(-|p_i - p_j|² / 2 smoothness_sigma_px²)
 
     where j runs over the valid pixels of the window around i, and n_m(i) = Σ_j k_m(i, j) with j = i in it: the
-    symmetric normalisation of both papers' implementations. The sign is plus because under Potts compatibility the
-    penalty Σ_{l' ≠ l} Q_j(l') is 1 - Q_j(l), and the 1 vanishes in Z.
+    symmetric normalisation of Krähenbühl & Koltun's code, an option in ConvCRF's. The sign is plus because under Potts
+    compatibility the penalty Σ_{l' ≠ l} Q_j(l') is 1 - Q_j(l), and the 1 vanishes in Z.
 
     Each image depends on itself only; deterministic; not differentiable. Memory: two copies of the
     logits and two of the image, all float32, and chunks of `rows_per_chunk` rows (by default as many as suit the

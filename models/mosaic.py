@@ -15,8 +15,10 @@ from models.card import Card, DetectionsPostprocessing, WatershedPostprocessing
 from models.detections import TileDetections, merge_detections
 from models.masks import Instance
 from models.pasting import Detections, paste_detections
+from models.refinement import SuppressionSettings
 from models.runs import moved
 from models.seams import InstanceEvidence
+from models.suppression import kept_instances
 from models.tiling import Band, Summary, TileBlender, TileGrid, Window
 
 
@@ -77,7 +79,9 @@ class TilePrediction(Protocol):
 class DetectionMosaic:
     """The same for models of detections: objects are found in each tile, and merged where tiles overlap.
 
-    `top_k` of the card's post-processing counts for each tile. Memory: the objects, as run lengths.
+    The card's post-processing then counts once more, for the image: of what tiles say over classes where
+    `nms_per_class` is false (by the IoU of masks), and `top_k`. Memory: the objects, as run lengths; `top_k` of a tile
+    at most.
     """
 
     def __init__(self, grid: TileGrid, card: Card) -> None:
@@ -109,11 +113,20 @@ class DetectionMosaic:
             return len(self._tiles) == len(grid)
 
     def found(self) -> FoundInTiles:
-        """The image's objects. Raises ValueError while tiles are missing."""
+        """The image's objects, best score first; of equals, the one further up, then further left. The mean entropy is
+        over all that the tiles found. Raises ValueError while tiles are missing.
+        """
         if len(self._tiles) < len(self.grid):
             raise ValueError(f"{len(self.grid) - len(self._tiles)} of {len(self.grid)} tiles are missing")
         tiles = sorted(self._tiles, key=lambda entry: (entry[0].window.row, entry[0].window.column))
-        instances = merge_detections([tile for tile, _, _ in tiles], height=self.grid.height, width=self.grid.width)
+        merged = merge_detections([tile for tile, _, _ in tiles], height=self.grid.height, width=self.grid.width)
+        settings = SuppressionSettings(
+            # Within a class merging has done it.
+            iou_threshold=None if self._settings.nms_per_class else self._settings.nms_iou,
+            across_classes=True,
+            max_count=self._settings.top_k,
+        )
+        instances = [merged[index] for index in kept_instances(merged, settings)]
         counts = np.array([len(tile.instances) for tile, _, _ in tiles], np.float64)
         entropies = np.array([entropy for _, _, entropy in tiles])
         scores = [one.score for one in instances]

@@ -166,7 +166,13 @@ class Segmenter:
         policy = tile_policy(self.card, height, width)
         if policy is None:
             return None
-        grid = TileGrid(height, width, tile_px=policy.tile_px, overlap_px=policy.overlap_px)
+        grid = TileGrid(
+            height,
+            width,
+            tile_px=policy.tile_px,
+            overlap_px=policy.overlap_px,
+            multiple=self.card.canvas_multiple,
+        )
         if isinstance(self.postprocessing, DetectionsPostprocessing):
             return DetectionMosaic(grid, self.card)
         return Mosaic(grid, self.card)

@@ -41,26 +41,40 @@ class Window(NamedTuple):
 class TileGrid:
     """Overlapping tiles that cover an image of height × width pixels.
 
-    Each window is `tile_px` high (wide), or as high (wide) as the image where that is less. Along each axis tiles lie
-    `tile_px - overlap_px` apart, the first at 0, the last moved back so that it ends with the image. `offset` (y, x),
-    0 up to that distance, moves all tiles between the first and the last: an image's answer should hardly depend on it.
+    Along each axis tiles of `tile_px`, or of the image's side where that is less, lie `tile_px - overlap_px` apart,
+    the first at 0, the last where it ends with the image. With `multiple` all of them begin at multiples of it: the
+    distance is rounded down to one, and the last begins where it would end with the image if that were padded to a
+    multiple, so that its window is up to `multiple - 1` shorter. Then a network whose stride divides `multiple` divides
+    the tiles into the same cells as the whole image, padded as tiles are. (A step smaller than `multiple` leaves it out
+    of account.) `offset` (y, x), 0 up to the distance, moves all tiles between the first and the last: an image's
+    answer should hardly depend on it.
     """
 
     def __init__(
-        self, height: int, width: int, *, tile_px: int, overlap_px: int, offset: tuple[int, int] = (0, 0)
+        self,
+        height: int,
+        width: int,
+        *,
+        tile_px: int,
+        overlap_px: int,
+        multiple: int = 1,
+        offset: tuple[int, int] = (0, 0),
     ) -> None:
-        if min(height, width) < 1 or not 0 <= overlap_px < tile_px:
+        if min(height, width, multiple) < 1 or not 0 <= overlap_px < tile_px:
             raise ValueError(
                 f"no grid for {width}x{height} with tiles of {tile_px} that overlap by {overlap_px}: sizes must be at "
                 "least 1, and the overlap less than the tile"
             )
         step = tile_px - overlap_px
+        if step < multiple:
+            multiple = 1
+        step -= step % multiple
         if not all(0 <= shift < step for shift in offset):
             raise ValueError(f"the offset {offset} must be at least 0 and below {step}, the distance of tiles")
         self.height, self.width = height, width
         self.tile_px, self.overlap_px = tile_px, overlap_px
-        self.rows = _Axis(height, tile_px, step, offset[0])
-        self.columns = _Axis(width, tile_px, step, offset[1])
+        self.rows = _Axis(height, tile_px, step, multiple, offset[0])
+        self.columns = _Axis(width, tile_px, step, multiple, offset[1])
 
     def __len__(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)
@@ -68,39 +82,48 @@ class TileGrid:
     def windows(self) -> list[Window]:
         """All windows, row by row."""
         return [
-            Window(row, column, y, x, self.rows.length, self.columns.length)
-            for row, y in enumerate(self.rows.starts)
-            for column, x in enumerate(self.columns.starts)
+            Window(row, column, y, x, bottom - y, right - x)
+            for row, (y, bottom) in enumerate(zip(self.rows.starts, self.rows.ends, strict=True))
+            for column, (x, right) in enumerate(zip(self.columns.starts, self.columns.ends, strict=True))
         ]
 
 
 class _Axis:
     """Tiles along one axis, and the spans between all their ends: a span lies under the same tiles everywhere."""
 
-    def __init__(self, size: int, tile_px: int, step: int, shift: int) -> None:
-        self.length = min(tile_px, size)
-        last = size - self.length
+    def __init__(self, size: int, tile_px: int, step: int, multiple: int, shift: int) -> None:
+        length = min(tile_px, size)
+        last = -(-(size - length) // multiple) * multiple
         self.starts = sorted({0, *range(shift, last, step), last})
-        self.edges = sorted({*self.starts, *(start + self.length for start in self.starts)})
+        self.ends = [min(start + length, size) for start in self.starts]
+        self.edges = sorted({*self.starts, *self.ends})
         #: The tiles over each span, as a range.
         self.tiles_over: list[range] = []
-        profile = _gaussian(self.length)
+        profile = _gaussian(length)
+        # Towards the image's own edge a tile sees all that there is: its answer is worth no less there.
+        first_profile, last_profile = profile.copy(), profile.copy()
+        first_profile[: length // 2] = last_profile[(length + 1) // 2 :] = profile.max()
+        profiles = {0: first_profile, len(self.starts) - 1: last_profile}
         #: For each span the weight [tiles, pixels] of each of its tiles, float32; they add up to 1 at each pixel.
         self.weights: list[NDArray[np.float32]] = []
         # An axis of a million tiles has a handful of different spans.
         known: dict[tuple[int, ...], NDArray[np.float32]] = {}
         for begin, end in zip(self.edges[:-1], self.edges[1:], strict=True):
-            over = range(bisect_left(self.starts, end - self.length), bisect_right(self.starts, begin))
+            over = range(bisect_left(self.ends, end), bisect_right(self.starts, begin))
             self.tiles_over.append(over)
-            places = (end - begin, *(begin - self.starts[tile] for tile in over))
-            if places not in known:
-                weights = np.stack([profile[place : place + end - begin] for place in places[1:]])
-                known[places] = (weights / weights.sum(axis=0)).astype(np.float32)
-            self.weights.append(known[places])
+            offsets = [begin - self.starts[tile] for tile in over]
+            kinds = [tile if tile in profiles else -1 for tile in over]
+            key = (end - begin, *offsets, *kinds)
+            if key not in known:
+                chosen = [
+                    profiles.get(tile, profile)[at : at + end - begin] for tile, at in zip(over, offsets, strict=True)
+                ]
+                weights = np.stack(chosen)
+                known[key] = (weights / weights.sum(axis=0)).astype(np.float32)
+            self.weights.append(known[key])
 
     def spans_under(self, tile: int) -> range:
-        start = self.starts[tile]
-        return range(bisect_left(self.edges, start), bisect_left(self.edges, start + self.length))
+        return range(bisect_left(self.edges, self.starts[tile]), bisect_left(self.edges, self.ends[tile]))
 
 
 def _gaussian(length: int) -> NDArray[np.float64]:

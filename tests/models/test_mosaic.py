@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from small_networks import small_card
 from models.card import Card
 from models.masks import decode_rle
 from models.mosaic import DetectionMosaic, Mosaic
+from models.overrides import with_settings
 from models.pasting import Detections
 from models.segmenter import Prediction
 from models.tiling import TileGrid, Window
@@ -35,6 +37,10 @@ def seen(window: Window) -> Prediction:
             boxes.append((left, top, right, bottom))
             scores.append(score)
             labels.append(label)
+    return prediction(boxes, scores, labels, window)
+
+
+def prediction(boxes: list[Any], scores: list[float], labels: list[int], window: Window) -> Prediction:
     detections = Detections(
         boxes=np.array(boxes, np.float32).reshape(-1, 4),
         scores=np.array(scores, np.float32),
@@ -56,7 +62,7 @@ def test_each_object_is_found_once_whatever_the_order(card: Card) -> None:
         answers.append(mosaic.found())
     assert all(answer == answers[0] for answer in answers)
     found = answers[0]
-    assert sorted(one.class_id for one in found.instances) == [1, 1, 2]
+    assert [one.class_id for one in found.instances] == [1, 2, 1], "best score first"
     assert found.mean_confidence == pytest.approx(np.mean([score for _, score, _ in OBJECTS]), abs=1e-6)
     assert found.mean_entropy == pytest.approx(0.25)
     over_the_seam = next(one for one in found.instances if one.class_id == 2)
@@ -65,6 +71,27 @@ def test_each_object_is_found_once_whatever_the_order(card: Card) -> None:
     truth[10:40, 30:75] = True
     assert (mask & truth).sum() / (mask | truth).sum() > 0.85, "pasting a mask adds a pixel all round"
     assert over_the_seam.area == mask.sum()
+
+
+def test_top_k_counts_for_the_image_not_for_each_tile(card: Card) -> None:
+    card = with_settings(card, {"postprocessing": {"top_k": 2}})
+    mosaic = DetectionMosaic(GRID, card)
+    for window in GRID.windows():
+        mosaic.add(window, seen(window))
+    found = mosaic.found()
+    assert [one.score for one in found.instances] == pytest.approx([0.9, 0.8]), "each tile saw two, together three"
+    assert found.mean_confidence == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(("per_class", "classes"), [(True, [1, 2]), (False, [1])])
+def test_two_classes_of_one_object_in_two_tiles(card: Card, per_class: bool, classes: list[int]) -> None:
+    """Each tile sees the object in the overlap, and calls it otherwise."""
+    card = with_settings(card, {"postprocessing": {"nms_per_class": per_class}})
+    mosaic = DetectionMosaic(GRID, card)
+    for window in GRID.windows():
+        box = (42 - window.x, 10, 58 - window.x, 40)
+        mosaic.add(window, prediction([box], [0.9 - window.x / 100], [1 if window.x == 0 else 2], window))
+    assert [one.class_id for one in mosaic.found().instances] == classes
 
 
 def test_what_is_missing_or_broken_is_said(card: Card) -> None:

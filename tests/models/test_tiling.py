@@ -54,14 +54,17 @@ def test_every_pixel_lies_in_a_window_and_windows_overlap(
     data: st.DataObject, height: int, width: int, tile_px: int
 ) -> None:
     overlap_px = data.draw(st.integers(0, tile_px - 1))
+    multiple = data.draw(st.integers(1, 9))
     step = tile_px - overlap_px
+    step -= step % multiple if step >= multiple else 0
     offset = (data.draw(st.integers(0, step - 1)), data.draw(st.integers(0, step - 1)))
-    grid = TileGrid(height, width, tile_px=tile_px, overlap_px=overlap_px, offset=offset)
+    grid = TileGrid(height, width, tile_px=tile_px, overlap_px=overlap_px, multiple=multiple, offset=offset)
     covered = np.zeros((height, width), int)
     windows = grid.windows()
     for window in windows:
-        assert (window.height, window.width) == (min(tile_px, height), min(tile_px, width))
-        assert window.y + window.height <= height and window.x + window.width <= width
+        assert 1 <= window.height <= min(tile_px, height) and 1 <= window.width <= min(tile_px, width)
+        assert window.y + window.height == min(window.y + tile_px, height)
+        assert window.x + window.width == min(window.x + tile_px, width)
         covered[window.y : window.y + window.height, window.x : window.x + window.width] += 1
     assert covered.min() >= 1
     assert len(windows) == len(grid) and windows == sorted(windows)
@@ -79,6 +82,14 @@ def test_windows_are_where_one_expects_them() -> None:
     shifted = TileGrid(100, 230, tile_px=100, overlap_px=20, offset=(0, 30))
     assert [window.x for window in shifted.windows()] == [0, 30, 110, 130]
     assert TileGrid(7, 9, tile_px=100, overlap_px=20).windows() == [Window(0, 0, 0, 0, 7, 9)]
+
+
+def test_tiles_begin_at_multiples_and_end_with_the_padded_image() -> None:
+    grid = TileGrid(96, 230, tile_px=96, overlap_px=20, multiple=16)
+    assert [(window.x, window.width) for window in grid.windows()] == [(0, 96), (64, 96), (128, 96), (144, 86)]
+    assert 144 + 96 == 240, "230 padded to a multiple of 16"
+    too_fine = TileGrid(32, 70, tile_px=32, overlap_px=20, multiple=16)
+    assert [window.x for window in too_fine.windows()] == [0, 12, 24, 36, 38]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +110,14 @@ def test_weights_add_up_to_one_and_fall_off_from_the_centre() -> None:
         assert (np.diff(first_over_two[0]) < 0).all() and (np.diff(first_over_two[1]) > 0).all()
 
 
-def test_spans_lie_under_exactly_their_tiles() -> None:
-    axis = TileGrid(333, 1, tile_px=40, overlap_px=30, offset=(7, 0)).rows
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_spans_lie_under_exactly_their_tiles(multiple: int) -> None:
+    axis = TileGrid(333, 1, tile_px=40, overlap_px=30, multiple=multiple, offset=(7, 0)).rows
     for span, over in enumerate(axis.tiles_over):
         begin, end = axis.edges[span : span + 2]
-        inside = [tile for tile, start in enumerate(axis.starts) if start <= begin and end <= start + axis.length]
+        inside = [
+            i for i, ends in enumerate(zip(axis.starts, axis.ends, strict=True)) if ends[0] <= begin and end <= ends[1]
+        ]
         assert list(over) == inside
         assert all(span in axis.spans_under(tile) for tile in inside)
     assert sum(len(over) for over in axis.tiles_over) == sum(len(axis.spans_under(t)) for t in range(len(axis.starts)))
@@ -160,11 +174,22 @@ def test_blending_is_the_weighted_mean() -> None:
     grid = TileGrid(50, 44, tile_px=24, overlap_px=9)
     tiles = random_tiles(grid, 3, torch.float32)
     line = np.exp(-0.5 * ((np.arange(24) - 11.5) / 3) ** 2)
+
+    def along(start: int, size: int) -> np.ndarray:
+        """Weights fall off towards other tiles only, not towards the image's edge."""
+        weights = line.copy()
+        if start == 0:
+            weights[:12] = line.max()
+        if start + 24 == size:
+            weights[12:] = line.max()
+        return weights
+
     total, weight = np.zeros((3, 50, 44)), np.zeros((50, 44))
     for window, tile in zip(grid.windows(), tiles, strict=True):
         place = np.s_[window.y : window.y + 24, window.x : window.x + 24]
-        total[(slice(None), *place)] += tile.numpy() * np.outer(line, line)
-        weight[place] += np.outer(line, line)
+        weights = np.outer(along(window.y, 50), along(window.x, 44))
+        total[(slice(None), *place)] += tile.numpy() * weights
+        weight[place] += weights
     mean = total / weight
     bands, summary = blend(grid, card_of(3), tiles)
     clear = np.sort(mean, axis=0)
