@@ -231,7 +231,7 @@ class Case:
 
     def _inputs(self, segmenter: Segmenter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
-            images, sizes, statistics = segmenter._upload(self._images, self._sizes, self._statistics)
+            images, sizes, statistics = segmenter._transfer.upload(self._images, self._sizes, self._statistics)
             if not self._detects:
                 images = normalize(images, statistics, self.card.preprocessing, dtype=segmenter._dtype)
         return images, sizes, statistics
@@ -304,25 +304,19 @@ class Case:
 
         inputs = self._inputs(segmenter)
         with torch.inference_mode():
-            note("upload", lambda: segmenter._upload(self._images, self._sizes, self._statistics))
+            note("upload", lambda: segmenter._transfer.upload(self._images, self._sizes, self._statistics))
             if self._detects:
                 note("normalise and network", lambda: self._run_network(segmenter, inputs))
                 results: Any = self._run_network(segmenter, inputs)
             else:
-                images, _, statistics = segmenter._upload(self._images, self._sizes, self._statistics)
+                images, _, statistics = segmenter._transfer.upload(self._images, self._sizes, self._statistics)
                 settings = self.card.preprocessing
                 note("normalise", lambda: normalize(images, statistics, settings, dtype=segmenter._dtype))
                 note("network", lambda: self._run_network(segmenter, inputs))
                 logits = self._run_network(segmenter, inputs).clone()
                 note("figures", lambda: segmenter._reduce(logits, inputs[1], self._sizes, self._sizes))
                 results = segmenter._reduce(logits, inputs[1], self._sizes, self._sizes)
-            if segmenter._downloads is not None:
-                downloads = segmenter._downloads
-
-                def download() -> None:
-                    segmenter._download(results, downloads)
-
-                note("download", download)
+            note("download", lambda: segmenter._transfer.download(results))
         found |= self._cpu_stages_ms(segmenter, refs)
         return found
 

@@ -66,7 +66,7 @@ class FoundInTiles(NamedTuple):
 
 
 class TilePrediction(Protocol):
-    """What is asked of `models.segmenter.Prediction` here."""
+    """What is asked of `models.prediction.Prediction` here."""
 
     @property
     def detections(self) -> Detections | None: ...

@@ -47,11 +47,11 @@ class CrfSettings(_Frozen):
     Window, iterations, weights and sigmas are the defaults of the ConvCRF authors' own code (Teichmann & Cipolla,
     Convolutional CRFs for Semantic Segmentation, 2018, arXiv 1805.04777; `default_conf` in
     github.com/MarvinTeichmann/ConvCRF), which names Krähenbühl & Koltun (2011) as their source. Three things differ.
-    There each kernel is a mixture over pixels pooled 4 × 4, so that a window spans 44 pixels of the image; here it is
-    as wide as it says. There messages are not normalised, and weigh 0.2 beside 0.8 of the unary; here
-    they are normalised symmetrically, as in Krähenbühl & Koltun's code, and weigh 1 beside 1. And there the appearance kernel has no
-    position in it (`use_bias` is off); here it has `bilateral_sigma_px`, as in their paper, which inside a window of 11
-    pixels hardly shows: over its radius of 5, exp(-5² / (2 · 80²)) is 0.998.
+    There kernels act on maps pooled 4 × 4, so that a window spans 44 pixels of the image; here it is as wide as it
+    says. There messages are not normalised, and weigh 0.2 beside 0.8 of the unary; here they are normalised
+    symmetrically, as in Krähenbühl & Koltun's code, and weigh 1 beside 1. And there the appearance kernel knows no
+    positions (`use_bias` is off); here it has `bilateral_sigma_px`, as in both papers, which hardly shows in a window
+    of 11 pixels: exp(-5² / (2 · 80²)) is 0.998.
     """
 
     iterations: int = Field(default=5, ge=1, le=100)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from models.card import Card, Postprocessing, WatershedPostprocessing
 from models.postprocessing import threshold_level
 
-#: Probabilities and entropies are summed in units of 1 / _QUANTUM, as `models.segmenter` does.
+#: Probabilities and entropies are summed in units of 1 / _QUANTUM, as `models.reduction` does.
 _QUANTUM = 65535
 #: Values of all channels that are blended at a time: bounds the memory, and fits a cache.
 _CHUNK_VALUES = 1 << 20
@@ -144,7 +144,7 @@ class Band(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Figures of the whole image, as in `models.segmenter.Prediction`."""
+    """Figures of the whole image, as in `models.prediction.Prediction`."""
 
     pixels: NDArray[np.int64]
     confidence: NDArray[np.float64]

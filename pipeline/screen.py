@@ -53,7 +53,7 @@ class Screen:
         if self._live:
             if self._bar is None:
                 self._bar = Progress(
-                    TextColumn("{task.completed}/{task.total} images"),
+                    TextColumn("{task.completed}/{task.total} images{task.description}"),
                     BarColumn(),
                     TextColumn("{task.fields[rate]:.1f}/s"),
                     TimeRemainingColumn(),
@@ -64,6 +64,7 @@ class Screen:
                 self._task = self._bar.add_task("", total=total, rate=0.0, errors=0, actors=0)
             self._bar.update(
                 self._task,
+                description=_tiles(progress),
                 completed=progress.rows,
                 total=total,
                 rate=rate,
@@ -74,7 +75,7 @@ class Screen:
             self._told_s = now_s
             left = f"{(total - progress.rows) / rate:.0f} s left, " if rate else ""
             self.console.print(
-                f"{progress.rows}/{total} images, {rate:.1f}/s, {left}{progress.errors} errors, "
+                f"{progress.rows}/{total} images{_tiles(progress)}, {rate:.1f}/s, {left}{progress.errors} errors, "
                 f"{progress.actors} actors",
                 soft_wrap=True,
             )
@@ -154,6 +155,11 @@ def print_training(outcome: Any) -> None:
             table.add_row(f"{plain(split)}, {precision}", shown)
     table.add_row("trace, curves", Text(plain(outcome.folder)))
     out.print(table)
+
+
+def _tiles(progress: Any) -> str:
+    """Of a huge image this is all that moves for minutes."""
+    return f", {progress.tiles_done}/{progress.tiles} tiles" if progress.tiles else ""
 
 
 def as_json(outcome: Any) -> dict[str, Any]:

@@ -43,13 +43,16 @@ _NOTHING = StreamCounts(0, 0, 0.0, 0.0)
 
 
 class FleetProgress(NamedTuple):
-    """Where a fleet is. `rows` counts images of committed shards and those already done in shards under way."""
+    """Where a fleet is. `rows` counts images of committed shards and those already done in shards under way; `tiles`
+    and `tiles_done` are those of the images that are in tiles now."""
 
     rows: int
     errors: int
     actors: int
     busy_s: float
     active_s: float
+    tiles: int = 0
+    tiles_done: int = 0
 
 
 class _Seat:
@@ -206,6 +209,8 @@ class Fleet:
             actors=sum(seat.loaded for seat in self._seats),
             busy_s=self._gone_busy_s + sum(seat.counts.busy_s for seat in self._seats),
             active_s=self._gone_active_s + sum(seat.counts.active_s for seat in self._seats),
+            tiles=sum(seat.counts.tiles for seat in self._seats if seat.tasks),
+            tiles_done=sum(seat.counts.tiles_done for seat in self._seats if seat.tasks),
         )
 
     def close(self) -> None:

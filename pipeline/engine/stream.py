@@ -100,6 +100,7 @@ class _Tiled:
         self.picture: Picture | None = None
         self.timings = {"fetch_ms": 0.0, "decode_ms": 0.0}
         self.infer_ms = 0.0
+        self.tiles_done = 0
         self._settled = threading.Lock()
 
     @property
@@ -123,12 +124,15 @@ class _StreamEndedError(Exception):
 
 
 class StreamCounts(NamedTuple):
-    """What a stream has done since it began: `busy_s` of the model's `active_s`, and rows made."""
+    """What a stream has done since it began: `busy_s` of the model's `active_s`, and rows made. Of the images that are
+    in tiles at this moment: how many there are, and how many have been through the model."""
 
     rows: int
     errors: int
     busy_s: float
     active_s: float
+    tiles: int = 0
+    tiles_done: int = 0
 
 
 class Stream:
@@ -164,6 +168,7 @@ class Stream:
             dtype=segmenter.input_dtype,
         )
         self._large_is_busy = False
+        self._in_tiles: dict[int, _Tiled] = {}
         self._to_encode: deque[Answered] = deque()
         self._window_bytes = 0
         self._outstanding = 0
@@ -225,7 +230,10 @@ class Stream:
     def counts(self) -> StreamCounts:
         """A snapshot; safe from any thread."""
         active_s = time.monotonic() - self._began_s if self._began_s else 0.0
-        return StreamCounts(self._rows, self._errors, self._forward.busy_s, active_s)
+        in_tiles = list(self._in_tiles.values())
+        tiles = sum(len(one.mosaic.grid) for one in in_tiles)
+        done = sum(one.tiles_done for one in in_tiles)
+        return StreamCounts(self._rows, self._errors, self._forward.busy_s, active_s, tiles, done)
 
     def close(self) -> None:
         """Ends the threads. Lists still under way get an exception."""
@@ -305,6 +313,7 @@ class Stream:
             mosaic = self._segmenter.mosaic(height, width)
             if mosaic is not None:
                 tiled = _Tiled(work, index, blob._replace(data=b""), mosaic)
+                self._in_tiles[id(tiled)] = tiled
                 tiled.timings["fetch_ms"] = (fetched_s - began_s) * 1e3
                 self._load_tiles(tiled, blob.data)
                 return
@@ -337,7 +346,7 @@ class Stream:
             failure = ("corrupt", f"{type(error).__name__}: {error}")
         decoded_s = time.perf_counter()
         timings = {"fetch_ms": (fetched_s - began_s) * 1e3, "decode_ms": (decoded_s - fetched_s) * 1e3}
-        if tiled is None or tiled.settle():
+        if tiled is None or self._settle(tiled):
             self._emit(work, [self._rows_of.error(work.ref(index), blob, *failure) | timings])
 
     def _load_tiles(self, tiled: _Tiled, data: bytes) -> None:
@@ -522,17 +531,26 @@ class Stream:
         if owner.is_settled:
             return None
         assert owner.picture is not None
-        # Lost updates between threads cost a figure its last digit, not a row.
+        # Lost updates between threads cost a figure its last digit, and a progress bar a tile, not a row.
         owner.infer_ms += infer_ms
         try:
             if isinstance(answer, Exception):
                 raise answer
-            if not owner.mosaic.add(tile.window, answer):
+            whole = owner.mosaic.add(tile.window, answer)
+            owner.tiles_done += 1
+            if not whole:
                 return None
             result: Any = owner.mosaic
         except Exception as error:  # noqa: BLE001 - the per-image boundary: it becomes a row
             result = error
-        return self._row(owner, owner.picture, result, owner.infer_ms) if owner.settle() else None
+        return self._row(owner, owner.picture, result, owner.infer_ms) if self._settle(owner) else None
+
+    def _settle(self, tiled: _Tiled) -> bool:
+        """True for the first who asks: the image is no more in tiles, and its row is his to make."""
+        first = tiled.settle()
+        if first:
+            self._in_tiles.pop(id(tiled), None)
+        return first
 
     def _emit(self, work: Work, rows: list[dict[str, Any]]) -> None:
         if self._failure:

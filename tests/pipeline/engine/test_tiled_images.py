@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -32,6 +30,10 @@ from pipeline.table.schema import WORK
 
 NUCLEI = Path(__file__).parents[3] / "examples" / "nuclei"
 ZOO = Path(__file__).parents[3] / "models" / "zoo" / "nuclei-unet.safetensors"
+#: Those of more than 768 pixels a side.
+LARGEST = sorted(
+    (path for path in NUCLEI.glob("*.png") if max(Image.open(path).size) > 768), key=lambda path: Image.open(path).size
+)
 TILES = TilePolicy(tile_px=64, overlap_px=16)
 
 
@@ -156,22 +158,40 @@ def label_image(row: dict[str, Any]) -> np.ndarray:
     return decode_mask_png(row["mask"]["bytes"]) > 0
 
 
-def test_tiled_masks_are_nearly_those_of_the_whole_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The shipped model on half of the largest shipped image: whole, in tiles, and in tiles that lie otherwise."""
-    source = max(NUCLEI.glob("*.png"), key=lambda path: Image.open(path).size)
-    image = Image.open(source).convert("RGB").crop((0, 0, 640, 384))
-    image.save(tmp_path / "large.png")
-    paths = [tmp_path / "large.png"]
-    policy = {"size_policy": {"kind": "tile", "tile_px": 256, "overlap_px": 128}}
-    whole = rows_of(nuclei_model(), paths)["large.png"]
-    tiled = rows_of(nuclei_model(**policy), paths)["large.png"]
+def compare_tiles(
+    paths: list[Path], settings: dict[str, Any], offset: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped model: whole, in tiles, and in tiles that lie otherwise, at multiples of the stride as tiles do."""
+    whole = rows_of(nuclei_model(tile_above_pixels=None), paths)
+    tiled = rows_of(nuclei_model(**settings), paths)
     grid = segmenter_module.TileGrid
-    monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=(50, 70)))
-    shifted = rows_of(nuclei_model(**policy), paths)["large.png"]
-    assert np.mean(label_image(tiled) != label_image(shifted)) < 0.005
-    assert np.mean(label_image(tiled) != label_image(whole)) < 0.005
-    counts = [len(row["instances"]) for row in (whole, tiled, shifted)]
-    assert counts[0] > 20 and max(counts) - min(counts) <= 1, counts
+    monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=offset))
+    shifted = rows_of(nuclei_model(**settings), paths)
+    for name, row in tiled.items():
+        assert row["mask"] != whole[name]["mask"] or row["mask"] != shifted[name]["mask"], "it was in tiles"
+        assert np.mean(label_image(row) != label_image(shifted[name])) < 0.005, name
+        assert np.mean(label_image(row) != label_image(whole[name])) < 0.005, name
+        counts = [len(one[name]["instances"]) for one in (whole, tiled, shifted)]
+        assert counts[0] > 20 and len(set(counts)) == 1, (name, counts)
+
+
+def test_small_tiles_find_the_objects_of_the_whole_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    image = Image.open(LARGEST[-1]).convert("RGB").crop((0, 0, 616, 372))
+    image.save(tmp_path / "large.png")
+    policy = {"size_policy": {"kind": "tile", "tile_px": 256, "overlap_px": 128}}
+    compare_tiles([tmp_path / "large.png"], policy, (32, 64), monkeypatch)
+
+
+def test_default_tiles_find_the_objects_of_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """603 × 1272: no side of it is a multiple of the stride."""
+    (wide,) = [path for path in LARGEST if max(Image.open(path).size) > 1024]
+    compare_tiles([wide], {"tile_above_pixels": 500_000}, (32, 192), monkeypatch)
+
+
+@pytest.mark.slow
+def test_shifting_the_grid_hardly_matters_on_the_largest_shipped_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = {"size_policy": {"kind": "tile", "tile_px": 768, "overlap_px": 256}}
+    compare_tiles(LARGEST, policy, (96, 160), monkeypatch)
 
 
 def test_a_damaged_tile_is_one_error_row_and_costs_no_neighbour(corpus: list[Path], tmp_path: Path) -> None:
@@ -203,6 +223,47 @@ def test_a_tile_that_the_device_does_not_hold(corpus: list[Path], monkeypatch: p
         "0.tif": "out_of_memory", "1.png": "ok", "2.tif": "ok", "3.png": "out_of_memory", "4.tif": "out_of_memory",
         "5.png": "out_of_memory",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("last", ["whole.tif", "damaged.tif"])
+def test_tiles_are_counted_while_their_image_is_under_way(tmp_path: Path, last: str) -> None:
+    path = tmp_path / last
+    tifffile.imwrite(path, smooth(200, 200), tile=(32, 32), photometric="rgb", compression="zlib")
+    if last == "damaged.tif":
+        data = bytearray(path.read_bytes())
+        with tifffile.TiffFile(path) as file:
+            offset = file.pages.first.dataoffsets[-1]
+        data[offset : offset + 8] = b"\x00" * 8
+        path.write_bytes(data)
+    model = tiny(CARDS["semantic"])
+    columns = {
+        "uri": [f"file://{path}"],
+        "etag": ["e"],
+        "size_bytes": [path.stat().st_size],
+        "modified": [None],
+        "attempt": [1],
+    }
+    stream = Stream(model, fetch=open_storage("file:///").get, config=StreamConfig(batch_size=1), stamp={})
+    seen = []
+    submit = model.submit
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(stream.counts())
+        return submit(*args, **options)
+
+    model.submit = noted  # type: ignore[method-assign]
+    try:
+        stream.submit(pa.table(columns, schema=WORK), lambda rows: None).result(timeout=60)
+        after = stream.counts()
+    finally:
+        stream.close()
+    assert (after.rows, after.tiles, after.tiles_done) == (1, 0, 0)
+    if last == "whole.tif":
+        assert {counts.tiles for counts in seen} == {len(seen)} == {36}
+        assert [counts.tiles_done for counts in seen] == sorted(counts.tiles_done for counts in seen)
+        assert 0 < seen[-1].tiles_done < 36
+    else:
+        assert after.errors == 1
 
 
 def test_only_what_is_read_by_window_may_be_larger_than_memory(corpus: list[Path]) -> None:
@@ -265,7 +326,10 @@ def test_detections_in_tiles(tmp_path: Path) -> None:
         rows = rows_of(model, [tmp_path / "0.png", tmp_path / "1.png"])
     large, small = rows["0.png"], rows["1.png"]
     assert large["status"] == small["status"] == "ok", large["error_message"]
-    assert len(large["instances"]) > len(small["instances"]) > 0
+    assert len(large["instances"]) == 8, "top_k of all tiles together"
+    assert 0 < len(small["instances"]) <= 8
+    scores = [one["score"] for one in large["instances"]]
+    assert scores == sorted(scores, reverse=True)
     mask = decode_mask_png(large["mask"]["bytes"])
     covered = np.zeros(mask.shape, bool)
     for one in large["instances"]:
@@ -273,27 +337,3 @@ def test_detections_in_tiles(tmp_path: Path) -> None:
         covered |= decode_rle(one["rle"])
     assert np.array_equal(mask > 0, covered)
     assert sum(entry["pixels"] for entry in large["classes"]) == mask.size
-
-
-@pytest.mark.slow
-def test_shifting_the_grid_hardly_matters_on_the_largest_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MASKMILL_TEST_DATA: a folder with the data set `nuclei`."""
-    folder = os.environ.get("MASKMILL_TEST_DATA")
-    if not folder:
-        pytest.skip("MASKMILL_TEST_DATA does not name a folder")
-    images = sorted(Path(folder, "nuclei", "images").iterdir(), key=lambda path: math.prod(Image.open(path).size))
-    policy = {"size_policy": {"kind": "tile", "tile_px": 768, "overlap_px": 256}}
-    whole = rows_of(nuclei_model(), images[-6:])
-    tiled = rows_of(nuclei_model(**policy), images[-6:])
-    grid = segmenter_module.TileGrid
-
-    def moved(height: int, width: int, **rest: Any) -> Any:
-        return grid(height, width, **rest, offset=(96, 160))
-
-    monkeypatch.setattr(segmenter_module, "TileGrid", moved)
-    shifted = rows_of(nuclei_model(**policy), images[-6:])
-    for name, row in tiled.items():
-        assert np.mean(label_image(row) != label_image(shifted[name])) < 0.005, name
-        assert np.mean(label_image(row) != label_image(whole[name])) < 0.005, name
-        counts = [len(one[name]["instances"]) for one in (whole, tiled, shifted)]
-        assert len(set(counts)) == 1, (name, counts)
