@@ -202,19 +202,19 @@ def _print(found: Any, pages: list[str]) -> None:
         out.print(Text(text, style="red"), soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("score", f"{scores.confidence:.0%} interval"):
+    for column in ("score", f"{scores.confidence:.0%} interval" if scores.intervals else ""):
         table.add_column(column, justify="right", no_wrap=True)
     for words, name in FIGURES:
         value = getattr(scores, name)
         if value is not None:
             between = scores.intervals.get(name)
             table.add_row(words, f"{value:.4f}", f"{between.low:.4f} to {between.high:.4f}" if between else "")
-    out.print(table)
-    out.print(_class_table(scores))
+    screen.print_whole(table)
+    screen.print_whole(_class_table(scores))
     for line in remarks(found):
         out.print(Text(screen.plain(line), style="dim"), soft_wrap=True)
     for by, pieces in found.slices.items():
-        out.print(_slice_table(by, pieces))
+        screen.print_whole(_slice_table(by, pieces))
     out.print(Text(f"counts: {screen.plain(found.folder)}"), soft_wrap=True)
     for page in pages:
         out.print(Text(f"page:   {screen.plain(page)}"), soft_wrap=True)

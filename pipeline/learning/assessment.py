@@ -26,7 +26,7 @@ from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine import run
 from pipeline.engine.outcome import Event, Listener, Outcome
 from pipeline.engine.scratch import scratch_folder
-from pipeline.errors import InfrastructureError, StoppedError, UsageError
+from pipeline.errors import InfrastructureError, StoppedError, StorageError, UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluations import align_classes, counting_score
 from pipeline.learning.labels.source import Layout
@@ -105,6 +105,8 @@ class Assessment(BaseModel):
     model_version: str
     settings_digest: str = ""
     task: str
+    #: The SQL condition on the rows that are scored; None: all.
+    where: str | None = None
     #: Names the rows in DEST/evaluations; None before there are any.
     evaluation_id: str | None = None
     #: Objects below it do not count for PQ, F1, precision and recall.
@@ -175,6 +177,7 @@ def evaluate(
             settings_digest=outcome.settings_digest,
             task=card.task,
             min_score=min_score,
+            where=config.where,
             only_in_model=tuple(name for name in alignment.names if name not in dataset.class_names),
             only_in_dataset=tuple(name for name in dataset.class_names if name not in names),
             segmented=outcome,
@@ -248,7 +251,10 @@ def _corpus(
     """
     text = "".join(json.dumps({"uri": uri}, ensure_ascii=False) + "\n" for uri in sorted(uris)).encode()
     source = join_uri(dest, "evaluations", "_images", f"{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
-    storage.put_new(source, text)
+    try:
+        storage.put_new(source, text)
+    except StorageError as error:
+        raise UsageError(f"DEST cannot be written: {error}") from error
     corpus = read_source(source, scratch=scratch, profile=config.source_profile)
     handed_on = config.model_dump(include=set(_HANDED_ON))
     return corpus, SegmentConfig(source=source, dest=dest, **handed_on)

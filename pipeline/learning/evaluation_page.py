@@ -128,6 +128,8 @@ def remarks(found: Assessment) -> list[str]:
     scores = found.scores
     assert scores is not None
     lines = []
+    if found.where:
+        lines.append(f"Only images for which {visible(found.where)}.")
     if scores.left_out:
         lines.append(f"In neither labels nor masks, and so in no mean: {_listed(scores.left_out)}.")
     if found.only_in_model:

@@ -70,6 +70,9 @@ def test_a_table_a_page_and_one_object(maskmill: Command, tmp_path: Path, instan
     assert body["intervals"]["miou"].keys() == {"low", "high"}
     assert (body["pages"], body["segmented"]["runs"]) == ([], [])
     assert f"mIoU                    {body['miou']:.4f}" in said.out
+    some = maskmill(*command, "--where", "stratum = 'dark'", "--no-page")
+    assert "Only images for which stratum = 'dark'." in some.out
+    assert ": 1 image\n" in some.out
 
 
 def test_statuses(maskmill: Command, tmp_path: Path, semantic_model: Path) -> None:
