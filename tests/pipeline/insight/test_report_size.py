@@ -92,7 +92,8 @@ began_s = time.monotonic()
 made = pipeline.report(sys.argv[1], out=sys.argv[2])
 # Not getrusage: its maximum is the parent's too, from before the exec.
 peak_bytes = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-print(json.dumps({"size_bytes": made.size_bytes, "seconds": time.monotonic() - began_s, "peak_bytes": peak_bytes}))
+took = {"seconds": time.monotonic() - began_s, "cpu_seconds": time.process_time()}
+print(json.dumps({"size_bytes": made.size_bytes, "peak_bytes": peak_bytes} | took))
 """
 
 
