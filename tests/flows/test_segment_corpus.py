@@ -14,6 +14,7 @@ from prefect_site import Site, client_of
 pytest.importorskip("prefect")
 
 from prefect import tags
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import segment_corpus as module
 from flows.segment_corpus import TooManyErrorsError, segment_corpus
@@ -70,6 +71,8 @@ def dead_port() -> int:
         ({"source": ""}, UsageError, "empty"),
         ({"source_profile": "nobody", "source": "s3://some-bucket/x"}, UsageError, "nobody"),
         ({"engine": "ray", "ray_address": "127.0.0.1:{port}"}, InfrastructureError, "no Ray cluster at '127.0.0.1:"),
+        ({"ray_jobs_address": "http://127.0.0.1:{port}"}, InfrastructureError, "no Ray cluster at '127.0.0.1:"),
+        ({"ray_jobs_address": "head:8265"}, UsageError, "http://HOST:8265, not 'head:8265'"),
     ],
 )
 @pytest.mark.timeout(30)
@@ -79,6 +82,14 @@ def test_what_cannot_work_fails_before_any_work(
     changes = {name: value.format(port=dead_port()) for name, value in changes.items()}
     with pytest.raises(kind, match=words):
         segment_corpus.fn(**asked(case, tmp_path / "out", **changes))
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_is_away_is_said_before_any_work(case: Case, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{dead_port()}/api"
+    with temporary_settings({PREFECT_API_URL: address}), pytest.raises(RuntimeError, match=f"reach API at {address}"):
+        segment_corpus(**asked(case, tmp_path / "out"))
     assert not list(tmp_path.glob("out/runs/*"))
 
 
