@@ -25,12 +25,14 @@ _SOCKET_DEPTH = 70
 
 
 class Part(NamedTuple):
-    """One thing that is started. `ports`: names of those it must find free."""
+    """One thing that is started. `ports`: names of those it must find free. `tries`: how often it is started until it
+    is healthy."""
 
     name: str
     command: list[str]
     ports: tuple[str, ...]
     healthy: Callable[[psutil.Process], bool]
+    tries: int = 1
 
 
 class Layout(NamedTuple):
@@ -56,7 +58,8 @@ class Layout(NamedTuple):
         return [
             *([Part("store", store, ("store",), lambda _: _answers(f"{self.store_url}/moto-api/"))] * self.own_store),
             Part("prefect-server", server, ("prefect",), lambda _: _answers(f"{self.api_url}/health")),
-            Part("ray", ray, ("ray", "dashboard", "metrics"), lambda _: self._ray_nodes() == 2),
+            # Ray gives up where a node takes more than 30 s to start, as on a busy machine.
+            Part("ray", ray, ("ray", "dashboard", "metrics"), lambda _: self._ray_nodes() == 2, tries=3),
             # Last: from now on flow runs may start.
             Part("prefect-worker", worker, (), self._worker_is_online),
         ]

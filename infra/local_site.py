@@ -85,19 +85,31 @@ class Site:
         self.save()
 
     def start(self, part: Part) -> None:
-        """Raises SiteError where it does not become healthy."""
+        """Raises SiteError where a port is taken, or where it does not become healthy at any of its tries."""
         for name in part.ports:
             if is_taken(self.ports[name]):
                 raise SiteError(
                     f"{part.name}: port {self.ports[name]} of {HOST} is taken by another program: "
                     f"make up ARGS='--{name}-port N'"
                 )
-        log = self.folder / "logs" / f"{part.name}.log"
+        for _ in range(part.tries):
+            if _becomes_healthy(part, self._launch(part)):
+                return
+            self.stop(part.name)
+            _kill(self.strangers())
+        log = self._log(part.name)
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SiteError(f"{part.name} does not come up; the end of {log}:\n{tail}")
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def _launch(self, part: Part) -> psutil.Process:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
         database = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_SERVER_DATABASE_")}
         # Jobs of the Ray cluster are told to run `python`.
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-        with log.open("ab") as out:
+        with self._log(part.name).open("ab") as out:
             started = subprocess.Popen(
                 part.command,
                 env=inherited | database | self.layout.variables() | {MARK: self.mark, "PATH": path},
@@ -110,9 +122,7 @@ class Site:
         process = psutil.Process(started.pid)
         self.processes[part.name] = {"pid": process.pid, "started": process.create_time()}
         self.save()
-        if not _becomes_healthy(part, process):
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise SiteError(f"{part.name} does not come up; the end of {log}:\n{tail}")
+        return process
 
     def stop(self, name: str) -> bool:
         """Ends a part and all that it started. False where there was nothing to end."""
