@@ -96,11 +96,6 @@ def lovasz(logits_NCHW: torch.Tensor, targets_NHW: torch.Tensor, *, total: Total
     return summed / count.clamp_min(1)
 
 
-def cross_entropy_dice(logits_NCHW: torch.Tensor, targets_NHW: torch.Tensor, weights_NHW: torch.Tensor) -> torch.Tensor:
-    """Weighted cross-entropy plus soft Dice loss, a scalar in float32; the weights are the cross-entropy's."""
-    return cross_entropy(logits_NCHW, targets_NHW, weights_NHW) + dice(logits_NCHW, targets_NHW)
-
-
 def _lovasz_image(probabilities_CHW: torch.Tensor, targets_HW: torch.Tensor) -> torch.Tensor | None:
     valid_HW = targets_HW != IGNORED
     targets_P = targets_HW[valid_HW]

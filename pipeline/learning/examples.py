@@ -22,11 +22,11 @@ from models.losses import IGNORED
 from models.masks import decode_rle
 from models.preprocessing import image_statistics, normalize, select_bands
 from pipeline.errors import UsageError
-from pipeline.learning import views
+from pipeline.learning import augmentation as views
 from pipeline.learning.dataset import Dataset, Item
-from pipeline.learning.draws import class_weights, epoch_order, image_chances
 from pipeline.learning.labels.place import in_order
 from pipeline.learning.recipe import AugmentationConfig, SamplingConfig
+from pipeline.learning.sampling import class_weights, epoch_order, image_chances
 from pipeline.learning.targets import boundary_targets, detection_targets, object_layers
 
 #: Bytes of decoded images and labels that are kept; the others are read again each time.
@@ -206,7 +206,7 @@ class Examples:
         return self._pixels_of_classes
 
     def class_weights(self, kind: Literal["none", "inverse", "median"], power: float = 1.0) -> tuple[float, ...] | None:
-        """Of the network's channels, as `draws.class_weights`; None for `none` and for networks that detect."""
+        """Of the network's channels, as `sampling.class_weights`; None for `none` and for networks that detect."""
         if kind == "none" or self.kind == "detection":
             return None
         return class_weights(self.pixels_of_classes(), kind, power)

@@ -9,7 +9,7 @@ import torch
 from segmentation_models_pytorch.losses import lovasz as reference
 from torchvision.ops import sigmoid_focal_loss
 
-from models.losses import IGNORED, cross_entropy, cross_entropy_dice, dice, focal, lovasz
+from models.losses import IGNORED, cross_entropy, dice, focal, lovasz
 
 
 @pytest.fixture
@@ -128,10 +128,11 @@ def test_lovasz_of_a_hard_answer_is_what_iou_lacks() -> None:
     assert lovasz(hard, torch.from_numpy(actual)[None]).item() == pytest.approx(1 - np.mean(ious), abs=1e-5)
 
 
-def test_value_of_a_uniform_answer() -> None:
+def test_values_of_a_uniform_answer() -> None:
     targets = torch.zeros(1, 10, 10, dtype=torch.int64)
-    loss = cross_entropy_dice(torch.zeros(1, 2, 10, 10), targets, torch.ones(1, 10, 10))
-    assert loss.item() == pytest.approx(math.log(2) + 1 - 101 / 151)
+    logits = torch.zeros(1, 2, 10, 10)
+    assert cross_entropy(logits, targets, torch.ones(1, 10, 10)).item() == pytest.approx(math.log(2))
+    assert dice(logits, targets).item() == pytest.approx(1 - 101 / 151)
 
 
 def test_weights_move_the_loss() -> None:

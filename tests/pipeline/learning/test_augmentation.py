@@ -2,99 +2,158 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from models.preprocessing import image_statistics
-from pipeline.learning.augmentation import AugmentationConfig, instance_targets, make_example, random_crop
+from pipeline.learning.augmentation import Window, blurred, disturbed, draw_window, look, recolored
+from pipeline.learning.recipe import AugmentationConfig
 
+#: Nothing changes but where the view lies.
 PLAIN = AugmentationConfig(
-    crop_px=64,
-    scale=(1.0, 1.0),
-    rotate_probability=0,
-    invert_probability=0,
-    tone=0,
-    noise=0,
-    blur_probability=0,
-    veil_probability=0,
+    scale=(1, 1), flip_horizontal=0, color_probability=0, blur_probability=0, noise_probability=0, beyond="nothing"
 )
+OUTSIDE = 255
+
+
+def seen(
+    image: torch.Tensor, crop: tuple[int, int] | None, config: AugmentationConfig, seed: int, **how: object
+) -> tuple[torch.Tensor, torch.Tensor, Window]:
+    """A view of the image, and of a map that is its first channel."""
+    random = np.random.default_rng(seed)
+    size = (image.shape[1], image.shape[2])
+    window = draw_window(size, crop, config, random, **how)  # type: ignore[arg-type]
+    rows, columns = window.source(*size)
+    cut = image[:, rows, columns]
+    return *look(cut, cut[:1], window, config, random, outside=OUTSIDE, size=size), window
 
 
 @pytest.fixture
-def pixels() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def image() -> torch.Tensor:
+    """A ramp along each axis, below 200."""
+    rows, columns = torch.meshgrid(torch.arange(60), torch.arange(90), indexing="ij")
+    return torch.stack([rows * 3, columns * 2, rows + columns]).to(torch.uint8)
 
 
-@pytest.fixture
-def labels() -> np.ndarray:
-    labels = np.zeros((64, 64), dtype=np.int32)
-    labels[10:20, 10:20] = 1
-    labels[10:20, 20:30] = 2
-    labels[40:50, 40:60] = 3
-    return labels
+def test_a_plain_view_is_a_part_of_the_image(image: torch.Tensor) -> None:
+    places = set()
+    for seed in range(20):
+        view, maps, _ = seen(image, (32, 64), PLAIN, seed)
+        top, left = int(view[0, 0, 0]) // 3, int(view[1, 0, 0]) // 2
+        assert torch.equal(view, image[:, top : top + 32, left : left + 64])
+        assert torch.equal(maps[0], view[0])
+        places.add((top, left))
+    assert len(places) > 15
 
 
-def test_equal_generators_give_equal_crops(pixels: np.ndarray, labels: np.ndarray) -> None:
-    example = make_example("a", pixels, labels)
-    config = AugmentationConfig(crop_px=32)
-    first, second, other = (
-        random_crop(example, "instance", config, std_floor=1.0, random=np.random.default_rng(seed))
-        for seed in (4, 4, 5)
-    )
-    for left, right in zip(first, second, strict=True):
-        assert np.array_equal(left, right)
-    assert not np.array_equal(first.inputs, other.inputs)
-    assert first.inputs.shape == (32, 32, 3)
-    assert first.inputs.dtype == np.float32
-    assert first.targets.dtype == np.int64
+def test_the_whole_image_is_a_view(image: torch.Tensor) -> None:
+    view, maps, _ = seen(image, None, PLAIN, 0)
+    assert torch.equal(view, image)
+    assert torch.equal(maps[0], image[0])
 
 
-def test_without_variation_only_turns_and_mirrors(pixels: np.ndarray, labels: np.ndarray) -> None:
-    pixels[:] = labels[:, :, None] * 80
-    mean, std = image_statistics(pixels)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"flip_horizontal": 0.5, "flip_vertical": 0.5, "quarter_turns": True},
+        {"scale": (0.5, 2.0), "stretch": 1.5},
+        {"rotate_probability": 1.0, "rotate_degrees": 40.0},
+        {"elastic_probability": 1.0, "elastic_px": 3.0},
+        {"scale": (0.3, 0.4), "rotate_probability": 1.0, "beyond": "mirror", "quarter_turns": True},
+    ],
+)
+@pytest.mark.parametrize("crop", [(32, 64), None])
+def test_image_and_maps_move_together(changes: dict[str, object], crop: tuple[int, int] | None) -> None:
+    """A bright square on a dark ground, labelled: what is bright in a view is what its map says."""
+    image = torch.full((3, 60, 90), 20, dtype=torch.uint8)
+    image[:, 20:40, 30:60] = 220
+    config = PLAIN.model_copy(update=changes)
+    shown = 0
     for seed in range(12):
-        crop = random_crop(
-            make_example("a", pixels, labels), "semantic", PLAIN, std_floor=1.0, random=np.random.default_rng(seed)
-        )
-        assert np.array_equal(np.bincount(crop.targets.ravel()), np.bincount(labels.ravel()))
-        assert np.allclose(crop.inputs * std + mean, crop.targets[:, :, None] * 80, atol=1e-3)
+        view, maps, _ = seen(image, crop, config, seed)
+        assert view.shape[1:] == maps.shape[1:]
+        assert view.dtype == torch.uint8
+        if crop:
+            assert view.shape == (3, *crop)
+        assert set(maps.unique().tolist()) <= {20, 220, OUTSIDE}
+        inside = maps[0] != OUTSIDE
+        bright, labelled = (view[0] > 120) & inside, (maps[0] == 220) & inside
+        differ = (bright != labelled).sum()
+        # Along the square's outline the nearest pixel and the mean of its neighbours may differ.
+        assert differ <= 0.1 * labelled.sum() + 12
+        shown += int(labelled.sum() > 0)
+    assert shown >= 8
 
 
-def test_crops_show_every_part_of_a_large_image() -> None:
-    labels = np.arange(200 * 300, dtype=np.int32).reshape(200, 300)
-    example = make_example("a", np.zeros((200, 300, 3), dtype=np.uint8), labels)
-    seen = np.zeros(labels.size, dtype=bool)
-    for seed in range(150):
-        crop = random_crop(example, "semantic", PLAIN, std_floor=1.0, random=np.random.default_rng(seed))
-        assert len(np.unique(crop.targets)) == 64 * 64
-        seen[crop.targets] = True
-    assert seen.mean() > 0.9
+def test_beyond_the_image(image: torch.Tensor) -> None:
+    _, maps, _ = seen(image, (128, 128), PLAIN, 0)
+    assert (maps != OUTSIDE).sum() == 60 * 90
+    mirrored = PLAIN.model_copy(update={"beyond": "mirror"})
+    view, maps, window = seen(image, (128, 128), mirrored, 0)
+    assert not (maps == OUTSIDE).any()
+    top, left = -int(window.top), -int(window.left)
+    expected = np.pad(
+        image.numpy(), ((0, 0), (top, 128 - 60 - top), (left, 128 - 90 - left)), mode="reflect"
+    )  # fmt: skip
+    assert np.array_equal(view.numpy(), expected)
 
 
-def test_inversion_changes_the_sign(pixels: np.ndarray, labels: np.ndarray) -> None:
-    example = make_example("a", pixels, labels)
+def test_a_focus_is_in_the_view(image: torch.Tensor) -> None:
+    for seed in range(20):
+        for row, column in ((0, 0), (59, 89), (30, 5)):
+            view, _, _ = seen(image, (32, 32), PLAIN, seed, focus=(row, column))
+            assert ((view[0] == 3 * row) & (view[1] == 2 * column)).sum() == 1
+
+
+def test_scale_is_a_factor_of_the_cards_size(image: torch.Tensor) -> None:
+    view, _, _ = seen(image, None, PLAIN, 0, scale=0.5)
+    assert view.shape == (3, 30, 45)
+    sizes = {seen(image, None, PLAIN.model_copy(update={"scale": (0.5, 2.0)}), seed)[0].shape[1] for seed in range(20)}
+    assert min(sizes) >= 30
+    assert max(sizes) <= 120
+    assert len(sizes) > 10
+
+
+def test_colors_change_alike_and_labels_do_not() -> None:
+    pixels = torch.arange(0, 240, dtype=torch.uint8).reshape(3, 80)
+    random = np.random.default_rng
+    assert torch.equal(recolored(pixels, PLAIN, random(0)), pixels)
     inverted = PLAIN.model_copy(update={"invert_probability": 1.0})
-    plain, other = (
-        random_crop(example, "instance", config, std_floor=1.0, random=np.random.default_rng(3))
-        for config in (PLAIN, inverted)
-    )
-    assert np.allclose(plain.inputs, -other.inputs, atol=1e-3)
+    assert torch.equal(recolored(pixels, inverted, random(0)), 255 - pixels)
+    ordered = recolored(pixels, PLAIN.model_copy(update={"channel_order_probability": 1.0}), random(1))
+    assert sorted(map(tuple, ordered.tolist())) == sorted(map(tuple, pixels.tolist()))
+    for name in ("brightness", "contrast", "saturation", "gamma", "hue", "channel_gain"):
+        still = dict.fromkeys(("brightness", "contrast", "saturation"), 0.0)
+        config = PLAIN.model_copy(update={**still, "color_probability": 1.0, name: 0.4})
+        changed = recolored(pixels, config, random(2))
+        assert changed.dtype == torch.uint8
+        assert not torch.equal(changed, pixels), name
+        assert torch.equal(changed, recolored(pixels, config, random(2)))
 
 
-def test_targets(labels: np.ndarray) -> None:
-    targets, touching, border = instance_targets(labels.astype(np.float32))
-    assert np.array_equal(targets > 0, labels > 0)
-    assert targets[15, 10] == targets[15, 19] == targets[15, 18] == 2
-    assert targets[15, 11] == targets[15, 17] == 1
-    assert targets[45, 40] == 2
-    assert targets[45, 41] == 1
-    assert touching[15, 18:22].all()
-    assert not touching[15, 10]
-    assert not touching[40:50, 40:60].any()
-    assert border[15, 9]
-    assert border[15, 10]
+def test_noise_and_stray_light_have_the_strength_that_they_say() -> None:
+    inputs = torch.randn(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    noisy = PLAIN.model_copy(update={"noise_probability": 1.0, "noise": 0.2})
+    strengths = [float((disturbed(inputs, noisy, np.random.default_rng(seed)) - inputs).std()) for seed in range(30)]
+    assert 0.15 < max(strengths) < 0.21
+    assert min(strengths) < 0.08
+    veiled = PLAIN.model_copy(update={"veil_probability": 1.0})
+    deviations = [float(disturbed(inputs, veiled, np.random.default_rng(seed)).std()) for seed in range(20)]
+    assert deviations == pytest.approx([1.0] * 20, abs=0.1)
+    sharp = (inputs * 40 + 128).clamp(0, 255).to(torch.uint8)
+    blurry = PLAIN.model_copy(update={"blur_probability": 1.0})
+    left = [float(blurred(sharp, blurry, np.random.default_rng(seed)).float().std()) for seed in range(20)]
+    # Gaussian noise under a blur of s pixels keeps 1 / (2 s sqrt(pi)) of its deviation: 0.19 for 1.5.
+    assert 0.17 * 40 < min(left) < 0.25 * 40
+    assert max(left) > 0.7 * 40
 
 
-def test_weights_are_highest_where_instances_meet(pixels: np.ndarray, labels: np.ndarray) -> None:
-    crop = random_crop(
-        make_example("a", pixels, labels), "instance", PLAIN, std_floor=1.0, random=np.random.default_rng(0)
-    )
-    assert np.unique(crop.weights).tolist() == [1.0, 2.0, 5.0]
+def test_numbers_come_from_the_generator_alone(image: torch.Tensor) -> None:
+    wild = AugmentationConfig(rotate_probability=1, elastic_probability=1, quarter_turns=True, stretch=1.3)
+    torch.manual_seed(0)
+    first = seen(image, (32, 64), wild, 7)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    second = seen(image, (32, 64), wild, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], seen(image, (32, 64), wild, 8)[0])

@@ -1,51 +1,54 @@
 from __future__ import annotations
 
-import sys
-from itertools import islice
-from pathlib import Path
-
+import numpy as np
 import pytest
-import torch
 
-from pipeline.learning.augmentation import AugmentationConfig, make_example
-from pipeline.learning.dataset import Dataset
-from pipeline.learning.sampling import Sampler, sampling_chances, stream
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_nuclei import write_dataset
+from pipeline.learning.recipe import SamplingConfig
+from pipeline.learning.sampling import class_weights, epoch_order, image_chances
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(write_dataset(tmp_path / "discs", images=7), "train")
+def test_small_strata_are_not_drowned() -> None:
+    strata = ["dark"] * 2 + ["light"] * 6
+    alike = image_chances(strata, None, SamplingConfig(stratum_power=0))
+    assert alike[:2].sum() == pytest.approx(0.5)
+    assert image_chances(strata, None, SamplingConfig(stratum_power=1)) == pytest.approx([1 / 8] * 8)
+    between = image_chances(strata, None, SamplingConfig(stratum_power=0.5))
+    assert between[:2].sum() / between[2:].sum() == pytest.approx((2 / 6) ** 0.5)
 
 
-def test_small_strata_are_not_drowned(dataset: Dataset) -> None:
-    alike = sampling_chances(dataset, 0.0)
-    as_they_come = sampling_chances(dataset, 1.0)
-    strata = [item.stratum for item in dataset.items]
-    assert sum(chance for chance, stratum in zip(alike, strata, strict=True) if stratum == "dark") == pytest.approx(0.5)
-    assert as_they_come == pytest.approx([0.2] * 5)
+def test_images_of_rare_classes_are_seen_more_often() -> None:
+    """Class 0 is everywhere, class 1 on one image of 16: repeated sqrt(0.25 / (1 / 16)) = 2 times."""
+    pixels = np.array([[10, 5]] + [[10, 0]] * 15)
+    chances = image_chances([""] * 16, pixels, SamplingConfig(rare_image_share=0.25))
+    assert chances[0] / chances[1] == pytest.approx(2)
+    assert chances[1:] == pytest.approx([1 / 17] * 15)
 
 
-def test_a_step_depends_on_the_seed_and_its_number_only(dataset: Dataset) -> None:
-    examples = [make_example(item.name, dataset.image(item), dataset.instance_labels(item)) for item in dataset.items]
-    sampler = Sampler(
-        examples=examples,
-        chances=sampling_chances(dataset, 0.5),
-        task="instance",
-        augmentation=AugmentationConfig(crop_px=32),
-        std_floor=1.0,
-        batch_size=3,
-        seed=7,
-    )
-    streamed = list(islice(stream(sampler), 6))
-    for step in (5, 0, 3):
-        batch = sampler.batch(step)
-        assert batch.names == streamed[step].names
-        assert torch.equal(batch.inputs, streamed[step].inputs)
-        assert torch.equal(batch.targets, streamed[step].targets)
-    assert streamed[0].inputs.shape == (3, 3, 32, 32)
-    assert streamed[0].inputs.is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(streamed[0].inputs, streamed[1].inputs)
-    assert not torch.equal(sampler._replace(seed=8).batch(0).inputs, streamed[0].inputs)
+def test_equal_chances_show_each_image_once_an_epoch() -> None:
+    order = epoch_order(np.full(50, 1 / 50), seed=3, epoch=2)
+    assert sorted(order) == list(range(50))
+    assert np.array_equal(order, epoch_order(np.full(50, 1 / 50), seed=3, epoch=2))
+    assert not np.array_equal(order, epoch_order(np.full(50, 1 / 50), seed=3, epoch=3))
+    assert not np.array_equal(order, epoch_order(np.full(50, 1 / 50), seed=4, epoch=2))
+
+
+def test_unequal_chances_are_met_to_one_image_in_every_epoch() -> None:
+    chances = np.array([0.25, 0.125, 0.05, *[0.575 / 17] * 17])
+    total = np.zeros(20)
+    for epoch in range(200):
+        seen = np.bincount(epoch_order(chances, seed=0, epoch=epoch), minlength=20)
+        assert (np.abs(seen - 20 * chances) < 1).all()
+        total += seen
+    assert total / 200 == pytest.approx(20 * chances, abs=0.15)
+
+
+def test_class_weights() -> None:
+    # Class 2 is on the second image only; class 3 nowhere.
+    pixels = np.array([[60, 40, 0, 0], [80, 100, 20, 0]])
+    assert class_weights(pixels, "none") is None
+    inverse = np.array([300 / 140, 300 / 140, 300 / 20])
+    assert class_weights(pixels, "inverse") == pytest.approx([*inverse / inverse.mean(), 1])
+    shares = np.array([140 / 300, 140 / 300, 20 / 200])
+    assert class_weights(pixels, "median") == pytest.approx([*np.median(shares) / shares, 1])
+    assert class_weights(pixels, "median", 0.5) == pytest.approx([*(np.median(shares) / shares) ** 0.5, 1])
+    assert class_weights(np.zeros((2, 3), dtype=np.int64), "median") == (1, 1, 1)
