@@ -31,6 +31,7 @@ __all__ = [
     "model_history",
     "models",
     "plan",
+    "preview_training",
     "promote_model",
     "push_model",
     "report",
@@ -95,6 +96,13 @@ def train(config: Any = None, /, **settings: Any) -> TrainOutcome:
 
     hooks = {key: settings.pop(key) for key in ("listen", "should_stop") if key in settings}
     return training.train(config or training.TrainConfig(**settings), **hooks)
+
+
+def preview_training(config: Any = None, /, **settings: Any) -> bytes:
+    """A PNG of what `train` would show the network: see `pipeline.learning.training.preview`."""
+    from pipeline.learning import training
+
+    return training.preview(config or training.TrainConfig(**settings))
 
 
 def check_labels(source: str, **options: Any) -> LabelReport:

@@ -34,6 +34,10 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
         Path | None, option("JSON of settings; options on the command line come before them.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")] = False,
+    preview: Annotated[
+        Path | None,
+        option("Train nothing: draw what the network would see, with its labels, to this PNG.", metavar="FILE"),
+    ] = None,
     arch: Annotated[
         str | None, option("An architecture. Default: that of INIT, else unet.", panel=_WHAT, metavar="A")
     ] = None,
@@ -134,10 +138,16 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
         settings["val_split"] = val_split or None
     if arg:
         settings["args"] = {**settings.get("args", {}), **_parsed("--arg", arg)}
+    if preview is not None:
+        settings = {"name": "preview", "out": str(preview), "steps": 1} | settings
     try:
         config = TrainConfig(**settings)
     except ValidationError as error:
         raise UsageError(_first_wrong(error)) from error
+    if preview is not None:
+        preview.write_bytes(pipeline.preview_training(config))
+        print(preview)
+        return
     display = screen.TrainingScreen(quiet=as_json)
     try:
         # Ray prints what it has to say of dying nodes on stdout, which is for the outcome alone.

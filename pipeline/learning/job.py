@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from models.architectures import build
+from models.card import Card
 from models.file import model_version, read_card
 from models.segmenter import supports_bf16
 from pipeline.errors import UsageError
@@ -83,14 +84,8 @@ def do_job(
     train = Dataset(source, config.train_split)
     val = Dataset(source, config.val_split) if config.val_split is not None else None
     card, first_weights, origin = begin(config, train)
-    try:
-        examples = Examples(
-            train, card, augmentation=config.augmentation, sampling=config.sampling, batch_size=config.portion_size,
-            seed=config.seed,
-        )  # fmt: skip
-        weights = examples.class_weights(config.loss.class_weights, config.loss.class_weight_power)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    examples = make_examples(config, train, card)
+    weights = examples.class_weights(config.loss.class_weights, config.loss.class_weight_power)
     module = build(card, blank=True)
     module.load_state_dict(first_weights)
     module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -148,6 +143,21 @@ def do_job(
     )
     folder.finish(summary._asdict())
     return summary
+
+
+def make_examples(config: TrainConfig, dataset: Dataset, card: Card) -> Examples:
+    """Raises UsageError where data set, network and settings do not fit together."""
+    try:
+        return Examples(
+            dataset,
+            card,
+            augmentation=config.augmentation,
+            sampling=config.sampling,
+            batch_size=config.portion_size,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _thinned(dataset: Dataset, most: int | None) -> Dataset:

@@ -18,15 +18,17 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.learning.checkpoints import CheckpointFolder
 from pipeline.learning.configuration import TrainConfig, run_key
 from pipeline.learning.dataset import Dataset
-from pipeline.learning.job import Job, Summary, do_job
+from pipeline.learning.initialization import begin
+from pipeline.learning.job import Job, Summary, do_job, make_examples
 from pipeline.learning.labels.check import LabelReport, check_labels
 from pipeline.learning.labels.source import open_labels
 from pipeline.learning.loop import EpochEvent, StepEvent, TrainingError
+from pipeline.learning.preview import draw_preview
 from pipeline.learning.results import publish
 from pipeline.registry import resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
 
-__all__ = ["BrokenLabelsError", "Note", "TrainConfig", "TrainOutcome", "TrainingError", "train"]
+__all__ = ["BrokenLabelsError", "Note", "TrainConfig", "TrainOutcome", "TrainingError", "preview", "train"]
 
 
 class BrokenLabelsError(UsageError):
@@ -115,6 +117,15 @@ def train(
     job = Job(config=config, key=key, folder=uri, train_sha256=digests[config.train_split])
     summary = _do(job, say, stop)
     return _outcome("trained", config, key, uri, summary)
+
+
+def preview(config: TrainConfig) -> bytes:
+    """A PNG of what the network would see, with its labels drawn: see `draw_preview`. Trains nothing, writes nothing.
+
+    Raises UsageError for what cannot be trained as asked.
+    """
+    dataset = Dataset(open_labels(config.dataset, profile=config.dataset_profile), config.train_split)
+    return draw_preview(make_examples(config, dataset, begin(config, dataset).card))
 
 
 def _do(job: Job, say: Listen, stop: Callable[[], bool]) -> Summary:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from pipeline.learning import loop
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
 from pipeline.learning.loop import EpochEvent, StepEvent
-from pipeline.learning.training import BrokenLabelsError, Note, TrainingError, train
+from pipeline.learning.training import BrokenLabelsError, Note, TrainingError, preview, train
 from pipeline.storage import local_path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -186,7 +187,6 @@ def test_broken_labels_are_refused(tmp_path: Path) -> None:
     [
         ({"epochs": 1, "minutes": 1.0}, "give one of epochs"),
         ({"batch_size": 3, "accumulate": 2}, "multiple of workers x accumulate"),
-        ({"registry": None}, "where is the model to go"),
         ({"patience": 1, "val_split": None}, "val_split"),
         ({"workers": 2, "engine": "local"}, "one worker"),
     ],
@@ -196,6 +196,19 @@ def test_settings_that_contradict_each_other(folder: Path, tmp_path: Path, chang
         tiny(folder, tmp_path, **changes)
 
 
-def test_a_semantic_set_teaches_no_instances(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="known are"):
-        train(tiny(folder, tmp_path, arch="unett"))
+def test_what_does_not_fit_is_told_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"arch": "unett"}, "did you mean unet"),
+        ({"encoder": "resnet19"}, "did you mean resnet1"),
+        ({"augmentation": {"crop_px": 33}}, "multiples of the network's"),
+        ({"train_split": "learn"}, "no split 'learn'"),
+        ({"dataset": str(tmp_path / "nothing")}, "nothing"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(tiny(**{"dataset": folder, "registry": tmp_path, **changes}))
+
+
+def test_preview_draws_what_would_be_seen(folder: Path, tmp_path: Path) -> None:
+    picture = Image.open(io.BytesIO(preview(tiny(folder, tmp_path))))
+    assert picture.size[0] > 300
+    assert not list(tmp_path.iterdir())
