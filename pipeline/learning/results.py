@@ -19,13 +19,14 @@ import torch
 import models
 from models.architectures import build
 from models.card import Card, WatershedPostprocessing
-from models.file import load_module, model_version, save_model
+from models.file import load_module, save_model
 from models.segmenter import Segmenter, supports_bf16
 from pipeline.learning.configuration import TrainConfig
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
 from pipeline.learning.tuning import tune_watershed
-from pipeline.storage import join_uri, normalize_uri, open_storage
+from pipeline.registry import push_model
+from pipeline.storage import normalize_uri, open_storage
 
 #: By which figure the best weights of a run are chosen; higher is better.
 DECISIVE = {"semantic": "mean_iou", "instance": "panoptic_quality"}
@@ -69,13 +70,12 @@ def segmenter_of(card: Card, weights: Mapping[str, torch.Tensor], *, device: str
 
 
 def publish(data: bytes, config: TrainConfig) -> str:
-    """Puts the file where it is to go, and gives its URI: that in the registry, where there is one. Safe to repeat."""
+    """Puts the file where it is to go, and gives its URI: where there is a registry that in it, in which it is the
+    challenger now. Safe to repeat.
+    """
     uris = []
     if config.registry is not None:
-        registry = normalize_uri(config.registry)
-        uri = join_uri(registry, config.name, f"{model_version(data)}.safetensors")
-        open_storage(registry, profile=config.registry_profile).put_new(uri, data)
-        uris.append(uri)
+        uris.append(push_model(data, config.registry, profile=config.registry_profile).uri)
     if config.out is not None:
         uri = normalize_uri(config.out)
         open_storage(uri, profile=config.registry_profile).put(uri, data)
