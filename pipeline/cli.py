@@ -86,7 +86,7 @@ def main() -> None:
             traceback.print_exc()
         word, text, status = _last_words(error)
         if text:  # none where a command without arguments has just shown its help
-            line = Text.assemble((f"{word}:", "red"), " ", screen.plain(text))
+            line = Text.assemble((f"{word}:", "red"), " ", screen.plain_lines(text))
             Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(status)
 

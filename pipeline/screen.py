@@ -57,26 +57,26 @@ class Screen:
                     BarColumn(),
                     TextColumn("{task.fields[rate]:.1f}/s"),
                     TimeRemainingColumn(),
-                    TextColumn("left, {task.fields[errors]} errors, {task.fields[actors]} actors"),
+                    TextColumn("left, {task.fields[errors]}, {task.fields[actors]}"),
                     console=self.console,
                 )
                 self._bar.start()
-                self._task = self._bar.add_task("", total=total, rate=0.0, errors=0, actors=0)
+                self._task = self._bar.add_task("", total=total, rate=0.0, errors="", actors="")
             self._bar.update(
                 self._task,
                 description=_tiles(progress),
                 completed=progress.rows,
                 total=total,
                 rate=rate,
-                errors=progress.errors,
-                actors=progress.actors,
+                errors=counted(progress.errors, "error"),
+                actors=counted(progress.actors, "actor"),
             )
         elif now_s - self._told_s >= _LINE_EVERY_S:
             self._told_s = now_s
             left = f"{(total - progress.rows) / rate:.0f} s left, " if rate else ""
             self.console.print(
-                f"{progress.rows}/{total} images{_tiles(progress)}, {rate:.1f}/s, {left}{progress.errors} errors, "
-                f"{progress.actors} actors",
+                f"{progress.rows}/{total} images{_tiles(progress)}, {rate:.1f}/s, {left}{counted(progress.errors, 'error')}, "
+                f"{counted(progress.actors, 'actor')}",
                 soft_wrap=True,
             )
 
@@ -177,20 +177,28 @@ def print_outcome(outcome: Any, dest: str) -> None:
         return
     if not outcome.runs:
         out.print(
-            f"nothing to do: {outcome.images} images, {outcome.skipped} done before, {outcome.held} held by open runs"
+            f"nothing to do: {counted(outcome.images, 'image')}, {outcome.skipped:,} done before, {outcome.held:,} held by "
+            "open runs"
         )
         return
     word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[outcome.state]
     out.print(f"[bold]{word}[/]: run {', '.join(outcome.runs)}, model {outcome.model_name} {outcome.model_version}")
+    if outcome.state == "done" and not outcome.planned:
+        out.print("no image was left to process: the run records what `images` shows from now on")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(
         "images",
-        f"{outcome.images} ({outcome.skipped} done before, {outcome.held} held, {outcome.duplicates} duplicates)",
+        f"{outcome.images:,} ({outcome.skipped:,} done before, {outcome.held:,} held, "
+        f"{counted(outcome.duplicates, 'duplicate')})",
     )
-    table.add_row("rows", f"{outcome.ok} ok, {outcome.errors} errors{_kinds(outcome.errors_by_kind)}")
-    if outcome.instances:
-        table.add_row("instances", str(outcome.instances))
-    table.add_row("parts", f"{outcome.parts} files, {_size(outcome.parts_bytes)}")
+    if outcome.removed or outcome.returned:
+        table.add_row("source", f"{outcome.removed:,} gone, {outcome.returned:,} back as done before")
+    if outcome.planned:
+        errors = counted(outcome.errors, "error")
+        table.add_row("rows", f"{outcome.ok:,} ok, {errors}{_kinds(outcome.errors_by_kind)}")
+        if outcome.instances:
+            table.add_row("instances", f"{outcome.instances:,}")
+        table.add_row("parts", f"{counted(outcome.parts, 'file')}, {_size(outcome.parts_bytes)}")
     if outcome.seconds:
         table.add_row(
             "speed",
@@ -205,7 +213,7 @@ def print_outcome(outcome: Any, dest: str) -> None:
 def print_plan(outcome: Any, dest: str) -> None:
     work = outcome.work
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("images", f"{work.images} ({work.duplicates} duplicate URIs)")
+    table.add_row("images", f"{work.images:,} ({counted(work.duplicates, 'duplicate URI')})")
     table.add_row("done", str(work.done))
     table.add_row("given up", f"{work.exhausted} (failed too often; --retry-errors takes them up)")
     table.add_row("held", f"{work.held} by open runs")
@@ -219,7 +227,10 @@ def print_plan(outcome: Any, dest: str) -> None:
         f"{work.left}: {work.new} new, {work.changed} changed, {work.failed_before} failed before"
         + (f", {work.repeated} forced again" if work.repeated else ""),
     )
-    table.add_row("planned", f"{work.planned} images, {_size(work.planned_bytes)}, in {outcome.shards} shards")
+    table.add_row(
+        "planned",
+        f"{counted(work.planned, 'image')}, {_size(work.planned_bytes)}, in {counted(outcome.shards, 'shard')}",
+    )
     if outcome.estimate:
         estimate = outcome.estimate
         table.add_row(
@@ -373,6 +384,16 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, Decimal):  # what DuckDB makes of a sum
         return int(value) if value == value.to_integral_value() else float(value)
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def plain_lines(text: str) -> str:
+    """As `plain`, line by line: what SQL says of itself points at a place in the line above."""
+    return "\n".join(plain(line) for line in text.strip().split("\n"))
 
 
 def plain(text: str) -> str:

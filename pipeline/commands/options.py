@@ -38,7 +38,7 @@ def interruptible(console: Console) -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        console.print("stopping: shards in flight are finishing; once more to stop at once")
+        console.print("stopping; once more to stop at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.entries import ENTRY_SUFFIXES, file_name, read_entries
 from pipeline.corpus.inventory import read_inventory
+from pipeline.corpus.signatures import ADDRESSES, split_signatures
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import (
     LISTING_SCHEMA,
@@ -46,8 +47,23 @@ MANIFEST_SCHEMA = LISTING_SCHEMA
 
 _ROWS_PER_GROUP = 100_000
 _HEAD_THREADS = 32
+#: So many images named, and not one of them there: the place is wrong, and rows that say so help nobody.
+_SURELY_WRONG = 1000
 _GLOB = re.compile(r"[*?\[]")
 _WEB = ("http", "https")
+
+
+class Span(NamedTuple):
+    """Which names a full listing would have shown, had they been there.
+
+    `prefix_uri`: the folder that was listed. `suffixes`: lower case; none for all. `name_regex`: of RE2, for the name
+    below the folder, where SOURCE was a glob. `hidden`: whether names with a part that begins with a dot were listed.
+    """
+
+    prefix_uri: str
+    suffixes: tuple[str, ...]
+    name_regex: str | None
+    hidden: bool
 
 
 class Corpus(NamedTuple):
@@ -55,13 +71,17 @@ class Corpus(NamedTuple):
 
     `path`: a local Parquet file of MANIFEST_SCHEMA with `rows` rows, which may repeat a URI. `full_listing`:
     whether it holds all that SOURCE held just then (a folder, a prefix, a glob), rather than what somebody
-    wrote down (a manifest, an inventory, one file). `source`: SOURCE as an absolute URI.
+    wrote down (a manifest, an inventory, one file). `source`: SOURCE as an absolute URI. `span`: of a full listing,
+    what it covers. `signed_path`: a local Parquet file of `signatures.ADDRESSES`, for the images that can be read by a
+    signed address only; in `path` they stand without the signature. None where there are none.
     """
 
     path: Path
     rows: int
     full_listing: bool
     source: str
+    span: Span | None = None
+    signed_path: Path | None = None
 
 
 def read_source(
@@ -84,8 +104,10 @@ def read_source(
     missing or denied, its store does not answer, or no store can have it (an unknown scheme, no host), the
     etag is "" and the size null: the run will say which.
 
-    Raises UsageError where SOURCE does not exist, cannot be understood, or gives no rows; StorageError where
-    the store fails. Changes nothing but `scratch`; safe to retry.
+    An address that is signed (`pipeline.corpus.signatures`) is known by what is left without its signature.
+
+    Raises UsageError where SOURCE does not exist, cannot be understood, gives no rows, or names a thousand images or
+    more of which not one is there; StorageError where the store fails. Changes nothing but `scratch`; safe to retry.
     """
     if not source.strip():
         raise UsageError("SOURCE is empty: give a folder, a URL, a glob, or a manifest of URIs")
@@ -95,50 +117,60 @@ def read_source(
     if uri_scheme(uri) in _WEB:
         _check_page(uri)
     storage = open_storage(uri, profile=profile)
-    batches, full_listing, hint = _batches(uri, storage, tuple(s.lower() for s in suffixes), profile)
+    batches, span, hint = _batches(uri, storage, tuple(s.lower() for s in suffixes), profile)
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"corpus-{uuid.uuid4().hex}.parquet"
+    addresses = _Addresses(scratch / f"signed-{path.name}")
     try:
         with _EtagFiller(profile, head_threads) as filler:
-            rows = _write(path, (filler.fill(batch) for batch in batches))
+            rows = _write(path, (addresses.split(filler.fill(batch)) for batch in batches))
+        addresses.close()
         if rows == 0:
             raise UsageError(hint)
+        if filler.missing == rows >= _SURELY_WRONG:
+            raise UsageError(
+                f"not one of the {rows:,} images that {without_secrets(uri)!r} names is there, for example "
+                f"{without_secrets(filler.example)!r}: is the bucket or folder right, and the disk mounted?"
+            )
     except OSError as error:
         # Arrow says so of damaged files, with no errno; a full disk has one.
         path.unlink(missing_ok=True)
+        addresses.remove()
         if error.errno is not None:
             raise
         raise UsageError(f"{without_secrets(uri)} could not be read: {error}") from error
     except BaseException:
         path.unlink(missing_ok=True)
+        addresses.remove()
         raise
-    return Corpus(path, rows, full_listing, uri)
+    return Corpus(path, rows, span is not None, uri, span, addresses.path)
 
 
 def _batches(
     uri: str, storage: Storage, suffixes: tuple[str, ...], profile: str | None
-) -> tuple[Iterable[pa.RecordBatch], bool, str]:
-    """(rows, whether they are a full listing, what to say where there are none)."""
+) -> tuple[Iterable[pa.RecordBatch], Span | None, str]:
+    """(rows, what they are a full listing of, what to say where there are none)."""
     shown = without_secrets(uri)
     empty = f"the manifest {shown!r} names no images"
     no_images = f"no images in {shown!r}: no name in it ends in {' '.join(suffixes)}"
     found = _find(uri, storage)
     if found == "folder":
-        return _listing(uri, storage, None, suffixes), True, no_images
+        return _listing(uri, storage, None, suffixes), Span(uri, suffixes, None, False), no_images
     if found is not None:
         if file_name(uri).endswith(ENTRY_SUFFIXES):
-            return read_entries(uri, storage), False, empty
+            return read_entries(uri, storage), None, empty
         if file_name(uri).endswith(".json"):
             rows = read_inventory(uri, storage, profile=profile)
-            return (_images(batch, "", suffixes) for batch in rows), False, empty
-        return [_one_row(uri, found)], False, empty
+            return (_images(batch, "", suffixes) for batch in rows), None, empty
+        return [_one_row(uri, found)], None, empty
     if _GLOB.search(uri) and not (uri_scheme(uri) in _WEB and "?" in uri):  # there it begins a query
         base, pattern = _split_glob(uri)
         if re.search(r"\.\w+\Z", pattern):
             suffixes = ()
         folders, rest = _glob_folders(base, pattern)
         listings = (_listing(folder, storage, rest, suffixes) for folder in folders)
-        return chain.from_iterable(listings), True, f"no images match {shown!r}"
+        span = Span(base, suffixes, _regex(pattern), _names_hidden(pattern))
+        return chain.from_iterable(listings), span, f"no images match {shown!r}"
     raise UsageError(f"{shown!r} does not exist, or holds nothing")
 
 
@@ -205,9 +237,13 @@ def _images(
         keep = pc.and_(keep, pc.match_substring_regex(uris, ending, ignore_case=True))
     if pattern is not None:
         keep = pc.and_(keep, pc.match_substring_regex(names, _regex(pattern)))
-    if pattern is None or not re.search(r"(?:\A|/)\.", pattern):
+    if pattern is None or not _names_hidden(pattern):
         keep = pc.and_(keep, pc.invert(pc.match_substring_regex(names, r"(?:\A|/)\.")))
     return batch.filter(keep)
+
+
+def _names_hidden(pattern: str) -> bool:
+    return re.search(r"(?:\A|/)\.", pattern) is not None
 
 
 def _split_glob(uri: str) -> tuple[str, str]:
@@ -277,6 +313,33 @@ def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
     return rows + waiting_rows
 
 
+class _Addresses:
+    """The file of the signed addresses, where there are any. Not thread safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = None
+        self._wanted = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch without signatures, which are written down."""
+        batch, signed = split_signatures(batch)
+        if signed is not None:
+            if self._writer is None:
+                self.path = self._wanted
+                self._writer = pq.ParquetWriter(self.path, ADDRESSES, compression="zstd")
+            self._writer.write_batch(signed)
+        return batch
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def remove(self) -> None:
+        self.close()
+        self._wanted.unlink(missing_ok=True)
+
+
 class _EtagFiller:
     """Asks the stores for the etags that a batch does not hold. A context manager: it owns threads."""
 
@@ -284,6 +347,9 @@ class _EtagFiller:
         self._profile = profile
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="head")
         self._storages: dict[str, Storage | None] = {}
+        #: Images of which the store says that they are not there, and one of them.
+        self.missing = 0
+        self.example = ""
 
     def __enter__(self) -> _EtagFiller:
         return self
@@ -302,8 +368,11 @@ class _EtagFiller:
             self._open(uri)
         answers: list[ObjectInfo | None] = []
         failures: list[StorageError] = []
-        for answer in self._pool.map(self._info, uris):
-            if isinstance(answer, StorageError):
+        for uri, answer in zip(uris, self._pool.map(self._info, uris), strict=True):
+            if isinstance(answer, StorageError) and answer.kind == "missing":
+                self.missing += 1
+                self.example = uri
+            elif isinstance(answer, StorageError) and answer.kind == "fetch_failed":
                 failures.append(answer)
             answers.append(None if isinstance(answer, StorageError) else answer)
         if len(failures) * 2 > len(uris):
@@ -331,12 +400,11 @@ class _EtagFiller:
         return self._storages[root]
 
     def _info(self, uri: str) -> ObjectInfo | StorageError | None:
-        """None for an image that is missing or denied, or that no store can have; the error where its store does
-        not answer."""
+        """None for an image that no store can have."""
         storage = self._open(uri)
         try:
             return storage.head(uri) if storage else None
         except UsageError:
             return None
         except StorageError as error:
-            return error if error.kind == "fetch_failed" else None
+            return error

@@ -1,13 +1,25 @@
-"""The breaker: is it the images that fail, or the world around them? Owns: the window of the last outcomes.
-Must not know: what an outcome is made of, threads, shards.
+"""The breaker: is it the images that fail, or the world around them? Owns: which kinds of error speak of the world, the
+window of the last outcomes.
+Must not know: what else an outcome is made of, threads, shards.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from pipeline.errors import WORLD_KINDS
+
 #: Outcomes over which failures of the world are watched.
 WINDOW_IMAGES = 1000
+
+
+def world_kinds(*, listed: bool) -> frozenset[str]:
+    """Kinds of error that count against the world.
+
+    An image that a listing has just shown and that is `missing` now says that a disk or a bucket has gone. One that
+    somebody named may never have been there: of these even most may be missing, and the rest can still be done.
+    """
+    return WORLD_KINDS if listed else WORLD_KINDS - {"missing"}
 
 
 class Breaker:

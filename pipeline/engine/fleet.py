@@ -172,7 +172,8 @@ class Fleet:
             stopping = self._should_stop()
             if stopping and stopping_since_s is None:
                 stopping_since_s = time.monotonic()
-                log.warning("stopping: shards in flight have %.0f s to finish", self._drain_timeout_s)
+                if any(seat.tasks for seat in self._seats):
+                    self._say(f"stopping: the shards in flight have {self._drain_timeout_s:.0f} s to finish")
             if not stopping:
                 exhausted = self._hand_out(tasks, again, exhausted)
             working = any(seat.tasks for seat in self._seats)

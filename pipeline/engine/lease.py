@@ -62,7 +62,10 @@ class Lease:
         ttl_s: float,
         wait: bool = False,
         should_stop: Callable[[], bool] | None = None,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
+        """`is_over`: asked where the lease has gone from under its holder; then it is not written again."""
+        self._is_over = is_over or (lambda: False)
         self._storage = storage
         self._uri = uri
         self._ttl_s = ttl_s
@@ -124,6 +127,10 @@ class Lease:
                 now = self._read()
                 if now and now.get("holder") != self._holder:
                     log.warning("another driver has taken over this run (process %s)", now.get("pid"))
+                    self.superseded.set()
+                    return
+                if not now and self._is_over():
+                    log.warning("another driver has taken over this run, and ended it")
                     self.superseded.set()
                     return
                 self._write()

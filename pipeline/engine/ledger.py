@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import Precision, PrecisionChoice
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, join_uri
-from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name
+from pipeline.table.catalog import files_below
+from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name, shard_bounds
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,15 @@ class Plan(BaseModel):
     canary: int
     counts: WorkCounts
     code_digest: str
+    #: Of the Parts and of the frozen list.
+    schema_version: str = "1"
+    #: Whether the images were found by listing SOURCE, rather than named by somebody.
+    listed: bool = True
+    #: Whether images need a signed address to be read; such addresses are in SOURCE only.
+    signed: bool = False
+    #: Images that this plan records as gone from SOURCE, and as back at bytes that were done before.
+    removed: int = 0
+    returned: int = 0
 
     @property
     def place(self) -> PartPlace:
@@ -110,11 +120,8 @@ class Plan(BaseModel):
         return PartPlace(self.model_name, self.model_version, self.run_date)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last-plus-one row of every shard, by ordinal. Canary shards come first and end at the canary."""
-        cuts = list(range(0, self.canary, self.shard_size)) + list(
-            range(self.canary, self.counts.planned, self.shard_size)
-        )
-        return list(zip(cuts, [*cuts[1:], self.counts.planned], strict=True))
+        """As `shard_bounds`."""
+        return shard_bounds(self.counts.planned, shard_size=self.shard_size, canary=self.canary)
 
     def part_uri(self, ordinal: int) -> str:
         """The one place where shard `ordinal` can be committed."""
@@ -170,7 +177,7 @@ class Ledger:
     def entries(self) -> list[RunEntry]:
         """Every run that has a plan, oldest first: one LIST."""
         files: dict[str, set[str]] = {}
-        for uri in self._names(join_uri(self.dest, "runs")):
+        for uri in files_below(self.storage, join_uri(self.dest, "runs")):
             run_id, _, name = uri.rpartition("/")
             files.setdefault(run_id.rpartition("/")[2], set()).add(name)
         return [
@@ -198,6 +205,10 @@ class Ledger:
                 raise UsageError(f"no run {run_id!r} in {self.dest}: see `maskmill runs list {self.dest}`") from error
             raise
         return _parse(Plan, data, self.uri(run_id, "plan.json"))
+
+    def is_closed(self, run_id: str) -> bool:
+        """Whether the run has its record."""
+        return self._get(self.uri(run_id, "run.json")) is not None
 
     def record(self, run_id: str) -> RunRecord | None:
         """The outcome of a closed run, None while it is open."""
@@ -233,7 +244,7 @@ class Ledger:
 
     def last_sequence(self) -> int:
         """The number of the newest plan; 0 in a new DEST."""
-        found = (_LOG_NAME.search(uri) for uri in self._names(join_uri(self.dest, "runs", "_log")))
+        found = (_LOG_NAME.search(uri) for uri in files_below(self.storage, join_uri(self.dest, "runs", "_log")))
         return max((int(name[1]) for name in found if name), default=0)
 
     def freeze(self, plan: Plan, manifest: bytes) -> bool:
@@ -264,7 +275,7 @@ class Ledger:
     def committed(self, plan: Plan) -> dict[int, int]:
         """Ordinals of the Parts that `plan` has, with their size in bytes."""
         found: dict[int, int] = {}
-        for uri, size_bytes in self._files(join_uri(self.dest, plan.place.folder())):
+        for uri, size_bytes in files_below(self.storage, join_uri(self.dest, plan.place.folder())).items():
             parsed = parse_part_name(uri.rpartition("/")[2])
             if parsed and parsed[0] == plan.run_id:
                 found[parsed[1]] = size_bytes
@@ -284,20 +295,6 @@ class Ledger:
             if error.kind == "missing":
                 return None
             raise
-
-    def _names(self, prefix_uri: str) -> list[str]:
-        return [uri for uri, _ in self._files(prefix_uri)]
-
-    def _files(self, prefix_uri: str) -> list[tuple[str, int]]:
-        """(uri, size in bytes) of all below a prefix; nothing where it is not there yet."""
-        files: list[tuple[str, int]] = []
-        try:
-            for batch in self.storage.list(prefix_uri):
-                files.extend(zip(batch["uri"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True))
-        except StorageError as error:
-            if error.kind != "missing":
-                raise
-        return files
 
 
 def _parse(kind: type[_T], data: bytes, uri: str) -> _T:

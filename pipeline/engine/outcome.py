@@ -55,6 +55,9 @@ class Outcome(BaseModel):
     errors: int = 0
     errors_by_kind: dict[str, int] = {}
     instances: int = 0
+    #: Images that were recorded as gone from SOURCE, and as back there at bytes that were done before.
+    removed: int = 0
+    returned: int = 0
     parts: int = 0
     parts_bytes: int = 0
     seconds: float = 0.0
@@ -108,6 +111,7 @@ def tally(
     continued = sum(r.ok + r.errors for r in closed if plan is None or r.plan.run_id != plan.run_id)
     seconds = sum(r.seconds for r in closed)
     ids = [r.plan.run_id for r in closed]
+    plans = [r.plan for r in closed] + [one for one in (plan,) if one is not None and one.run_id not in ids]
     if plan is not None and plan.run_id not in ids:
         ids.append(plan.run_id)
     return Outcome(
@@ -124,6 +128,8 @@ def tally(
         errors=sum(kinds.values()),
         errors_by_kind=kinds,
         instances=sum(r.instances for r in closed),
+        removed=sum(one.removed for one in plans),
+        returned=sum(one.returned for one in plans),
         parts=sum(r.parts for r in closed) + (so_far.parts if so_far else 0),
         parts_bytes=sum(r.parts_bytes for r in closed) + (so_far.parts_bytes if so_far else 0),
         seconds=seconds,

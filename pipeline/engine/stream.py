@@ -29,11 +29,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.mosaic import DetectionMosaic, Mosaic
 from models.tiling import Window
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
-from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
+from pipeline.engine.breaker import WINDOW_IMAGES, Breaker, world_kinds
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
 from pipeline.engine.intake import Tiles, check_size, place_image, size_of
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.errors import WORLD_KINDS, ImageError, MaskmillError, StorageError, WorldFailingError
+from pipeline.errors import ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class StreamConfig(BaseModel):
     breaker_images: int = Field(
         WINDOW_IMAGES, ge=1, description="Outcomes over which failures of the world are watched."
     )
+    listed: bool = Field(True, description="A listing has shown the images: one that is missing has gone since then.")
 
 
 class Work(NamedTuple):
@@ -73,6 +74,11 @@ class Work(NamedTuple):
     left: list[int]
     done: Future[None]
     watched: bool
+    addresses: list[str | None] | None = None
+
+    def address(self, row: int) -> str:
+        """What to read it by: a signed address where it has one, else its URI."""
+        return (self.addresses[row] if self.addresses else None) or self.uris[row]
 
     def ref(self, row: int) -> Ref:
         """One of its images."""
@@ -179,6 +185,7 @@ class Stream:
         self._live: dict[int, Work] = {}
 
         self._breaker = Breaker(config.breaker_images)
+        self._world_kinds = world_kinds(listed=config.listed)
         self._rows = 0
         self._errors = 0
         self._forward = Forward(segmenter)
@@ -195,8 +202,8 @@ class Stream:
     def submit(
         self, refs: pa.Table, add_rows: Callable[[Sequence[Mapping[str, Any]]], None], *, watched: bool = True
     ) -> Future[None]:
-        """Takes up `refs` (schema `WORK`). `add_rows` gets every row once, one caller at a time; then the future is
-        done.
+        """Takes up `refs` (schema `WORK`, and perhaps a column `address`: what to read an image by, where its URI is
+        not enough). `add_rows` gets every row once, one caller at a time; then the future is done.
 
         The future carries an exception only where the stream itself broke, or where WorldFailingError says that more
         than half of the last `breaker_images` outcomes failed for reasons outside them: an image alone never breaks it.
@@ -212,6 +219,7 @@ class Stream:
             left=[len(refs)],
             done=Future(),
             watched=watched,
+            addresses=refs["address"].to_pylist() if "address" in refs.column_names else None,
         )
         if not len(refs):
             work.done.set_result(None)
@@ -257,7 +265,7 @@ class Stream:
             self._window_bytes += sum(work.sizes_bytes[index] or 0 for index in indices)
             chunk: list[tuple[Work, int, Future[Blob] | None]] = []
             for index in indices:
-                fetched = self._fetchers.submit(self._fetch, work.uris[index]) if self._fetchers else None
+                fetched = self._fetchers.submit(self._fetch, work.address(index)) if self._fetchers else None
                 chunk.append((work, index, fetched))
             self._window.append(chunk)
             self._window_images += len(chunk)
@@ -305,7 +313,7 @@ class Stream:
         began_s = fetched_s = time.perf_counter()
         tiled: _Tiled | None = None
         try:
-            blob = self._fetched(work.uris[index], fetched)
+            blob = self._fetched(work.address(index), fetched)
             fetched_s = time.perf_counter()
             height, width = size_of(self._segmenter, blob.data)
             limits = {"max_pixels": self._config.max_pixels, "max_tiled_pixels": self._config.max_tiled_pixels}
@@ -563,7 +571,7 @@ class Stream:
             self._rows += len(rows)
             self._errors += sum(row["status"] == "error" for row in rows)
             if work.watched:
-                failed = [row for row in rows if row.get("error_kind") in WORLD_KINDS]
+                failed = [row for row in rows if row.get("error_kind") in self._world_kinds]
                 self._breaker.note(len(rows), len(failed), failed[0]["error_message"] if failed else "")
             tripped = self._breaker.tripped
             if finished and not tripped:

@@ -18,10 +18,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from pipeline.config import Precision
+from pipeline.engine.breaker import world_kinds
 from pipeline.engine.forward import SegmenterLike
 from pipeline.engine.rows import Ref, RowMaker
 from pipeline.engine.stream import Stream, StreamConfig, StreamCounts
-from pipeline.errors import WORLD_KINDS, InfrastructureError, ModelError
+from pipeline.errors import InfrastructureError, ModelError
 from pipeline.storage import Blob, Storage, open_storage
 from pipeline.table.parts import PartBuilder, commit
 
@@ -175,6 +176,7 @@ class Worker:
             "task": segmenter.card.task,
         }
         self._stores: dict[str, Storage] = {}
+        self._world_kinds = world_kinds(listed=spec.stream.listed)
         self._rows_of = RowMaker(segmenter, stamp)
         self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
 
@@ -198,7 +200,7 @@ class Worker:
 
         def add_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             nonlocal world_failures, example
-            failed = [row for row in rows if row.get("error_kind") in WORLD_KINDS]
+            failed = [row for row in rows if row.get("error_kind") in self._world_kinds]
             world_failures += len(failed)
             example = failed[0]["error_message"] if failed else example
             builder.add(rows)

@@ -88,10 +88,14 @@ def find_changes(
     coverage: Coverage,
     current: Current,
     scratch: Path,
+    unmatched_path: Path | None = None,
     memory_bytes: int = 3 << 30,
 ) -> Changes:
     """Compares a full listing (Parquet of uri, etag; no uri twice) with what the view `images` would show once a run of
     `current` is closed.
+
+    `unmatched_path`: Parquet of image_uri, the images of the terminal rows of `current` that the listing does not hold
+    under their listed etag, where somebody knows them already: finding them is nearly all of the cost.
 
     Removed: shown, covered by the listing, and not in it. Returned: gone by an earlier record and listed now; or
     listed with another etag than the row that is shown has, while an older terminal row has it. Asked again with the
@@ -105,58 +109,93 @@ def find_changes(
     try:
         connection.execute("SET preserve_insertion_order = false")
         connection.execute(f"CREATE VIEW listing AS SELECT uri, etag FROM read_parquet({sql_text(str(listing_path))})")
-        _compare(connection, coverage)
-        removed = "SELECT DISTINCT image_uri FROM odd WHERE gone"
+        _compare(connection, coverage, current, unmatched_path)
+        removed = "SELECT DISTINCT image_uri FROM odd_shown SEMI JOIN (FROM odd WHERE gone) USING (image_uri)"
         returned = f"{_REVERTED} UNION {_BACK}"
         removed_path = _copy(connection, removed, scratch / REMOVED_NAME)
         returned_path = _copy(connection, returned, scratch / RETURNED_NAME)
-        before = connection.execute(
-            "SELECT max_by({'v': model_version, 's': settings_digest}, sequence) FROM _runs "
-            f"WHERE state = 'done' AND model = {sql_text(current.model)}"
-        ).fetchone()[0]
+        switches = _switches(connection, current)
     finally:
         connection.close()
     return Changes(
         removed=_rows(removed_path),
         returned=_rows(returned_path),
-        switches=before is not None and (before["v"], before["s"]) != (current.version, current.settings_digest),
+        switches=switches,
         removed_path=removed_path,
         returned_path=returned_path,
     )
 
 
-def _compare(connection: Any, coverage: Coverage) -> None:
-    """Tables `odd` (images that are gone, or listed with another etag than one of their rows has) and `odd_rows`."""
-    shown = images_sql("_candidates", newest=False, events=True)
+def find_switch(storage: Storage, dest: str, current: Current) -> Changes:
+    """Whether the view `images` shows another version or other settings than `current`: all that can be said where
+    SOURCE was not listed in full. Raises StorageError; changes nothing in DEST."""
+    try:
+        connection = open_table(storage, dest, current=current)
+    except UsageError:  # no table yet
+        return Changes()
+    try:
+        return Changes(switches=_switches(connection, current))
+    finally:
+        connection.close()
+
+
+def _switches(connection: Any, current: Current) -> bool:
+    before = connection.execute(
+        "SELECT max_by({'v': model_version, 's': settings_digest}, sequence) FROM _runs "
+        f"WHERE state = 'done' AND model = {sql_text(current.model)}"
+    ).fetchone()[0]
+    return before is not None and (before["v"], before["s"]) != (current.version, current.settings_digest)
+
+
+def _compare(connection: Any, coverage: Coverage, current: Current, unmatched_path: Path | None) -> None:
+    """Tables `odd` (images of which a row is not as listed: gone, or there with another etag), `odd_rows` (all their
+    rows that could count), `odd_shown` (those that do), and `back` (images that were gone and are listed)."""
     # Names are compared as 128 bits of hashes, as in planning: the listing's side of the join is all that is in memory.
-    key = "hash({0}) AS key_a, hash({0} || ' ') AS key_b"
+    key = "hash({0}, {1}) AS key_a, hash({0} || ' ' || {1}) AS key_b"
+    known = "SELECT NULL::VARCHAR AS image_uri WHERE false"
+    others = ""
+    if unmatched_path is not None:
+        known = f"SELECT image_uri FROM read_parquet({sql_text(str(unmatched_path))})"
+        others = f"WHERE model <> {sql_text(current.model)}"
+    connection.execute(f"CREATE TEMP TABLE unmatched AS SELECT DISTINCT image_uri FROM ({known})")
+    if connection.execute(f"SELECT count(*) FROM (SELECT 1 FROM _candidates {others} LIMIT 1)").fetchone()[0]:
+        connection.execute(
+            f"""INSERT INTO unmatched SELECT DISTINCT image_uri FROM
+                (SELECT image_uri, {key.format("image_uri", "listed_etag")} FROM _candidates {others}) s
+            ANTI JOIN (SELECT {key.format("uri", "etag")} FROM listing) l
+                ON s.key_a = l.key_a AND s.key_b = l.key_b"""
+        )
     connection.execute(
-        f"""CREATE TEMP TABLE odd AS SELECT DISTINCT image_uri, l.key_a IS NULL AS gone FROM
-            (SELECT image_uri, hash(coalesce(image_etag, '')) AS read_etag, hash(listed_etag) AS planned_etag,
-                {key.format("image_uri")} FROM ({shown}) WHERE {coverage.condition("image_uri")}) s
-        LEFT JOIN (SELECT hash(etag) AS etag, {key.format("uri")} FROM listing) l
-            ON s.key_a = l.key_a AND s.key_b = l.key_b
-        WHERE l.key_a IS NULL OR (l.etag <> s.read_etag AND l.etag <> s.planned_etag)"""
+        f"""CREATE TEMP TABLE odd AS SELECT image_uri, gone, etag FROM
+            (SELECT image_uri, l.uri IS NULL AS gone, l.etag FROM (SELECT DISTINCT image_uri FROM unmatched) u
+            LEFT JOIN listing l ON l.uri = u.image_uri) WHERE NOT gone OR {coverage.condition("image_uri")}"""
     )
+    columns = "model, run_id, image_uri, image_etag, listed_etag, image_modified, processed_at"
+    any_odd = connection.execute("SELECT count(*) > 0 FROM odd").fetchone()[0]
     connection.execute(
-        "CREATE TEMP TABLE odd_rows AS SELECT * EXCLUDE (mask, classes, instances) FROM _candidates "
-        "SEMI JOIN (SELECT image_uri FROM odd WHERE NOT gone) USING (image_uri)"
+        f"CREATE TEMP TABLE odd_rows AS SELECT {columns} FROM _candidates "
+        + ("SEMI JOIN odd USING (image_uri)" if any_odd else "LIMIT 0")
     )
-    connection.execute(f"CREATE VIEW odd_shown AS {images_sql('odd_rows', newest=True, events=True)}")
+    connection.execute(f"CREATE TEMP TABLE odd_shown AS {images_sql('odd_rows', newest=True, events=True)}")
+    connection.execute(
+        "CREATE TEMP TABLE back AS SELECT e.image_uri, e.sequence, l.etag FROM _events e JOIN listing l "
+        "ON e.image_uri = l.uri WHERE e.image_etag IS NULL"
+    )
+    any_back = connection.execute("SELECT count(*) > 0 FROM back").fetchone()[0]
+    connection.execute(
+        "CREATE TEMP TABLE later AS SELECT s.image_uri, r.sequence FROM segments s JOIN _runs r USING (run_id) "
+        + (f"WHERE s.image_uri IN (SELECT image_uri FROM back) AND {TERMINAL}" if any_back else "LIMIT 0")
+    )
 
 
 _REVERTED = """
-    SELECT DISTINCT i.image_uri, l.etag AS image_etag FROM odd_shown i JOIN listing l ON i.image_uri = l.uri
+    SELECT DISTINCT i.image_uri, l.etag AS image_etag FROM odd_shown i JOIN odd l USING (image_uri)
     JOIN odd_rows o ON o.image_uri = i.image_uri AND o.model = i.model AND l.etag IN (o.image_etag, o.listed_etag)
-    WHERE l.etag IS DISTINCT FROM i.image_etag AND l.etag <> i.listed_etag
+    WHERE NOT l.gone AND l.etag IS DISTINCT FROM i.image_etag AND l.etag <> i.listed_etag
 """
-_BACK = f"""
-    SELECT e.image_uri, l.etag AS image_etag FROM _events e JOIN listing l ON e.image_uri = l.uri
-    ANTI JOIN (
-        SELECT s.image_uri, r.sequence FROM segments s JOIN _runs r USING (run_id)
-        WHERE s.image_uri IN (SELECT image_uri FROM _events WHERE image_etag IS NULL) AND {TERMINAL}
-    ) later ON later.image_uri = e.image_uri AND later.sequence > e.sequence
-    WHERE e.image_etag IS NULL
+_BACK = """
+    SELECT b.image_uri, b.etag AS image_etag FROM back b
+    ANTI JOIN later ON later.image_uri = b.image_uri AND later.sequence > b.sequence
 """
 
 
@@ -177,6 +216,13 @@ def write_changes(storage: Storage, dest: str, run_id: str, changes: Changes) ->
     for path in (changes.removed_path, changes.returned_path):
         if path is not None:
             storage.put_new(join_uri(dest, "runs", run_id, path.name), path.read_bytes())
+
+
+def withdraw_changes(storage: Storage, dest: str, run_id: str, changes: Changes) -> None:
+    """Takes back what `write_changes` put beside a plan that lost its race. Raises StorageError; safe to retry."""
+    for path in (changes.removed_path, changes.returned_path):
+        if path is not None:
+            storage.delete(join_uri(dest, "runs", run_id, path.name))
 
 
 def write_removed(storage: Storage, dest: str, run_id: str, image_uris: Iterable[str]) -> bool:

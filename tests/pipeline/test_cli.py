@@ -126,7 +126,7 @@ def test_errors_below_the_limit_are_status_0(place: Place, maskmill: Command) ->
     (place.source / "bad.jpg").write_bytes(b"no picture")
     said = maskmill("segment", place.source, place.dest, *place.options, "--max-error-rate", "0.25")
     assert said.status == 0
-    assert "1 errors (1 not_an_image)" in said.out
+    assert "1 error (1 not_an_image)" in said.out
 
 
 def test_a_canary_that_fails_is_status_3_and_the_run_stays_open(place: Place, maskmill: Command) -> None:
