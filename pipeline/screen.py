@@ -21,6 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.wording import counted
+
 _LINE_EVERY_S = 30.0
 _BATCH_ROWS = 2048
 
@@ -177,8 +179,8 @@ def print_outcome(outcome: Any, dest: str) -> None:
         return
     if not outcome.runs:
         out.print(
-            f"nothing to do: {counted(outcome.images, 'image')}, {outcome.skipped:,} done before, {outcome.held:,} held by "
-            "open runs"
+            f"nothing to do: {counted(outcome.images, 'image')}, {outcome.skipped:,} done before, "
+            f"{outcome.held:,} held by open runs"
         )
         return
     word = {"done": "done", "interrupted": "interrupted", "canary_failed": "stopped after the canary"}[outcome.state]
@@ -384,11 +386,6 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, Decimal):  # what DuckDB makes of a sum
         return int(value) if value == value.to_integral_value() else float(value)
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `2,000 images`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def plain_lines(text: str) -> str:

@@ -51,9 +51,10 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
                     raise UsageError(f"the manifest {shown!r} has no URI in row {row + missing + 1}; remove that row")
                 row += batch.num_rows
                 yield rows
-    except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, _EntryError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, _EntryError) as error:
         text = str(error).partition("\n")[0]
-        raise UsageError(f"the manifest {shown!r} cannot be read near row {row + 1}: {text}") from error
+        near = "" if isinstance(error, _EntryError) else f" near row {row + 1}"
+        raise UsageError(f"the manifest {shown!r} cannot be read{near}: {text}") from error
 
 
 def file_name(uri: str) -> str:
@@ -167,13 +168,51 @@ def _read_jsonl(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     stream.seek(0)
     if first is None:
         return
-    if first[0] == b"{":
-        schema = pa.schema([*_TEXT_COLUMNS.items(), ("size_bytes", pa.int64())])
-        parse = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        yield from pajson.open_json(stream, parse_options=parse)
+    if first[0] != b"{":
+        yield from _batches_of(_json_texts(stream))
         return
-    lines = (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if not line.isspace())
-    yield from _batches_of(lines)
+    schema = pa.schema([*_TEXT_COLUMNS.items(), ("size_bytes", pa.int64())])
+    parse = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        yield from pajson.open_json(stream, parse_options=parse)
+    except pa.ArrowInvalid as error:
+        # Arrow counts rows from the beginning of its block, a person lines from that of the file.
+        stream.seek(0)
+        _check_json_objects(stream, schema)
+        raise error
+
+
+def _json_texts(stream: pa.NativeFile) -> Iterator[str]:
+    for number, line in _numbered_lines(stream):
+        value = _json_value(number, line)
+        if not isinstance(value, str):
+            raise _EntryError(f"line {number} is no text in quotes, as the first one is: {line.strip()[:80]}")
+        yield value
+
+
+def _check_json_objects(stream: pa.NativeFile, schema: pa.Schema) -> None:
+    """Raises _EntryError for the first line that is no object, or holds something else than `schema` says."""
+    for number, line in _numbered_lines(stream):
+        value = _json_value(number, line)
+        if not isinstance(value, dict):
+            raise _EntryError(f"line {number} is no object, as the first one is: {line.strip()[:80]}")
+        for field in schema:
+            one = value.get(field.name)
+            if one is not None and not isinstance(one, int if pa.types.is_integer(field.type) else str):
+                raise _EntryError(f"line {number} has {one!r} for {field.name}")
+
+
+def _numbered_lines(stream: pa.NativeFile) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(io.TextIOWrapper(stream, "utf-8"), 1):
+        if not line.isspace():
+            yield number, line
+
+
+def _json_value(number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _EntryError(f"line {number} is no JSON: {error.msg} at character {error.pos + 1}") from error
 
 
 def _read_text(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

@@ -7,6 +7,7 @@ parts are raw; only CSV reports encode them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.corpus.entries import as_listing, open_bytes
 from pipeline.errors import UsageError
 from pipeline.storage import Storage, join_uri, open_storage, uri_scheme
 
+_CHUNK_BYTES = 4 << 20
 _COLUMNS = ("bucket", "key", "is_latest", "is_delete_marker", "size", "e_tag", "last_modified_date")
 
 
@@ -27,8 +29,8 @@ def read_inventory(uri: str, storage: Storage, *, profile: str | None = None) ->
 
     The parts of a manifest on S3 are read from its destination bucket; those of a copied one lie below the
     manifest's folder, under their whole keys. Raises UsageError for a file that is no such manifest, for a
-    report in another format than Parquet, and for a damaged part; StorageError for a part that cannot be
-    fetched.
+    report in another format than Parquet, and for a part that is damaged or not the one that the manifest lists
+    (by its MD5, where it gives one); StorageError for a part that cannot be fetched.
     """
     manifest = _manifest(uri, storage)
     on_s3 = uri_scheme(uri) == "s3"
@@ -37,6 +39,7 @@ def read_inventory(uri: str, storage: Storage, *, profile: str | None = None) ->
         at = join_uri(f"s3://{bucket}" if on_s3 else uri.rpartition("/")[0], part["key"])
         try:
             with open_bytes(at, open_storage(at, profile=profile)) as stream:
+                _check_digest(at, stream, part.get("MD5checksum"))
                 file = pq.ParquetFile(stream)
                 present = [name for name in _COLUMNS if name in file.schema_arrow.names]
                 if not {"bucket", "key"} <= set(present):
@@ -46,6 +49,20 @@ def read_inventory(uri: str, storage: Storage, *, profile: str | None = None) ->
         except (pa.ArrowException, FileNotFoundError) as error:
             text = str(error).partition("\n")[0]
             raise UsageError(f"the inventory part {at!r} cannot be read: {text}") from error
+
+
+def _check_digest(uri: str, stream: pa.NativeFile, wanted: object) -> None:
+    """Raises UsageError where the part's bytes are not those that the manifest speaks of."""
+    if not isinstance(wanted, str) or not wanted:
+        return
+    digest = hashlib.md5(usedforsecurity=False)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    stream.seek(0)
+    if digest.hexdigest() != wanted.lower():
+        raise UsageError(
+            f"the inventory part {uri!r} has the MD5 {digest.hexdigest()}, its manifest says {wanted}: fetch both again"
+        )
 
 
 def _manifest(uri: str, storage: Storage) -> dict[str, Any]:

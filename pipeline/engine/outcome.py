@@ -78,11 +78,6 @@ class Outcome(BaseModel):
         return self.errors / max(1, self.ok + self.errors)
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `2,000 images`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 class SoFar(NamedTuple):
     """What the Parts of a run that stays open hold."""
 

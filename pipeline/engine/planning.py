@@ -16,7 +16,6 @@ from models.overrides import with_settings
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.ledger import Command, Ledger, Plan, WorkCounts, new_run_id
-from pipeline.engine.outcome import counted
 from pipeline.engine.plan import Question, choose_shard_size, work_left
 from pipeline.engine.precedent import Precedent
 from pipeline.engine.worker import code_digest
@@ -26,6 +25,7 @@ from pipeline.storage import join_uri, recorded_uri
 from pipeline.table.catalog import Current, part_sizes
 from pipeline.table.removed import Changes, Coverage, find_changes, find_switch
 from pipeline.table.schema import SCHEMA_VERSION
+from pipeline.wording import counted
 
 _LEAST_ROW_BYTES = 8 << 10
 

@@ -25,7 +25,7 @@ from pipeline.engine.crew import Crew
 from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord, WorkCounts
-from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, counted, tally
+from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, tally
 from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
@@ -44,6 +44,7 @@ from pipeline.errors import (
 from pipeline.storage import normalize_uri, open_storage
 from pipeline.table.catalog import unreadable
 from pipeline.table.removed import withdraw_changes, write_changes
+from pipeline.wording import counted
 
 log = logging.getLogger(__name__)
 

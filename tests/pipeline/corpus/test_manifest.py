@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -358,6 +359,12 @@ def test_sources_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
     (tmp_path / "columns.csv").write_text("name,size\na.jpg,1\n")
     (tmp_path / "ragged.csv").write_text("uri,etag\na.jpg,1\nb.jpg,2,3\n")
     (tmp_path / "broken.jsonl").write_text('{"uri": "a.jpg"}\n{"uri": \n')
+    (tmp_path / "late.jsonl").write_text('{"uri": "a.jpg"}\n{"uri": "b.jpg"}\n\n{"uri": "c.jpg"\n{"uri": "d.jpg"}\n')
+    (tmp_path / "listed.jsonl").write_text('{"uri": "a.jpg"}\n["b.jpg"]\n')
+    (tmp_path / "sized.jsonl").write_text(
+        '{"uri": "a.jpg", "size_bytes": 3}\n{"uri": "b.jpg", "size_bytes": "large"}\n'
+    )
+    (tmp_path / "unquoted.jsonl").write_text('"a.jpg"\n"b.jpg"\nc.jpg\n')
     (tmp_path / "numbers.jsonl").write_text("1\n2\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01\n")
     (tmp_path / "keyless.jsonl").write_text('{"name": "a.jpg"}\n')
@@ -381,8 +388,12 @@ def test_sources_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
         "columns.parquet": "no column named uri",
         "keyless.jsonl": "no URI in row 1",
         "ragged.csv": "cannot be read",
-        "broken.jsonl": "cannot be read",
-        "numbers.jsonl": "cannot be read",
+        "broken.jsonl": "line 2 is no JSON: Expecting value at character",
+        "late.jsonl": "line 4 is no JSON",
+        "listed.jsonl": "line 2 is no object",
+        "sized.jsonl": "line 2 has 'large' for size_bytes",
+        "numbers.jsonl": "line 1 is no text in quotes",
+        "unquoted.jsonl": "line 3 is no JSON",
         "binary.txt": "cannot be read",
         "null.parquet": "no URI in row 2",
         "some.json": "no manifest of an S3 Inventory",
@@ -441,7 +452,13 @@ def write_inventory(folder: Path, **changes: object) -> dict[str, object]:
         "destinationBucket": "arn:aws:s3:::reports",
         "version": "2016-11-30",
         "fileFormat": "Parquet",
-        "files": [{"key": key, "size": (folder / key).stat().st_size, "MD5checksum": "x"}],
+        "files": [
+            {
+                "key": key,
+                "size": (folder / key).stat().st_size,
+                "MD5checksum": hashlib.md5((folder / key).read_bytes()).hexdigest(),
+            }
+        ],
         **changes,
     }
 
@@ -469,8 +486,12 @@ def test_inventories_that_cannot_be_used(read: Read, tmp_path: Path) -> None:
     assert "configure it to write Parquet" in complaint(lambda: read(path))
     path.write_text(json.dumps(manifest | {"files": [{"key": "inv/data/none.parquet"}]}))
     assert "cannot be read" in complaint(lambda: read(path))
+    path.write_text(json.dumps(manifest | {"files": [{"key": "inv/data/1.parquet", "MD5checksum": "0" * 32}]}))
+    assert "its manifest says 000" in complaint(lambda: read(path))
     (tmp_path / "inv/data/1.parquet").write_bytes(b"PAR1 damaged")
     path.write_text(json.dumps(manifest))
+    assert "fetch both again" in complaint(lambda: read(path))
+    path.write_text(json.dumps(manifest | {"files": [{"key": "inv/data/1.parquet"}]}))
     assert "cannot be read" in complaint(lambda: read(path))
 
 
@@ -508,6 +529,17 @@ def test_s3_folder_glob_file_manifest_and_inventory(read: Read, tmp_path: Path, 
 
     assert "does not exist" in complaint(lambda: read(f"{s3_bucket}/nothing"))
     assert "does not exist" in complaint(lambda: read("s3://no-such-bucket-here/x"))
+
+
+def test_a_manifest_of_a_place_that_is_not_there_is_a_usage_error(read: Read, tmp_path: Path) -> None:
+    names = [f"/nowhere/{i}.jpg" for i in range(1000)]
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    assert "not one of the 1,000 images" in complaint(lambda: read(tmp_path / "all.txt"))
+    (tmp_path / "fewer.txt").write_text("\n".join(names[1:]))  # so few may all have gone
+    assert read(tmp_path / "fewer.txt").rows == 999
+    touch(tmp_path, "one.jpg")
+    (tmp_path / "but-one.txt").write_text("\n".join([*names, "one.jpg"]))
+    assert read(tmp_path / "but-one.txt").rows == 1001
 
 
 def test_one_file_and_a_manifest_over_http(read: Read, tmp_path: Path) -> None:

@@ -26,15 +26,7 @@ class Echo(EightBitRgb):
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         return height, width
 
-    def submit(
-        self,
-        images_NHWC: np.ndarray,
-        sizes_N2: np.ndarray,
-        statistics_N2: np.ndarray,
-        image_sizes_N2: np.ndarray,
-        *,
-        tiles: bool,
-    ) -> Any:
+    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, *_: np.ndarray, tiles: bool) -> Any:
         values = [int(image[0, 0, 0]) for image, size in zip(images_NHWC, sizes_N2, strict=True) if size[0]]
         if not self._late:
             self._check(values, len(images_NHWC))

@@ -168,6 +168,14 @@ def test_a_lease_that_vanished_is_written_again(storage: Storage, uri: str) -> N
         assert not lease.superseded.is_set()
 
 
+def test_the_lease_of_a_run_that_is_over_is_not_written_again(storage: Storage, uri: str) -> None:
+    """As for a driver that was paused while another one took the run over and ended it."""
+    with Lease(storage, uri, ttl_s=0.2, is_over=lambda: True) as lease:
+        storage.delete(uri)
+        assert lease.superseded.wait(60)
+        assert read_lease(storage, uri) == {}
+
+
 def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
     storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

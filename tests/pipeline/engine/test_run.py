@@ -6,8 +6,11 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -815,6 +818,66 @@ def test_a_world_that_fails_stops_the_run_and_none_of_its_shards_is_committed(
     assert len(rows) == 100 and {row["status"] for row in rows} == {"ok"}
     assert bench.segment(photos, shard_size=20).ok == 1300
     assert bench.done == names(photos)
+
+
+def test_a_manifest_of_mostly_missing_images_is_done_to_its_end(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(2)
+    manifest = photos.parent / "old.txt"
+    gone = "\n".join(f"{photos}/gone-{i}.jpg" for i in range(1500))
+    manifest.write_text(f"{photos}/0000.jpg\n{gone}\n{photos}/zz.png\n")
+    (photos / "0001.png").rename(photos / "zz.png")
+    outcome = bench.segment(manifest, shard_size=100)
+    assert (outcome.state, outcome.ok, outcome.errors_by_kind) == ("done", 2, {"missing": 1500})
+
+
+class Guard(SimpleHTTPRequestHandler):
+    """Serves a folder to whoever shows the signature that is valid now."""
+
+    valid = ""
+
+    def send_head(self) -> Any:
+        if f"X-Amz-Signature={self.valid}" not in self.path:
+            self.send_error(403)
+            return None
+        return super().send_head()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_signed_addresses_read_images_and_never_reach_dest(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(4)
+    manifest = photos.parent / "signed.txt"
+
+    def sign(secret: str) -> None:
+        guard.valid = secret
+        signature = f"X-Amz-Credential=AKIA&X-Amz-Expires=60&X-Amz-Signature={secret}"
+        manifest.write_text("".join(f"{base}/{name}?{signature}\n" for name in [*names(photos), names(photos)[0]]))
+
+    guard = type("GuardOfThis", (Guard,), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(guard, directory=str(photos))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        try:
+            sign("SECRET-of-today")
+            stopped = bench.interrupted(manifest, after_parts=1, shard_size=1)
+            sign("SECRET-of-tomorrow")
+            outcome = bench.segment(manifest, shard_size=1)
+            assert outcome.runs == [stopped.run_id] and outcome.errors == 0 and outcome.duplicates == 1
+            sign("SECRET-of-the-day-after")
+            assert bench.segment(manifest).run_id is None
+            guard.valid = "SECRET-of-others"
+            assert bench.segment(manifest, force=True).errors_by_kind == {"denied": 4}
+        finally:
+            server.shutdown()
+    assert {row["image_uri"] for row in rows_of(bench.dest)} == {f"{base}/{name}" for name in names(photos)}
+    for path in bench.dest.rglob("*"):
+        assert not path.is_file() or b"SECRET" not in path.read_bytes()
+    for path in (*part_paths(bench.dest), *bench.dest.glob("runs/*/manifest.parquet")):  # pages are compressed
+        assert "SECRET" not in str(pq.read_table(path, partitioning=None).to_pylist())
+    assert "SECRET" not in str(bench.told)
 
 
 def test_shards_that_fail_in_a_world_that_mostly_works_are_tried_twice_and_recorded(

@@ -40,15 +40,7 @@ class Threshold(EightBitRgb):
         step = self._multiple
         return -(-height // step) * step, -(-width // step) * step
 
-    def submit(
-        self,
-        images_NHWC: np.ndarray,
-        sizes_N2: np.ndarray,
-        statistics_N2: np.ndarray,
-        image_sizes_N2: np.ndarray,
-        *,
-        tiles: bool,
-    ) -> Any:
+    def submit(self, images_NHWC: np.ndarray, sizes_N2: np.ndarray, *_: np.ndarray, tiles: bool) -> Any:
         if self._before:
             self._before(images_NHWC, sizes_N2)
         self.shapes.append(images_NHWC.shape)
@@ -327,6 +319,31 @@ def test_a_world_that_fails_ends_a_long_list_early(tmp_path: Path) -> None:
         stream.submit(refs([f"file:///{i}" for i in range(5000)]), lambda rows: None).result(timeout=30)
     stream.close()
     assert len(tried) < 500
+
+
+@pytest.mark.parametrize(("kind", "stops"), [("missing", False), ("denied", True), ("fetch_failed", True)])
+def test_images_that_somebody_named_may_be_missing(kind: str, stops: bool) -> None:
+    def fetch(uri: str) -> Blob:
+        raise StorageError("no", kind=kind)
+
+    uris = [f"file:///{i}" for i in range(30)]
+    if stops:
+        with pytest.raises(WorldFailingError):
+            run(Threshold(), [uris], fetch=fetch, breaker_images=10, listed=False)
+    else:
+        assert len(run(Threshold(), [uris], fetch=fetch, breaker_images=10, listed=False)) == 30
+        with pytest.raises(WorldFailingError):
+            run(Threshold(), [uris], fetch=fetch, breaker_images=10)
+
+
+def test_a_signed_image_is_read_by_its_address_and_known_by_its_uri(tmp_path: Path) -> None:
+    uris = write(tmp_path, [(16, 16), (16, 16)])
+    table = refs(["https://h/0.png", uris[1]]).append_column("address", pa.array([uris[0], None], pa.string()))
+    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(), stamp={})
+    rows: list[dict[str, Any]] = []
+    stream.submit(table, rows.extend).result(timeout=30)
+    stream.close()
+    assert {(row["image_uri"], row["status"]) for row in rows} == {("https://h/0.png", "ok"), (uris[1], "ok")}
 
 
 def test_bytes_faults_never_stop_a_run(tmp_path: Path) -> None:
