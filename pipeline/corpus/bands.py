@@ -6,13 +6,15 @@ not know: files, how windows are read, models.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import cv2
 import numpy as np
 
 from models.preprocessing import histogram_statistics
 from pipeline.errors import ImageError
+
+_WIDE = ("int16", "int32", "uint32", "float32")
 
 #: Transparency: none, colours that were multiplied by it (TIFF 6.0 calls it associated), or colours that were not.
 Alpha = Literal["premultiplied", "straight"] | None
@@ -25,6 +27,10 @@ class Windows(Protocol):
     def height(self) -> int: ...
     @property
     def width(self) -> int: ...
+    @property
+    def bands(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray: ...
 
 
@@ -61,6 +67,36 @@ def select_bands(
     if missing:
         raise ImageError(f"band {missing[0]} is not among the image's {count} (0 to {count - 1})", kind="unsupported")
     return np.ascontiguousarray(_scaled(array[:, :, list(bands)], value_range, dtype))
+
+
+def gray_of_wide(samples: np.ndarray, extremes: tuple[float, float], *, small_as_is: bool) -> np.ndarray:
+    """8-bit gray, of the same shape, of samples that are wider than 16 bits, signed or floats.
+
+    What they mean is seen by the smallest and the largest of the whole image, `extremes`: 0..1 (floats), 0..255 (where
+    `small_as_is`: their format has such images), or 0..65535, of which the high byte is taken. Raises ImageError
+    `unsupported` for others, NaN among them.
+    """
+    low, high = extremes
+    if low >= 0 and samples.dtype.kind == "f" and high <= 1:
+        return np.rint(samples * 255).astype(np.uint8)
+    if low >= 0 and high <= 255 and small_as_is:
+        return np.rint(samples).astype(np.uint8)
+    if low >= 0 and high <= 65535:
+        return (samples.astype(np.uint16) >> 8).astype(np.uint8)
+    raise ImageError(
+        f"{samples.dtype} samples from {low:g} to {high:g} have no agreed look: convert the image to 8 or 16 bits",
+        kind="unsupported",
+    )
+
+
+def wide_extremes(reader: Windows, *, band_px: int = 512) -> tuple[float, float] | None:
+    """(smallest, largest) sample of an image whose look depends on them (`gray_of_wide`): one band of the types that
+    `decode` shows too. None for all others. Reads and decodes every pixel once; NaN where there is one."""
+    if reader.bands != 1 or reader.dtype.name not in _WIDE:
+        return None
+    parts = (reader.read(y, 0, min(band_px, reader.height - y), reader.width) for y in range(0, reader.height, band_px))
+    found = np.array([(part.min(), part.max()) for part in parts], np.float64)
+    return float(found[:, 0].min()), float(found[:, 1].max())
 
 
 def window_statistics(

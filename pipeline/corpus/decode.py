@@ -32,6 +32,7 @@ from PIL import (
 )
 
 from pipeline.corpus import header
+from pipeline.corpus.bands import gray_of_wide
 from pipeline.errors import ImageError
 
 _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
@@ -199,27 +200,14 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if mode.startswith("I;16"):
         gray = (np.asarray(image) >> 8).astype(np.uint8)
     elif mode in ("I", "F"):
-        gray = _gray_of_wide(np.asarray(image), image.format)
+        samples = np.asarray(image)
+        extremes = float(samples.min()), float(samples.max())
+        gray = gray_of_wide(samples, extremes, small_as_is=image.format == "TIFF")
     elif image.has_transparency_data:
         return _over_white(image)
     else:
         return np.asarray(image.convert("RGB"))
     return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def _gray_of_wide(samples: np.ndarray, name: str | None) -> np.ndarray:
-    """8-bit gray of 32-bit samples whose range says what is meant: 0..1 (float), 0..255, or 0..65535."""
-    low, high = float(samples.min()), float(samples.max())
-    if low >= 0 and samples.dtype.kind == "f" and high <= 1:
-        return np.rint(samples * 255).astype(np.uint8)
-    if low >= 0 and high <= 255 and name == "TIFF":
-        return np.rint(samples).astype(np.uint8)
-    if low >= 0 and high <= 65535:
-        return (samples.astype(np.uint16) >> 8).astype(np.uint8)
-    raise ImageError(
-        f"32-bit samples from {low:g} to {high:g} have no agreed look: convert the image to 8 or 16 bits",
-        kind="unsupported",
-    )
 
 
 def _over_white(image: Image.Image) -> np.ndarray:

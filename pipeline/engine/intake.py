@@ -14,7 +14,7 @@ from models.mosaic import DetectionMosaic, Mosaic
 from models.preprocessing import image_statistics, picture_statistics
 from models.preprocessing import select_bands as choose_bands
 from models.tiling import Window
-from pipeline.corpus.bands import select_bands, window_statistics
+from pipeline.corpus.bands import gray_of_wide, select_bands, wide_extremes, window_statistics
 from pipeline.corpus.decode import decode, peek
 from pipeline.corpus.raw import peek_bands, read_bands
 from pipeline.corpus.windows import WindowReader, decoded_windows, open_windows
@@ -104,13 +104,16 @@ class Tiles:
         self._mosaic = mosaic
         self._preprocessing = segmenter.card.preprocessing
         self._plain = is_plain(self._preprocessing)
+        self._extremes: tuple[float, float] | None = None
         if (reader.height, reader.width) != (height, width):
             raise ImageError(f"header says {width}×{height}, pixels are {reader.width}×{reader.height}", kind="corrupt")
 
     def measure(self) -> tuple[Picture, float, float]:
-        """The picture, and the mean and standard deviation to normalise all tiles by: one pass over all of it."""
+        """The picture, and the mean and standard deviation to normalise all tiles by: one pass over all of it, two
+        where its look depends on its extremes. To be asked before any tile is placed."""
         reader = self._reader
         if self._plain:
+            self._extremes = wide_extremes(reader)
             mean, std, brightness, contrast = window_statistics(reader, self._as_shown)
         else:
             mean, std, brightness, contrast = self._measure_bands()
@@ -150,6 +153,9 @@ class Tiles:
         return self._as_shown(window) if self._plain else window
 
     def _as_shown(self, window: np.ndarray) -> np.ndarray:
+        if self._extremes is not None:
+            gray = gray_of_wide(window, self._extremes, small_as_is=True)
+            return np.repeat(gray, 3, axis=2)
         return select_bands(window, None, None, alpha=self._reader.alpha)
 
 

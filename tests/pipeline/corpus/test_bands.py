@@ -4,11 +4,13 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from handmade import picture
 from PIL import Image
 
 from models.preprocessing import picture_statistics
-from pipeline.corpus.bands import select_bands, window_statistics
+from pipeline.corpus.bands import gray_of_wide, select_bands, wide_extremes, window_statistics
+from pipeline.corpus.decode import decode
 from pipeline.corpus.windows import decoded_windows, open_windows
 from pipeline.errors import ImageError
 
@@ -47,6 +49,36 @@ def test_without_a_choice_it_is_what_a_viewer_shows() -> None:
     colors = np.array([[[200, 100, 0, 128]]], np.uint8)
     assert select_bands(colors, None, None, alpha="straight").ravel().tolist() == [227, 177, 127]
     assert select_bands(colors, None, None, alpha="premultiplied").ravel().tolist() == [255, 227, 127]
+
+
+WIDE = [
+    ("float32", 0, 1), ("float32", 0, 255), ("float32", 0, 60_000), ("float32", -1, 1), ("float32", 0, 1e6),
+    ("int16", 0, 200), ("int16", 0, 30_000), ("int16", -5, 100), ("int32", 0, 255), ("int32", 0, 65_535),
+    ("uint32", 0, 200), ("uint32", 0, 4_000_000_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), WIDE)
+def test_wide_samples_look_the_same_whole_and_by_window(dtype: str, low: float, high: float) -> None:
+    values = np.random.default_rng(2).uniform(low, high, (50, 40))
+    values[3, 4], values[5, 6] = low, high
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, values.astype(dtype), tile=(16, 16), photometric="minisblack")
+    reader = open_windows(sink.getvalue())
+    assert reader is not None
+    extremes = wide_extremes(reader, band_px=16)
+    assert extremes is not None
+    window = reader.read(10, 20, 30, 20)
+    try:
+        whole = decode(sink.getvalue(), max_pixels=10_000).pixels
+    except ImageError as error:
+        assert error.kind == "unsupported"
+        with pytest.raises(ImageError, match="no agreed look"):
+            gray_of_wide(window, extremes, small_as_is=True)
+        assert not 0 <= low <= high <= 65_535
+    else:
+        by_window = np.repeat(gray_of_wide(window, extremes, small_as_is=True), 3, axis=2)
+        assert np.array_equal(by_window, whole[10:40, 20:40])
 
 
 def test_what_has_no_agreed_look_is_unsupported() -> None:

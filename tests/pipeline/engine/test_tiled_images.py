@@ -98,6 +98,20 @@ CARDS = {
 }
 
 
+def test_floats_in_tiles_are_the_picture_that_they_are_whole(tmp_path: Path) -> None:
+    """Each tile alone has another range than all of them."""
+    gray = smooth(150, 200, bands=1)[:, :, 0]
+    gray[0, 0], gray[-1, -1] = 0, 255
+    tifffile.imwrite(tmp_path / "bytes.tif", gray, tile=(32, 32), photometric="minisblack")
+    floats = (gray / 255).astype(np.float32)
+    tifffile.imwrite(tmp_path / "floats.tif", floats, tile=(32, 32), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "signed.tif", floats * 2 - 1, tile=(32, 32), photometric="minisblack")
+    rows = rows_of(tiny(CARDS["semantic"]), [tmp_path / f"{name}.tif" for name in ("bytes", "floats", "signed")])
+    assert rows["floats.tif"]["mask_crc32"] == rows["bytes.tif"]["mask_crc32"] is not None
+    assert rows["floats.tif"]["brightness"] == rows["bytes.tif"]["brightness"]
+    assert rows["signed.tif"]["error_kind"] == "unsupported"
+
+
 @pytest.mark.parametrize("task", ["semantic", "instance"])
 def test_batches_budgets_and_neighbours_change_no_bit(corpus: list[Path], task: str) -> None:
     model = tiny(CARDS[task])
