@@ -3,14 +3,15 @@
     python benchmarks/planning.py [--millions 1 10 20] [--scratch DIR] [--memory-gib 3]
 
 Three nights each: the first (nothing is done, all is frozen into a list), a quiet one (all is done), and a usual one
-(1 % new,
-1 % changed). What is measured is `work_left`, the whole question from listing file and Parts to counts and frozen
-list, in a process of its own. Making the inputs is not measured, nor listing a store (see benchmarks/README.md).
+(1 % new, 1 % changed, 1 % gone). What is measured is `work_left` and `find_changes`, the whole question from listing
+file and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs is not
+measured, nor listing a store (see benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import os
 import resource
@@ -27,11 +28,15 @@ from rich.table import Table
 
 from pipeline.engine.plan import Question, work_left
 from pipeline.storage import open_storage
-from pipeline.table.catalog import sql_text
-from pipeline.table.schema import SEGMENTS
+from pipeline.table.catalog import Current, part_sizes, sql_text
+from pipeline.table.removed import Coverage, find_changes
+from pipeline.table.schema import SEGMENTS, PartPlace, part_name
 
 ROWS_PER_PART = 125_000
 DIGEST = "0123456789ab"
+VERSION = "ba9876543210"
+RUN_ID = "20260101T000000Z-000000"
+FOLDER = "s3://photos-of-the-fleet/2026"
 
 
 def make_inputs(folder: Path, images: int) -> None:
@@ -40,7 +45,7 @@ def make_inputs(folder: Path, images: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     connection = duckdb.connect()
     uri = (
-        "'s3://photos-of-the-fleet/2026/' || (i // 1000000)::VARCHAR || '/cam-' || (i % 97)::VARCHAR || '/' "
+        f"'{FOLDER}/' || (i // 1000000)::VARCHAR || '/cam-' || (i % 97)::VARCHAR || '/' "
         "|| lpad(i::VARCHAR, 12, '0') || '.jpg'"
     )
     etag = "md5(i::VARCHAR)"
@@ -57,7 +62,9 @@ def make_inputs(folder: Path, images: int) -> None:
     given = {
         "image_uri": uri, "image_etag": etag, "listed_etag": etag, "settings_digest": sql_text(DIGEST),
         "status": "'ok'", "attempt": "1::SMALLINT", "width": "640::INT", "height": "480::INT",
-        "run_id": "'20260101T000000Z-000000'",
+        "run_id": sql_text(RUN_ID), "model_version": sql_text(VERSION),
+        "processed_at": "TIMESTAMPTZ '2026-01-01 00:30:00+00'", "image_modified": "NULL::TIMESTAMPTZ",
+        "classes": "NULL::STRUCT(class_id SMALLINT)[]", "instances": "NULL::STRUCT(class_id SMALLINT)[]",
     }  # fmt: skip
     types = {"string": "VARCHAR", "int16": "SMALLINT", "int32": "INT", "int64": "BIGINT", "float": "FLOAT"}
     columns = ", ".join(
@@ -65,33 +72,55 @@ def make_inputs(folder: Path, images: int) -> None:
         for field in SEGMENTS
         if field.name in given or str(field.type) in types
     )
-    parts = folder / "segments"
-    parts.mkdir(exist_ok=True)
+    place = PartPlace("bench", VERSION, dt.date(2026, 1, 1))
+    parts = folder / "dest" / place.folder()
+    parts.mkdir(parents=True, exist_ok=True)
+    plan = {
+        "run_id": RUN_ID, "sequence": 1, "model_name": place.model, "model_version": VERSION, "settings_digest": DIGEST,
+        "precision": "fp32", "command": {"source": FOLDER, "force": False, "retry_errors": False},
+        "run_date": "2026-01-01", "created_at": "2026-01-01T00:00:00+00:00",
+        "counts": {"planned": images, "changed": 0},
+    }  # fmt: skip
+    record = folder / "dest" / "runs" / RUN_ID
+    record.mkdir(parents=True, exist_ok=True)
+    (record / "plan.json").write_text(json.dumps(plan))
+    closed = {"plan": plan, "state": "done", "closed_at": "2026-01-01T01:00:00+00:00", "ok": images, "errors": 0}
+    (record / "run.json").write_text(json.dumps(closed))
     for ordinal, start in enumerate(range(0, images, ROWS_PER_PART)):
         stop = min(images, start + ROWS_PER_PART)
         connection.execute(
             f"COPY (SELECT {columns} FROM range({start}, {stop}) t(i)) "
-            f"TO {sql_text(str(parts / f'20260101T000000Z-000000-{ordinal:06d}.parquet'))} "
+            f"TO {sql_text(str(parts / part_name(RUN_ID, ordinal)))} "
             "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192)"
         )
 
 
 def plan_once(folder: Path, night: str, memory_bytes: int) -> dict[str, float]:
     """Runs in the measured process."""
-    parts = [] if night == "first" else [f"file://{path}" for path in sorted((folder / "segments").iterdir())]
+    dest = f"file://{folder / ('new' if night == 'first' else 'dest')}"
+    storage = open_storage(dest)
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
         question = Question(
             corpus_path=folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), corpus_is_distinct=True,
-            part_sizes=dict.fromkeys(parts, 0), held={}, settings_digest=DIGEST,
+            part_sizes=part_sizes(storage, f"{dest}/segments"), held={}, settings_digest=DIGEST,
+            unmatched_path=Path(scratch, "unmatched.parquet"),
         )  # fmt: skip
         began_s = time.perf_counter()
         counts = work_left(
-            question, open_storage(f"file://{folder}"), scratch=Path(scratch), list_path=Path(scratch, "work.parquet"),
+            question, storage, scratch=Path(scratch), list_path=Path(scratch, "work.parquet"),
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
+        changes = find_changes(
+            storage, dest, listing_path=question.corpus_path, coverage=Coverage(FOLDER),
+            current=Current("bench", VERSION, DIGEST), scratch=Path(scratch), unmatched_path=question.unmatched_path,
             memory_bytes=memory_bytes,
         )  # fmt: skip
         seconds = time.perf_counter() - began_s
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return {"seconds": seconds, "peak_bytes": peak_bytes, "planned": counts.planned, "images": counts.images}
+    return {
+        "seconds": seconds, "peak_bytes": peak_bytes, "planned": counts.planned, "images": counts.images,
+        "gone": changes.removed,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -108,7 +137,7 @@ def main() -> None:
     table = Table(
         title=f"planning, {os.cpu_count()} cores, DuckDB with {options.memory_gib:g} GiB, load {os.getloadavg()[0]:.1f}"
     )
-    for column in ("images", "night", "planned", "seconds", "peak memory"):
+    for column in ("images", "night", "planned", "gone", "seconds", "peak memory"):
         table.add_column(column, justify="left" if column == "night" else "right")
     scratch = Path(tempfile.mkdtemp(prefix="maskmill-bench-", dir=options.scratch))
     try:
@@ -137,6 +166,7 @@ def main() -> None:
                     f"{images:,}",
                     night,
                     f"{int(got['planned']):,}",
+                    f"{int(got['gone']):,}",
                     f"{got['seconds']:.1f}",
                     f"{got['peak_bytes'] / 2**30:.2f} GiB",
                 )

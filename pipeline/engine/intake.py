@@ -23,6 +23,7 @@ from pipeline.engine.rows import Picture
 from pipeline.errors import ImageError
 
 _MEASURED_ROWS = 512
+_TILES_PER_PIXEL = 4
 
 
 class Placed(NamedTuple):
@@ -60,6 +61,20 @@ def check_size(data: bytes, height: int, width: int, *, max_pixels: int, max_til
             kind="too_large",
         )
     reader.close()
+
+
+def check_tiles(segmenter: SegmenterLike, mosaic: Mosaic | DetectionMosaic, *, max_pixels: int) -> None:
+    """Raises ImageError `too_large` where the canvases of all tiles come to more than `_TILES_PER_PIXEL` times
+    `max_pixels`: an image one pixel wide is padded to the least that a network takes, and few bytes become days of
+    work."""
+    windows = mosaic.grid.windows()
+    height, width = segmenter.canvas(windows[0].height, windows[0].width)
+    if (cost_pixels := len(windows) * height * width) > _TILES_PER_PIXEL * max_pixels:
+        raise ImageError(
+            f"in {len(windows):,} tiles of {width}×{height}, {mosaic.grid.width}×{mosaic.grid.height} is "
+            f"{cost_pixels:,} pixels for the network, more than {_TILES_PER_PIXEL} × the limit of {max_pixels:,}",
+            kind="too_large",
+        )
 
 
 def place_image(

@@ -31,7 +31,7 @@ from models.tiling import Window
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker, world_kinds
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
-from pipeline.engine.intake import Tiles, check_size, place_image, size_of
+from pipeline.engine.intake import Tiles, check_size, check_tiles, place_image, size_of
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
@@ -320,6 +320,9 @@ class Stream:
             check_size(blob.data, height, width, **limits)
             mosaic = self._segmenter.mosaic(height, width)
             if mosaic is not None:
+                whole = height * width <= self._config.max_pixels
+                most = self._config.max_pixels if whole else self._config.max_tiled_pixels
+                check_tiles(self._segmenter, mosaic, max_pixels=most)
                 tiled = _Tiled(work, index, blob._replace(data=b""), mosaic)
                 self._in_tiles[id(tiled)] = tiled
                 tiled.timings["fetch_ms"] = (fetched_s - began_s) * 1e3

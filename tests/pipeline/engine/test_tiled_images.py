@@ -98,6 +98,16 @@ CARDS = {
 }
 
 
+def test_a_line_that_padding_would_make_a_plane_is_too_large(tmp_path: Path) -> None:
+    Image.fromarray(smooth(1, 3000)).save(tmp_path / "line.png")
+    Image.fromarray(smooth(60, 60)).save(tmp_path / "square.png")
+    paths = [tmp_path / "line.png", tmp_path / "square.png"]
+    rows = rows_of(tiny(CARDS["semantic"]), paths, max_pixels=3600)
+    assert rows["line.png"]["error_kind"] == "too_large" and "for the network" in rows["line.png"]["error_message"]
+    assert rows["square.png"]["status"] == "ok"
+    assert rows_of(tiny(CARDS["semantic"]), paths)["line.png"]["status"] == "ok"
+
+
 def test_floats_in_tiles_are_the_picture_that_they_are_whole(tmp_path: Path) -> None:
     """Each tile alone has another range than all of them."""
     gray = smooth(150, 200, bands=1)[:, :, 0]
