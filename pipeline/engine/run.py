@@ -208,11 +208,9 @@ class _Segmentation:
             images, shards = counted(plan.counts.planned, "image"), counted(len(plan.bounds()), "shard")
             self._note(f"run {plan.run_id}: {images} in {shards}")
         if plan.removed:
-            self._note(
-                f"{counted(plan.removed, 'image')} of the table no longer in SOURCE: the view `images` drops them"
-            )
+            self._note(f"{counted(plan.removed, 'image')} no longer in SOURCE, which the view `images` leaves out")
         if plan.returned:
-            self._note(f"{counted(plan.returned, 'image')} back in SOURCE as done before: `images` shows those rows")
+            self._note(f"{counted(plan.returned, 'image')} back in SOURCE as done before, which `images` shows again")
 
     def _read_source(self) -> Corpus:
         if self._corpus is None:
