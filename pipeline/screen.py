@@ -77,8 +77,8 @@ class Screen:
             self._told_s = now_s
             left = f"{(total - progress.rows) / rate:.0f} s left, " if rate else ""
             self.console.print(
-                f"{progress.rows}/{total} images{_tiles(progress)}, {rate:.1f}/s, {left}{counted(progress.errors, 'error')}, "
-                f"{counted(progress.actors, 'actor')}",
+                f"{progress.rows}/{total} images{_tiles(progress)}, {rate:.1f}/s, {left}"
+                f"{counted(progress.errors, 'error')}, {counted(progress.actors, 'actor')}",
                 soft_wrap=True,
             )
 

@@ -180,8 +180,8 @@ def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
 
 
 def _print(found: Any, pages: list[str]) -> None:
-    from pipeline.engine.outcome import counted
     from pipeline.learning.evaluation_page import FIGURES, remarks
+    from pipeline.wording import counted
 
     out = screen.stdout()
     scores = found.scores

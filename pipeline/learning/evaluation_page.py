@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.overrides import with_settings
-from pipeline.engine.outcome import counted
 from pipeline.errors import StorageError, UsageError
 from pipeline.learning.assessment import Assessment, EvaluateConfig, open_split
 from pipeline.learning.evaluation_pictures import CROWD, FOUND, WRONG, Pair, class_color, worst_pairs
@@ -26,6 +25,7 @@ from pipeline.learning.slices import Slice
 from pipeline.registry import resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
 from pipeline.table.evaluations import read_evaluation
+from pipeline.wording import counted
 
 #: Images that are drawn.
 WORST_IMAGES = 24
