@@ -167,7 +167,8 @@ def up(site: Site) -> None:
 
 def down(site: Site) -> None:
     """Ends what `up` has started, and nothing else."""
-    ended = [name for name in reversed(list(site.processes)) if site.stop(name)]
+    order = [part.name for part in site.layout.parts()]
+    ended = [name for name in reversed(order) if site.stop(name)]
     orphans = site.strangers()
     _kill(orphans)
     for name in ended:
