@@ -111,7 +111,7 @@ def _channel_pixels(batch: Batch, index: int) -> NDArray[np.int64]:
     pixels = np.zeros(256, dtype=np.int64)
     np.add.at(pixels, target["labels"].numpy(), target["masks"].flatten(1).sum(dim=1).numpy())
     pixels[IGNORED] = int(target["ignored"].sum())
-    pixels[0] = int((~target["masks"].any(dim=0) & ~target["ignored"]).sum())
+    pixels[0] = int((~(target["masks"] > 0).any(dim=0) & ~target["ignored"]).sum())
     return pixels
 
 
