@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from pipeline.errors import InfrastructureError, StorageError, UsageError
-from pipeline.storage import join_uri, open_storage
+from pipeline.storage import join_uri, normalize_uri, open_storage
 
 _PROGRESS_KEY = "maskmill_training"
 _NAME = re.compile(r"(checkpoint|best)-(\d{8})\.safetensors")
@@ -71,7 +71,7 @@ class CheckpointFolder:
     """The checkpoints of one run, at any URL."""
 
     def __init__(self, uri: str, *, profile: str | None = None) -> None:
-        self.uri = uri.rstrip("/")
+        self.uri = normalize_uri(uri).rstrip("/")
         self._storage = open_storage(self.uri, profile=profile)
         self._writer = uuid.uuid4().hex
 
