@@ -67,7 +67,7 @@ def test_a_model_is_refreshed(site: Site, dataset: Path, tmp_path: Path) -> None
     first = refresh_model.fn(training(dataset, registry), GATE)
     assert (first.state, first.why) == ("promoted", "discs had no champion")
     with tags("promoted"):
-        second = refresh_model(training(dataset, registry, steps=20, batch_size=4), GATE, segmentation)
+        second = refresh_model(training(dataset, registry, steps=60, batch_size=4), GATE, segmentation)
     assert (second.state, second.champion, second.champion_before) == ("promoted", second.version, first.version)
     assert len(terminal_rows(out)) == 6
     assert {run["model_version"] for run in pipeline.list_runs(str(out))} == {second.version}
