@@ -249,6 +249,22 @@ def test_rare_classes(street: Dataset) -> None:
     assert share(1.0) > 2 * share(0.0)
 
 
+def test_preparing_ahead_leaves_torchs_threads_to_the_step(street: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        made = examples(street, semantic_card())
+        counts: list[int] = []
+        batch = made.batch
+        monkeypatch.setattr(made, "batch", lambda *place: (counts.append(torch.get_num_threads()), batch(*place))[1])
+        list(islice(made.stream(threads=2), 3))
+        assert len(counts) >= 3
+        assert set(counts) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_images_that_do_not_fit_into_the_cache_are_read_again(street: Dataset) -> None:
     none, one = examples(street, semantic_card(), cache_bytes=0), examples(street, semantic_card(), cache_bytes=13000)
     assert_equal(none.batch(1), examples(street, semantic_card()).batch(1))
