@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import mobilenet_v3_large
+
+from models.architectures import build, card_for
+from models.file import save_model
+from pipeline.errors import UsageError
+from pipeline.learning.dataset import Dataset
+from pipeline.learning.initialization import begin
+from pipeline.learning.optimization import Frozen, make_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_nuclei import write_dataset
+from tiny_training import TINY, tiny
+
+_ARGS = {"encoder": "resnet18", **TINY["args"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "discs")
+
+
+def saved(path: Path, classes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    card = card_for("other", "unet", _ARGS, class_names=classes)
+    state = build(card).state_dict()
+    save_model(path, state, card)
+    return state
+
+
+def test_random_weights_follow_the_seed(folder: Path, tmp_path: Path) -> None:
+    dataset = Dataset(folder, "train")
+    one, same, other = (begin(tiny(folder, tmp_path, seed=seed), dataset) for seed in (1, 1, 2))
+    assert one.card.task == "instance"
+    assert torch.equal(one.weights["encoder.conv1.weight"], same.weights["encoder.conv1.weight"])
+    assert not torch.equal(one.weights["encoder.conv1.weight"], other.weights["encoder.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "new"),
+    [
+        (("background", "disc"), []),
+        (("background", "cell"), ["segmentation_head.0.bias", "segmentation_head.0.weight"]),
+        (("a", "b", "c"), ["segmentation_head.0.bias", "segmentation_head.0.weight"]),
+    ],
+)
+def test_another_model_gives_all_but_a_head_for_other_classes(
+    folder: Path, tmp_path: Path, classes: tuple[str, ...], new: list[str]
+) -> None:
+    given = saved(tmp_path / "other.safetensors", classes)
+    config = tiny(folder, tmp_path, init=str(tmp_path / "other.safetensors"), arch=None, task="semantic", args={})
+    card, weights, origin = begin(config, Dataset(folder, "train"))
+    assert [info.name for info in card.classes] == ["background", "disc"]
+    assert origin["new_tensors"] == new
+    for name, tensor in given.items():
+        assert (name in new) or torch.equal(weights[name], tensor), name
+    build(card).load_state_dict(weights)
+
+
+def test_an_init_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "other.safetensors", ("a", "b"))
+    config = tiny(folder, tmp_path, init=str(tmp_path / "other.safetensors"), arch="fpn", args={})
+    with pytest.raises(UsageError, match="is a unet, not a fpn"):
+        begin(config, Dataset(folder, "train"))
+
+
+@pytest.mark.parametrize("arch", ["maskrcnn_mobilenet_v3_large_fpn", "lraspp_mobilenet_v3_large"])
+def test_a_file_of_a_classifier_is_a_backbone(folder: Path, tmp_path: Path, arch: str) -> None:
+    classifier = mobilenet_v3_large(weights=None)
+    torch.save(classifier.state_dict(), tmp_path / "mobilenet.pth")
+    config = tiny(folder, tmp_path, arch=arch, args={}, backbone_weights=str(tmp_path / "mobilenet.pth"))
+    card, weights, _ = begin(config, Dataset(folder, "train"))
+    first = next(name for name in weights if name.startswith("backbone") and name.endswith("0.0.weight"))
+    assert torch.equal(weights[first], classifier.state_dict()["features.0.0.weight"])
+    assert card.preprocessing.normalization == "imagenet"
+    torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "mobilenet.pth")
+    with pytest.raises(UsageError, match="do not fit"):
+        begin(config, Dataset(folder, "train"))
+
+
+def test_what_is_frozen_does_not_learn(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder, tmp_path, freeze=1, freeze_norm=True)
+    card, _, _ = begin(config, Dataset(folder, "train"))
+    module = build(card)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    optimizer = make_optimizer(module, config)
+    for epoch, learns in ((0, False), (1, True)):
+        Frozen.at(epoch, config).apply(module)
+        optimizer.zero_grad(set_to_none=True)
+        module(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        after = module.state_dict()
+        assert torch.equal(before["encoder.conv1.weight"], after["encoder.conv1.weight"]) is not learns
+        assert not torch.equal(before["segmentation_head.0.weight"], after["segmentation_head.0.weight"])
+        assert torch.equal(before["encoder.bn1.running_mean"], after["encoder.bn1.running_mean"])
