@@ -60,7 +60,7 @@ def training(dataset: Path, registry: Path | None, **changes: Any) -> TrainConfi
 GATE = Gate(evaluation=QUICK)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(420, func_only=True)
 def test_a_model_is_refreshed(site: Site, dataset: Path, tmp_path: Path) -> None:
     registry, out = tmp_path / "models", tmp_path / "out"
     segmentation = SegmentConfig(source=str(dataset / "images"), dest=str(out), model="discs@champion", **QUICK)
@@ -100,7 +100,7 @@ def promotions(site: Site, version: str) -> list[dict[str, Any]]:
     return [event for event in events if event["payload"]["version"] == version]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(420, func_only=True)
 def test_a_model_is_trained_then_measured(site: Site, dataset: Path, tmp_path: Path) -> None:
     registry = str(tmp_path / "models")
     settings = training(dataset, tmp_path / "models").model_dump(exclude_unset=True)
@@ -116,7 +116,7 @@ def test_a_model_is_trained_then_measured(site: Site, dataset: Path, tmp_path: P
     assert rows["miou"]["value"] == f"{found.scores.miou:.4f}" and " to " in rows["miou"]["interval"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_what_cannot_work_fails_before_any_work(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no registry is named"):
         refresh_model.fn(training(dataset, None))
@@ -130,13 +130,15 @@ def test_what_cannot_work_fails_before_any_work(dataset: Path, tmp_path: Path) -
 def test_the_weekly_ones_are_deployed_and_refuse_what_is_no_parameter(site: Site, dataset: Path) -> None:
     for name in ("refresh-model/weekly", "evaluate-model/weekly"):
         found = site.api(f"deployments/name/{name}")
-        assert [one["active"] for one in found["schedules"]] == [True] and found["concurrency_limit"] == 1, name
+        assert [one["active"] for one in found["schedules"]] == [True], name
+        assert found["global_concurrency_limit"]["limit"] == 1, name
+        assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW", name
     refresh = site.api("deployments/name/refresh-model/weekly")
     good = {"dataset": str(dataset), "name": "discs", "registry": "x", "steps": 2}
     for parameters, words in (
         ({"training": good | {"batch_size": 0}}, "batch_size"),
         ({"training": good, "gate": {"confidence": 2}}, "confidence"),
-        ({"training": good, "segmentation": {"source": "a"}}, "dest"),
+        ({"training": good, "segmentation": {"source": "a"}}, "segmentation"),
     ):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             site.api(f"deployments/{refresh['id']}/create_flow_run", {"parameters": parameters})
