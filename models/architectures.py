@@ -197,7 +197,13 @@ def _valid_args(found: Architecture, card: Card) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         place = f"at {where!r}: " if where else ""
-        raise ValueError(f"architecture_args are not valid {place}{first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+            known = [name for name in found.args.model_fields if name != "output_channels"]
+            near = difflib.get_close_matches(where, known, 1, 0.5)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            message = f"{meant}{card.architecture} takes {', '.join(known)}"
+        raise ValueError(f"architecture_args are not valid {place}{message}") from error
 
 
 def _check_sizes(card: Card, stride: int) -> None:

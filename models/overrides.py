@@ -9,12 +9,20 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from models.card import Card
+from models.refinement import AugmentationSettings, CleanupSettings, CrfSettings
 
 #: Fields of a card that change the answer without changing the weights.
 SETTABLE = ("size_policy", "tile_above_pixels", "postprocessing", "cleanup", "crf", "augmentation")
+
+#: What a card may lack, and a run add.
+_OPTIONAL: Mapping[str, type[BaseModel]] = {
+    "cleanup": CleanupSettings,
+    "crf": CrfSettings,
+    "augmentation": AugmentationSettings,
+}
 
 
 def parse_settings(lines: Iterable[str]) -> dict[str, JsonValue]:
@@ -61,8 +69,9 @@ def with_settings(card: Card, settings: Mapping[str, JsonValue]) -> Card:
         hint = ""
         if first["type"] == "extra_forbidden" and names:
             hint = _nearest(names[-1], _known(card, names[:-1]))
+        message = "there is no such setting" if hint else first["msg"].removeprefix("Value error, ")
         raise ValueError(
-            f"{'.'.join(names) or 'the settings'} does not fit model {card.name!r}: {first['msg']}{hint}"
+            f"{'.'.join(names) or 'the settings'} does not fit model {card.name!r}: {message}{hint}"
         ) from error
 
 
@@ -91,8 +100,10 @@ def _kinds(card: Card, settings: Mapping[str, Any]) -> set[str]:
 def _known(card: Card, names: list[str]) -> list[str]:
     place: Any = card
     for name in names:
-        place = getattr(place, name, None)
-    return list(type(place).model_fields) if place is not None and hasattr(type(place), "model_fields") else []
+        place = getattr(place, name, None) or _OPTIONAL.get(name)
+    return list(
+        getattr(place, "model_fields", {}) if isinstance(place, type) else getattr(type(place), "model_fields", {})
+    )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -191,3 +191,8 @@ def test_blank_networks_differ_in_their_numbers_only() -> None:
         assert {key: tensor.shape for key, tensor in blank.items()} == {
             key: tensor.shape for key, tensor in build(card).state_dict().items()
         }
+
+
+def test_a_misspelt_argument_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'encoder_depht': did you mean 'encoder_depth'\? unet takes encoder"):
+        card_for("m", "unet", {"encoder_depht": 3})

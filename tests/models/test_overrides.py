@@ -46,7 +46,8 @@ def test_another_kind_leaves_nothing_of_the_old() -> None:
         ({"postprocessing": {"min_area_px": -3}}, "postprocessing.min_area_px does not fit"),
         ({"postprocessing": {"kind": "argmax"}}, "needs postprocessing"),
         ({"size_policy": {"kind": "tile", "tile_px": 32, "overlap_px": 32}}, "smaller than tile_px"),
-        ({"cleanup": {"opening": 3}}, "cleanup"),
+        ({"cleanup": {"opening_radius": 3}}, "did you mean 'opening_radius_px'"),
+        ({"crf": {"window": 3}}, "did you mean 'window_px'"),
     ],
 )
 def test_what_does_not_fit_is_named(settings: dict[str, Any], said: str) -> None:
