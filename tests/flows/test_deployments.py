@@ -53,7 +53,7 @@ def test_by_hand_over_s3(site: Site, case: Case, s3_bucket: str, s3_client: Any)
     source = upload(s3_client, case.images, f"{s3_bucket}/photos")
     dest = f"{s3_bucket}/masks"
     settings = SETTINGS | {"shard_size": 25}
-    options = [f"-p{name}={value}" for name, value in settings.items()]
+    options = [f"-p{name}={json.dumps(value)}" for name, value in settings.items()]
     said = site.prefect(
         "deployment", "run", "segment-corpus/adhoc", "-p", f"source={source}", "-p", f"dest={dest}",
         "-p", f"model={case.model}", *options, "--watch",
