@@ -81,7 +81,7 @@ def bars(
     return _svg(name, description, spec | {"data": _records(filled)}, height_px=50 + _ROW_PX * max(1, len(rows)))
 
 
-def histogram(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, title: str, style: str = "~g") -> str:
+def histogram(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, title: str, style: str = ",~f") -> str:
     """Columns from `low` to `high` (in units of `title`) of height `images`, with `says`."""
     spec = {
         "data": _records(rows),
