@@ -134,12 +134,22 @@ class Site:
                     raise
                 time.sleep(0.5)
 
-    def begin(self, deployment: str, *, due: str | None = None, **parameters: Any) -> str:
-        """The id of a new flow run of `segment-corpus/<deployment>`, due now or at a time in the past."""
-        found = self.api(f"deployments/name/segment-corpus/{deployment}")
+    def begin(
+        self,
+        deployment: str,
+        *,
+        due: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        **parameters: Any,
+    ) -> str:
+        """The id of a new flow run of a deployment (of `segment-corpus`, where no flow is named), due now or at a time
+        in the past; its process has `environment` too."""
+        found = self.api(f"deployments/name/{deployment if '/' in deployment else f'segment-corpus/{deployment}'}")
         details = {"state_details": {"scheduled_time": due}} if due else {}
         once = {"idempotency_key": uuid.uuid4().hex}
         body = {"parameters": parameters, "state": {"type": "SCHEDULED", **details}, **once}
+        if environment:
+            body["job_variables"] = {"env": {**environment}}
         return str(self.api(f"deployments/{found['id']}/create_flow_run", body)["id"])
 
     def flow_run(self, run_id: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from harness import SHAPE, Case, actors_on, kill_all, own_processes, part_count, terminal_rows, wait_until
 from prefect_site import Site, client_of, site, stop
+from ray_site import RaySite, ray_site
 
-__all__ = ["site"]
+__all__ = ["ray_site", "site"]
 pytestmark = [pytest.mark.slow, pytest.mark.prefect]
 
 IMAGES = 60
@@ -42,7 +43,7 @@ def under_way(site: Site, case: Case, dest: Path, **changes: Any) -> str:
     """A run of the ad hoc deployment in the middle of its work."""
     run_id = site.begin("adhoc", **asked(case, dest) | changes)
     before = part_count(dest)
-    wait_until(lambda: part_count(dest) >= before + 3, what="three Parts", poll_s=0.05)
+    wait_until(lambda: part_count(dest) >= before + 3, timeout_s=400, what="three Parts", poll_s=0.05)
     return run_id
 
 
@@ -183,3 +184,54 @@ def test_kill_a_ray_node(site: Site, case: Case, tmp_path: Path, two_nodes: tupl
     assert terminal_rows(dest) == case.calm
     wait_until(lambda: any("a worker is gone" in line for line in site.logs(run_id)), what="its log", poll_s=0.5)
     nothing_left(site)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_cancel_and_kill_a_flow_that_follows_a_job(
+    site: Site, case: Case, tmp_path: Path, ray_site: RaySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled, its job ends with it, drained; killed, the job goes on, and the next flow run follows that one."""
+    for name, value in ray_site.access.items():
+        monkeypatch.setenv(name, value)
+    dest = tmp_path / "out"
+    changes = {
+        "environment": ray_site.access, "engine": "auto", "ray_jobs_address": ray_site.jobs_address,
+        "shared_filesystem": True,
+    }  # fmt: skip
+    with ray_site.paced():
+        run_id = under_way(site, case, dest, **changes)
+        assert list(jobs(ray_site, dest).values()) == ["RUNNING"]
+        site.cancel(run_id)
+        assert site.end_of(run_id)[0] == "CANCELLED"
+        wait_until(
+            lambda: "RUNNING" not in jobs(ray_site, dest).values(), timeout_s=30, what="the job's end", poll_s=0.2
+        )
+        kept = part_count(dest)
+        assert 3 <= kept < IMAGES
+        assert not list(dest.glob("runs/*/lease.json")), "it was drained, not killed"
+        nothing_left(site)
+
+        run_id = under_way(site, case, dest, **changes)
+        site.process_of(run_id).kill()
+        assert site.end_of(run_id)[0] == "CRASHED"
+        assert kept + 3 <= part_count(dest) < IMAGES
+        assert list(jobs(ray_site, dest).values()).count("RUNNING") == 1, "nobody has told it to stop"
+        run_id = site.begin("adhoc", **asked(case, dest) | changes)
+        wait_until(
+            lambda: any("following the running job" in line for line in site.logs(run_id)), what="its log", poll_s=0.5
+        )
+    assert site.end_of(run_id, timeout_s=400)[0] == "COMPLETED"
+    assert terminal_rows(dest) == case.calm
+    assert len(jobs(ray_site, dest)) == 2
+    nothing_left(site)
+
+
+def jobs(ray_site: RaySite, dest: Path) -> dict[str, str]:
+    """Status of each job that writes to `dest`, by name."""
+    from ray.job_submission import JobSubmissionClient
+
+    found = JobSubmissionClient(ray_site.jobs_address).list_jobs()
+    return {
+        str(job.submission_id): str(job.status.value) for job in found if (job.metadata or {}).get("dest") == str(dest)
+    }

@@ -83,7 +83,6 @@ def test_a_bad_parameter_is_refused_with_its_name(site: Site, case: Case, tmp_pa
     assert name in refusal.value.read().decode()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_cancelled_then_killed_then_done(site: Site, case: Case, tmp_path: Path) -> None:
     """Each run continues what the one before it left; at the end there is one row for each image.

@@ -127,6 +127,29 @@ def test_what_cannot_work_fails_before_any_work(dataset: Path, tmp_path: Path) -
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600, func_only=True)
+def test_a_worker_runs_what_is_deployed(site: Site, dataset: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "models"
+    asked = training(dataset, registry).model_dump(mode="json", exclude_unset=True)
+    refreshed = site.begin(
+        "refresh-model/weekly", training=asked, gate=GATE.model_dump(mode="json", exclude_unset=True)
+    )
+    assert site.end_of(refreshed, timeout_s=300)[0] == "COMPLETED"
+    champion = resolve("discs@champion", registry=str(registry)).version
+    assert "promotion" in site.artifacts(refreshed)
+    measured = site.begin(
+        "evaluate-model/weekly", dataset=str(dataset), model="discs", registry=str(registry), resamples=50, **QUICK
+    )
+    trained = site.begin("train-model/adhoc", **asked | {"seed": 2})
+    assert site.end_of(measured, timeout_s=300)[0] == "COMPLETED"
+    assert "evaluate-scores" in site.artifacts(measured)
+    assert site.end_of(trained, timeout_s=300)[0] == "COMPLETED"
+    told = pipeline.model_history("discs", str(registry))
+    assert [entry.action for entry in told] == ["push", "promote"], "a model by hand is not promoted"
+    assert resolve("discs", registry=str(registry)).version == champion
+
+
 def test_the_weekly_ones_are_deployed_and_refuse_what_is_no_parameter(site: Site, dataset: Path) -> None:
     for name in ("refresh-model/weekly", "evaluate-model/weekly"):
         found = site.api(f"deployments/name/{name}")
