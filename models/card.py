@@ -148,6 +148,9 @@ class WatershedPostprocessing(_Frozen):
     min_marker_px: int = Field(default=4, ge=0)
     #: Instances below this area in pixels are dropped, from the mask as well.
     min_area_px: int = Field(default=16, ge=0)
+    #: Instances below this score, the mean of their foreground probability, are dropped, from the mask as well. At 0 it
+    #: is no part of the card's JSON: cards and settings from before it was there stay what they were.
+    score_threshold: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
 
 
 class DetectionsPostprocessing(_Frozen):

@@ -27,8 +27,8 @@ def split_instances(
 
     `interior` and `foreground` are probabilities as uint8 [h, w] (p * 255, rounded). Markers are the
     4-connected components of the interior; they grow over the foreground, high probability first (watershed
-    by flooding, Meyer 1994). Foreground without a marker becomes an instance of its own if it is large
-    enough, so that no region is lost for lack of a distinct interior. Deterministic.
+    by flooding, Meyer 1994). Foreground without a marker becomes an instance of its own, so that no region
+    is lost for lack of a distinct interior. What is too small or scores too low is dropped. Deterministic.
     """
     inside = foreground >= threshold_level(settings.foreground_threshold)
     cores = ((interior >= threshold_level(settings.interior_threshold)) & inside).astype(np.uint8)
@@ -43,7 +43,7 @@ def split_instances(
     if not markers.any():
         return np.zeros(interior.shape, dtype=np.int32)
     labels = flood(foreground, markers, inside)
-    return _renumbered(labels, settings.min_area_px)
+    return _kept(labels, foreground, settings)
 
 
 def flood(foreground: NDArray[np.uint8], markers: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -103,13 +103,23 @@ def _add_orphans(markers: NDArray[np.int32], inside: NDArray[np.bool_], *, first
     markers.ravel()[where[orphans]] = region_of[orphans] + first_free
 
 
-def _renumbered(labels: NDArray[np.int32], min_area_px: int) -> NDArray[np.int32]:
-    """Labels below the area set to 0, the rest numbered 1 .. n by first pixel."""
+def counts(areas: NDArray[np.int64], sums: NDArray[np.int64], settings: WatershedPostprocessing) -> NDArray[np.bool_]:
+    """Whether an instance counts, by its pixels and the sum of `foreground` over them: bool [n]."""
+    counted: NDArray[np.bool_] = (areas >= settings.min_area_px) & (sums >= settings.score_threshold * 255 * areas)
+    return counted
+
+
+def _kept(
+    labels: NDArray[np.int32], foreground: NDArray[np.uint8], settings: WatershedPostprocessing
+) -> NDArray[np.int32]:
+    """Labels of what does not count set to 0, the rest numbered 1 .. n by first pixel."""
     where = np.flatnonzero(labels)
     owners = labels.ravel()[where]
     present, first, areas = np.unique(owners, return_index=True, return_counts=True)
-    large = areas >= min_area_px
-    order = present[large][np.argsort(first[large])]
+    # Sums of whole numbers below 2**53 are exact in float64.
+    sums = np.bincount(owners, weights=foreground.ravel()[where])[present].astype(np.int64)
+    counted = counts(areas, sums, settings)
+    order = present[counted][np.argsort(first[counted])]
     table = np.zeros(int(labels.max(initial=0)) + 1, dtype=np.int32)
     table[order] = np.arange(1, order.size + 1, dtype=np.int32)
     renumbered = np.zeros_like(labels)

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from models.card import WatershedPostprocessing
 from models.masks import Instance
-from models.postprocessing import flood, threshold_level
+from models.postprocessing import counts, flood, threshold_level
 from models.tiling import Band
 
 
@@ -73,7 +73,7 @@ def split_in_blocks(
     height, width = evidence.foreground.shape
     seeds = _Seeds(evidence, block_px)
     class_ids = np.full((height, width), background_id, np.uint8)
-    objects = _Objects(class_ids, class_id, background_id, seeds.last_rows(halo_px), evidence.settings.min_area_px)
+    objects = _Objects(class_ids, class_id, background_id, seeds.last_rows(halo_px), evidence.settings)
     above: NDArray[np.int32] = np.zeros((0, width), np.int32)
     current = seeds.rows(0)
     for index, top in enumerate(range(0, height, block_px)):
@@ -227,13 +227,13 @@ class _Objects:
         class_id: int,
         background_id: int,
         last_rows: NDArray[np.int64],
-        min_area_px: int,
+        settings: WatershedPostprocessing,
     ) -> None:
         self._class_ids = class_ids
         self._class_id = class_id
         self._background_id = background_id
         self._last_rows = last_rows
-        self._min_area_px = min_area_px
+        self._settings = settings
         self._runs: list[_Runs] = []
         #: With the place of the first pixel, y * width + x.
         self._done: list[tuple[int, Instance]] = []
@@ -284,6 +284,7 @@ class _Objects:
         first = np.flatnonzero(np.diff(runs.numbers, prepend=0))
         areas = np.add.reduceat(runs.lengths, first)
         sums = np.add.reduceat(runs.sums, first)
+        counted = counts(areas, sums, self._settings)
         left, right = np.minimum.reduceat(x, first), np.maximum.reduceat(x, first) + 1
         top, bottom = np.minimum.reduceat(y, first), np.maximum.reduceat(y + runs.lengths, first)
         places = np.minimum.reduceat(y * width + x, first)
@@ -291,7 +292,7 @@ class _Objects:
         bounds = np.append(first, len(runs.numbers))
         for index in range(len(first)):
             own = slice(bounds[index], bounds[index + 1])
-            if areas[index] < self._min_area_px:
+            if not counted[index]:
                 for at_x, at_y, length in zip(x[own], y[own], runs.lengths[own], strict=True):
                     self._class_ids[at_y : at_y + length, at_x] = self._background_id
                 continue

@@ -18,8 +18,9 @@ from pipeline.learning.evaluation import predict
 
 #: Field by field, in this order; the best value of each is kept while the next is tried.
 CANDIDATES: dict[str, tuple[float, ...]] = {
-    "interior_threshold": (0.4, 0.5, 0.6, 0.7),
-    "foreground_threshold": (0.4, 0.45, 0.5, 0.55, 0.6),
+    "interior_threshold": (0.3, 0.4, 0.5, 0.6, 0.7),
+    "foreground_threshold": (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
+    "score_threshold": (0.7, 0.75, 0.8, 0.85, 0.9),
     "min_marker_px": (1, 4, 8, 12),
     "min_area_px": (8, 12, 16, 20, 25, 30),
 }

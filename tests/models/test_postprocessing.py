@@ -53,6 +53,24 @@ def test_small_markers_and_small_instances_are_dropped() -> None:
     assert labels[1, 1] == 0
 
 
+def test_what_scores_too_low_is_dropped() -> None:
+    interior, foreground = two_touching()
+    foreground[0:3, 0:3] = 150
+    expected = split_instances(interior, foreground, SETTINGS)
+    scores = [one.score for one in describe_instances(expected, foreground, 1)]
+    assert min(scores) == scores[0] == 150 / 255
+    settings = SETTINGS.model_copy(update={"score_threshold": 150 / 255})
+    assert np.array_equal(split_instances(interior, foreground, settings), expected), "as much as is asked for counts"
+    settings = SETTINGS.model_copy(update={"score_threshold": 151 / 255})
+    assert np.array_equal(split_instances(interior, foreground, settings), np.maximum(expected - 1, 0))
+
+
+def test_settings_from_before_scores_counted_stay_what_they_were() -> None:
+    assert "score_threshold" not in WatershedPostprocessing().model_dump_json()
+    chosen = WatershedPostprocessing(score_threshold=0.5)
+    assert WatershedPostprocessing.model_validate_json(chosen.model_dump_json()) == chosen
+
+
 def test_labels_are_in_order_of_first_pixel() -> None:
     interior, foreground = blank()
     for row, column in ((12, 2), (1, 20), (1, 3)):

@@ -56,8 +56,10 @@ def test_blocks_agree_with_split_instances_up_to_ties(seed: int) -> None:
     assert (found != labels).mean() < 0.002
 
 
-@pytest.mark.parametrize("changes", [{"min_area_px": 60}, {"min_marker_px": 25}, {"foreground_threshold": 0.3}])
-def test_small_objects_and_markers_are_judged_by_their_whole_size(changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"min_area_px": 60}, {"min_marker_px": 25}, {"foreground_threshold": 0.3}, {"score_threshold": 0.7}]
+)
+def test_objects_and_markers_are_judged_as_a_whole(changes: dict) -> None:
     settings = SETTINGS.model_copy(update=changes)
     interior, foreground = landscape(9, 200, 200)
     labels = split_instances(interior, foreground, settings)
