@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from models.architectures import architecture, build, card_for
-from models.card import Card, ClassInfo, Preprocessing
+from models.card import Card, ClassInfo, DetectionsPostprocessing, Preprocessing
 from models.file import load_module
 from models.importing import DownloadError, ImportConfig, import_model
 from models.networks import smp
@@ -23,6 +23,8 @@ from pipeline.learning.configuration import TrainConfig
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.optimization import backbone_of
 from pipeline.registry import resolve
+
+_COUNTED_IMAGES = 1000
 
 
 class Beginning(NamedTuple):
@@ -82,7 +84,7 @@ def _new_card(
     classes = tuple(
         ClassInfo(id=index, name=name, color=distinct_color(index)) for index, name in enumerate(dataset.class_names)
     )
-    return card_for(
+    card = card_for(
         config.name,
         architecture_name,
         args,
@@ -93,6 +95,16 @@ def _new_card(
         preprocessing=preprocessing or Preprocessing(),
         **fields,
     )
+    if not isinstance(card.postprocessing, DetectionsPostprocessing):
+        return card
+    top_k = max(card.postprocessing.top_k, 2 * _most_objects(dataset))
+    return card.model_copy(update={"postprocessing": card.postprocessing.model_copy(update={"top_k": top_k})})
+
+
+def _most_objects(dataset: Dataset) -> int:
+    """Of an image, among at most `_COUNTED_IMAGES` that are evenly taken."""
+    counted = dataset.items[:: max(1, -(-len(dataset.items) // _COUNTED_IMAGES))]
+    return max((len(dataset.labels(item).objects or ()) for item in counted), default=0)
 
 
 def _random_weights(card: Card, seed: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torchvision.models import mobilenet_v3_large
 
 from models.architectures import build, card_for
+from models.card import DetectionsPostprocessing
 from models.file import save_model
 from pipeline.errors import UsageError
 from pipeline.learning.dataset import Dataset
@@ -15,7 +17,7 @@ from pipeline.learning.initialization import begin
 from pipeline.learning.optimization import Frozen, make_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_nuclei import write_dataset
+from tiny_nuclei import write_dataset, write_json
 from tiny_training import TINY, tiny
 
 _ARGS = {"encoder": "resnet18", **TINY["args"]}
@@ -81,6 +83,20 @@ def test_a_file_of_a_classifier_is_a_backbone(folder: Path, tmp_path: Path, arch
     torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "mobilenet.pth")
     with pytest.raises(UsageError, match="do not fit"):
         begin(config, Dataset(folder, "train"))
+
+
+@pytest.mark.parametrize(("objects", "top_k"), [(40, 100), (80, 160)])
+def test_a_detector_may_find_twice_what_an_image_shows(tmp_path: Path, objects: int, top_k: int) -> None:
+    folder = write_dataset(tmp_path / "discs", images=3)
+    truth = json.loads((folder / "annotations.json").read_text())
+    (name,) = json.loads((folder / "splits.json").read_text())["train"]
+    (image,) = [one["id"] for one in truth["images"] if one["file_name"] == name]
+    one = next(entry for entry in truth["annotations"] if entry["image_id"] == image)
+    truth["annotations"] = [one | {"id": number + 1} for number in range(objects)]
+    write_json(folder / "annotations.json", truth)
+    config = tiny(folder, tmp_path, arch="maskrcnn_mobilenet_v3_large_fpn", args={"norm": "group"})
+    card = begin(config, Dataset(folder, "train")).card
+    assert isinstance(card.postprocessing, DetectionsPostprocessing) and card.postprocessing.top_k == top_k
 
 
 def test_what_is_frozen_does_not_learn(folder: Path, tmp_path: Path) -> None:
