@@ -10,7 +10,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -97,6 +97,13 @@ class Storage(Protocol):
 
     def put(self, uri: str, data: bytes) -> None:
         """Write or replace `uri` in one atomic step. Safe to retry."""
+        ...
+
+    def put_stream(self, uri: str, chunks: Callable[[], Iterable[bytes]]) -> None:
+        """`put` of bytes that come in chunks, of which a few megabytes are held at a time. Where `chunks` raises,
+        nothing is written. It is called anew for every attempt. Multipart where there is such a thing, so not for what
+        must be created once.
+        """
         ...
 
     def delete(self, uri: str) -> None:

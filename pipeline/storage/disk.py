@@ -18,7 +18,7 @@ import stat
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -158,7 +158,7 @@ class DiskStorage:
     def put_new(self, uri: str, data: bytes) -> bool:
         path = local_path(uri)
         try:
-            temporary = self._write_temporary(path, data)
+            temporary = self._write_temporary(path, [data])
             try:
                 return self._publish(temporary, path)
             finally:
@@ -167,9 +167,12 @@ class DiskStorage:
             _raise_for(error, "write", uri)
 
     def put(self, uri: str, data: bytes) -> None:
+        self.put_stream(uri, lambda: [data])
+
+    def put_stream(self, uri: str, chunks: Callable[[], Iterable[bytes]]) -> None:
         path = local_path(uri)
         try:
-            temporary = self._write_temporary(path, data)
+            temporary = self._write_temporary(path, chunks())
             try:
                 os.replace(temporary, path)
                 _sync_folder(os.path.dirname(path))
@@ -205,7 +208,7 @@ class DiskStorage:
     def filesystem(self, sizes: Mapping[str, int] | None = None) -> None:
         return None
 
-    def _write_temporary(self, path: str, data: bytes) -> str:
+    def _write_temporary(self, path: str, chunks: Iterable[bytes]) -> str:
         _make_folders(os.path.dirname(path))
         inside = self._root_path == "/" or path.startswith(self._root_path + "/")
         folder = os.path.join(self._root_path if inside else os.path.dirname(path), "_tmp")
@@ -214,9 +217,10 @@ class DiskStorage:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                for data in chunks:
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(descriptor, view) :]
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -4,9 +4,10 @@ that translation. Must not know: S3, local disks.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -201,6 +202,17 @@ class RemoteStorage:
             self._files.pipe_file(path, data)
         except Exception as error:
             raise self._failure("write", uri, error) from error
+
+    def put_stream(self, uri: str, chunks: Callable[[], Iterable[bytes]]) -> None:
+        """As `Storage.put_stream`: gathered in a temporary file, since many file systems keep what was begun."""
+        path = self._writable_path(uri)
+        with tempfile.NamedTemporaryFile() as file:
+            file.writelines(chunks())
+            file.flush()
+            try:
+                self._files.put_file(file.name, path)
+            except Exception as error:
+                raise self._failure("write", uri, error) from error
 
     def delete(self, uri: str) -> None:
         path = self._path(uri)

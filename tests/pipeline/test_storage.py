@@ -132,6 +132,24 @@ class TestContract:
         assert storage.get(uri).data == b"three"
         assert storage.head(uri).etag != first
 
+    def test_put_stream_replaces_and_leaves_nothing_half_done(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "folder", "whole.json")
+        chunks = [bytes([n]) * 3_000_000 for n in range(7)] + [b"", b"end"]
+        storage.put_stream(uri, lambda: iter(chunks))
+        assert storage.get(uri).data == b"".join(chunks)
+
+        def broken() -> Iterator[bytes]:
+            yield from chunks
+            raise StorageError("the source is gone", kind="missing")
+
+        for name in (uri, uri + "-new"):
+            with pytest.raises(StorageError, match="the source is gone"):
+                storage.put_stream(name, broken)
+        assert storage.get(uri).data == b"".join(chunks)
+        storage.put_stream(uri, lambda: [])
+        assert storage.get(uri).data == b""
+        assert set(listed(storage, storage.root)) == {uri}
+
     def test_put_new_has_one_winner(self, storage: Storage) -> None:
         for n in range(5):
             uri = join_uri(storage.root, f"part-{n}.parquet")
