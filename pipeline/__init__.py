@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import SegmentConfig
     from pipeline.engine.outcome import Outcome, Preview
+    from pipeline.insight.export.job import ExportOutcome
     from pipeline.learning.assessment import Assessment
     from pipeline.learning.labels.check import LabelReport
     from pipeline.learning.promotion import Promotion
@@ -27,6 +28,7 @@ __all__ = [
     "connect",
     "drift",
     "evaluate",
+    "export",
     "list_runs",
     "model_history",
     "models",
@@ -161,6 +163,18 @@ def report(
 
     gallery = GalleryConfig(source_profile=source_profile)
     return write_report(dest, run_id, out=out, config=ReportConfig(gallery=gallery, dest_profile=dest_profile))
+
+
+def export(config: Any = None, /, **settings: Any) -> ExportOutcome:
+    """The masks of a table for other tools: `export(dest=..., out=..., format="coco", where="...", images=True)`.
+
+    The keywords are the fields of `pipeline.insight.export.job.ExportConfig`; a ready config may be given instead.
+    `listen` is handed on to `pipeline.insight.export.job.export`, which says what is guaranteed and raised.
+    """
+    from pipeline.insight.export import job
+
+    hooks = {key: settings.pop(key) for key in ("listen",) if key in settings}
+    return job.export(config or job.ExportConfig(**settings), **hooks)
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:

@@ -69,14 +69,16 @@ def part_sizes(storage: Storage, prefix_uri: str) -> dict[str, int]:
     return {uri: size_bytes for uri, size_bytes in found.items() if parse_part_name(uri.rpartition("/")[2])}
 
 
-def read_parts_sql(uris: Sequence[str], *, hive: bool = False, filename: bool = False) -> str:
+def read_parts_sql(uris: Sequence[str], *, hive: bool = False, filename: bool = False, row_number: bool = False) -> str:
     """A FROM clause over these Parts. With `hive` the path keys become columns `model`, `version`, `date`; with
-    `filename` there is a column of that name."""
+    `filename` there is a column of that name, with `row_number` `file_row_number`: a row's place in its file, from 0.
+    """
     if not uris:
         return _no_rows(hive)
     listed = ", ".join(sql_text(_literal(duckdb_path(uri))) for uri in uris)
     if not hive:
-        return f"read_parquet([{listed}], hive_partitioning = false{', filename = true' if filename else ''})"
+        also = (", filename = true" if filename else "") + (", file_row_number = true" if row_number else "")
+        return f"read_parquet([{listed}], hive_partitioning = false{also})"
     if _OUTER_KEY.search(uris[0].rpartition("/segments/")[0]):
         # DuckDB takes a key's first value in a path, which here is DEST's own and not the table's.
         keys = ", ".join(
