@@ -23,8 +23,8 @@ def region_polygons(mask: NDArray[np.bool_], *, finer: int = 1, tolerance_px: fl
     joined to it. Row by row from the top.
 
     Points are centres of the region's own edge pixels (x + 0.5, y + 0.5): drawn with its outline, the polygon gives
-    the mask back. `finer` 2 traces the mask at twice its size: points then lie a quarter of a pixel within the border, and
-    the pixels whose centres are inside give the mask back. `tolerance_px`: outlines are simplified (Douglas and
+    the mask back. `finer` 2 traces the mask at twice its size: points then lie a quarter of a pixel within the border,
+    and the pixels whose centres are inside give the mask back. `tolerance_px`: outlines are simplified (Douglas and
     Peucker) by at most so much. A polygon has at least 3 points.
     """
     inside = np.ascontiguousarray(mask, dtype=np.uint8)
