@@ -77,7 +77,8 @@ def _pick(connection: Any, where: str | None) -> None:
             try:
                 count = len(connection.extract_statements(sql))
             except duckdb.Error as error:
-                raise UsageError(f"--where {where!r} is no condition: {_reason(error)}") from error
+                why = "give one condition, without a semicolon" if ";" in where else _reason(error)
+                raise UsageError(f"--where {where!r} is no condition: {why}") from error
             if count != 1:
                 raise UsageError(f"--where {where!r} is {count} statements: give one condition, without a semicolon")
         chosen = where

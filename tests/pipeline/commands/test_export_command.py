@@ -50,7 +50,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     ("arguments", "words"),
     [
         (("--where", "nonsense = 1"), "nonsense"),
-        (("--where", "true; true"), "2 statements"),
+        (("--where", "true; true"), "without a semicolon"),
         (("--format", "voc"), "--format is 'voc'"),
         (("dest2",), "unexpected extra argument"),
     ],
