@@ -82,9 +82,8 @@ def export(config: ExportConfig, *, listen: Listen | None = None) -> ExportOutco
     Changes nothing in the table. `images` + everything in `skipped` is exactly what the condition chooses of the view
     `images`. Images that are gone, replaced, denied or cannot be decoded are left out and counted, where the format or
     `images` needs them. The same call continues after any kill, on the list that was frozen first, and skips what has
-    its receipt; on a finished export it does nothing, as long as the table gives the same list. Memory: some pieces of
-    at most 64 MB of images, or one image, and a Part where the table is remote. `listen` is told images done, and in
-    all.
+    its receipt; on a finished export it does nothing, as long as the table gives the same list. Memory: a few times 64
+    MB of rows and images, or one image, and a Part where the table is remote. `listen` is told images done, and in all.
 
     Raises UsageError for a condition that is none or chooses nothing, masks of several models, and an OUT that holds
     anything else; InfrastructureError and StorageError where a store fails, or no image at all can be had: the same
@@ -108,7 +107,9 @@ def export(config: ExportConfig, *, listen: Listen | None = None) -> ExportOutco
         plan = journal.open_plan()
         if plan is None:
             journal.check_empty()
-            chosen = choose(table, dest, config.where, list_path, profile=config.dest_profile)
+            chosen = choose(
+                table, dest, config.where, list_path, with_images=_needs_images(config), profile=config.dest_profile
+            )
             plan = _freeze(journal, asked, chosen, config)
         if plan.asked != asked:
             raise _other(config, plan.asked)
@@ -175,14 +176,7 @@ class _Work:
         return _outcome(self._config, out, self._plan.model_dump() | counts, was_there=False)
 
     def _pieces(self) -> Any:
-        return pieces(
-            self._list_path, self._asked, images=self._config.piece_images,
-            size_bytes=_PIECE_BYTES if self._needs_images else 1 << 62,
-        )  # fmt: skip
-
-    @property
-    def _needs_images(self) -> bool:
-        return self._config.images or self._config.format == "overlay"
+        return pieces(self._list_path, self._asked, images=self._config.piece_images, size_bytes=_PIECE_BYTES)
 
     def _make_piece(self, piece: Piece, rows: Sequence[Mapping[str, Any]], pool: ThreadPoolExecutor) -> None:
         futures = [pool.submit(self._make, row, piece.first_image_id + index) for index, row in enumerate(rows)]
@@ -224,7 +218,7 @@ class _Work:
         """Of one image: makes its files and puts them."""
         stem = file_stem(row["image_uri"])
         name = stem + image_suffix(row["image_format"])
-        data = self._originals.data(row) if self._needs_images else None
+        data = self._originals.data(row) if _needs_images(self._config) else None
         made = self._format.make(Source(row, image_id, stem, name, data))
         for path, content in made.files:
             self._journal.put(path, content)
@@ -236,6 +230,10 @@ class _Work:
 def reasons(skipped: Mapping[str, int]) -> str:
     """`3 gone, 1 replaced`."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+
+
+def _needs_images(config: ExportConfig) -> bool:
+    return config.images or config.format == "overlay"
 
 
 def _format(config: ExportConfig, subject: Subject) -> Format:
@@ -268,7 +266,7 @@ def _was_there(
     if before != asked:
         raise _other(config, before)
     table = open_storage(asked.dest, profile=config.dest_profile)
-    choose(table, asked.dest, config.where, list_path, profile=config.dest_profile)
+    choose(table, asked.dest, config.where, list_path, with_images=_needs_images(config), profile=config.dest_profile)
     if list_digest(list_path) != finished["list_digest"]:
         raise UsageError(f"{config.out} holds this export of the table as it was before: give a new --out")
     journal.clear()

@@ -7,8 +7,8 @@
     _export/<piece>.json          its receipt, last: all of the piece is there
     export.json                   the export is whole; `_export` is then taken away
 
-Everything is named by a digest of what it holds, or replaced by equal bytes: two processes that do the same export do
-each other no harm.
+Everything is named by a digest of what it holds, or replaced by equal bytes, so that two processes may do the same
+export. The one that is done first takes `_export` away; the other may then fail, and finds it done when it begins anew.
 """
 
 from __future__ import annotations

@@ -33,9 +33,12 @@ class Selection(NamedTuple):
     run_id: str
 
 
-def choose(storage: Storage, dest: str, where: str | None, list_path: Path, *, profile: str | None) -> Selection:
+def choose(
+    storage: Storage, dest: str, where: str | None, list_path: Path, *, with_images: bool, profile: str | None
+) -> Selection:
     """Writes to `list_path` a Parquet of the rows of the view `images` that are ok and for which `where` is true, by
-    their Parts: columns `part` (below DEST), `row` (its place in the Part), `size_bytes` (of the image).
+    their Parts: columns `part` (below DEST), `row` (its place in the Part), `size_bytes` (about, of the
+    row, and `with_images` of the image).
 
     Reads no mask. Raises UsageError for a condition that is none, that chooses nothing, or that chooses masks of
     several models; InfrastructureError and StorageError where the table cannot be read.
@@ -60,7 +63,7 @@ def choose(storage: Storage, dest: str, where: str | None, list_path: Path, *, p
                 f"{dest} has masks of several models, {', '.join(names)}: choose one, such as "
                 f"--where \"model = '{names[0]}'\""
             )
-        _place(connection, storage, dest, list_path, images)
+        _place(connection, storage, dest, list_path, images=images, with_images=with_images)
         return Selection(list_path, images, errors, models[0]["model"], models[0]["version"], tasks[0], run_id)
     except duckdb.Error as error:
         raise unreadable(dest, error) from error
@@ -87,9 +90,7 @@ def _pick(connection: Any, where: str | None) -> None:
             "CREATE TEMP TABLE _picked AS SELECT run_id, image_uri, listed_etag, attempt, model, version, task, status "
             f"FROM (SELECT * FROM images WHERE ({chosen}\n)) WHERE status IN ('ok', 'error')"
         )
-    except duckdb.IOException:
-        raise
-    except duckdb.Error as error:
+    except (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError) as error:
         if where is None:
             raise
         raise UsageError(f"--where {where!r} cannot be asked of the view images: {_reason(error)}") from error
@@ -102,17 +103,24 @@ def _reason(error: duckdb.Error) -> str:
     return " ".join(kept)
 
 
-def _place(connection: Any, storage: Storage, dest: str, list_path: Path, images: int) -> None:
+def _place(connection: Any, storage: Storage, dest: str, list_path: Path, images: int, with_images: bool) -> None:
     """Finds the picked rows in their Parts, and writes where."""
     runs = {run_id for (run_id,) in connection.execute("SELECT DISTINCT run_id FROM _picked").fetchall()}
-    uris = [uri for uri in part_sizes(storage, join_uri(dest, "segments")) if _run_of(uri) in runs]
-    parts = [{"name": uri_name(uri), "part": uri.removeprefix(dest.rstrip("/") + "/")} for uri in uris]
+    sizes = {uri: size for uri, size in part_sizes(storage, join_uri(dest, "segments")).items() if _run_of(uri) in runs}
+    below = dest.rstrip("/") + "/"
+    parts = [{"name": uri_name(uri), "part": uri.removeprefix(below), "bytes": sizes[uri]} for uri in sizes]
     connection.register("_parts", pa.Table.from_pylist(parts))
+    files = read_parts_sql(list(sizes), filename=True, row_number=True)
     connection.execute(
-        "COPY (SELECT part, row, size_bytes FROM (SELECT run_id, image_uri, listed_etag, attempt, "
-        "parse_filename(filename) AS name, file_row_number AS row, coalesce(image_bytes, 0) AS size_bytes "
-        f"FROM {read_parts_sql(uris, filename=True, row_number=True)} WHERE status = 'ok') "
-        "JOIN _picked USING (run_id, image_uri, listed_etag, attempt) JOIN _parts USING (name) "
+        "CREATE TEMP TABLE _files AS SELECT name, part, bytes // rows AS row_bytes FROM _parts JOIN "
+        f"(SELECT parse_filename(filename) AS name, count(*) AS rows FROM {files} GROUP BY 1) USING (name)"
+    )
+    image_bytes = "coalesce(image_bytes, 0)" if with_images else "0"
+    connection.execute(
+        "COPY (SELECT part, row, row_bytes + image_bytes AS size_bytes FROM ("
+        "SELECT run_id, image_uri, listed_etag, attempt, parse_filename(filename) AS name, file_row_number AS row, "
+        f"{image_bytes} AS image_bytes FROM {files} WHERE status = 'ok') "
+        "JOIN _picked USING (run_id, image_uri, listed_etag, attempt) JOIN _files USING (name) "
         f"WHERE _picked.status = 'ok' ORDER BY name, row) TO {sql_text(str(list_path))} (FORMAT parquet)"
     )
     found = pq.ParquetFile(list_path).metadata.num_rows

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import boto3
 import pytest
 from exported import Exported
-from handmade import make_row
+from handmade import encoded_image, make_row
 from harness import file_digests, wait_until
 
 import pipeline
@@ -31,6 +34,18 @@ def test_the_condition_is_any_sql(tmp_path: Path) -> None:
     assert (
         table.export("png", "cars", where="list_contains(list_transform(classes, lambda c: c.name), 'car')").images == 8
     )
+
+
+def test_every_condition_in_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[4] / "docs" / "export.md").read_text(encoding="utf-8")
+    conditions = re.findall(r'--where "([^"]+)"', page)
+    assert len(conditions) >= 6
+    table = Exported(tmp_path, "instance", images=1, errors=0)
+    for number, where in enumerate(conditions):
+        try:
+            table.export("png", f"out-{number}", where=where)
+        except UsageError as error:
+            assert "chooses no image" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +207,44 @@ def upload_files(client: object, folder: Path, prefix_uri: str) -> None:
     for path in folder.iterdir():
         if path.is_file():
             client.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes())  # type: ignore[attr-defined]
+
+
+class Gate(BaseHTTPRequestHandler):
+    """Serves one picture under every name, unless it is told to refuse."""
+
+    refusing = True
+    data = encoded_image(1)
+
+    def do_GET(self) -> None:
+        self.send_response(403 if Gate.refusing else 200)
+        self.send_header("ETag", '"e"')
+        self.send_header("Content-Length", "0" if Gate.refusing else str(len(self.data)))
+        self.end_headers()
+        if self.command == "GET" and not Gate.refusing:
+            self.wfile.write(self.data)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_images_that_are_all_denied_stop_it(tmp_path: Path) -> None:
+    table = Exported(tmp_path, "semantic", images=1, errors=0)
+    (row,) = table.rows.values()
+    kept = {name: row[name] for name in ("width", "height", "mask", "classes", "image_format")}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gate)
+    Thread(target=server.serve_forever, daemon=True).start()
+    uris = [f"http://127.0.0.1:{server.server_port}/{number}.png" for number in range(16)]
+    table.place.table.run(*(make_row(uri, "e", **kept) for uri in uris), card=table_card(table))
+    try:
+        Gate.refusing = True
+        with pytest.raises(InfrastructureError, match="16 of 16 images are denied"):
+            table.export("png", images=True, where="image_uri LIKE 'http%'")
+        Gate.refusing = False
+        outcome = table.export("png", images=True, where="image_uri LIKE 'http%'")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (outcome.images, outcome.skipped) == (16, {})
+    assert [data for name, data in table.files().items() if name.startswith("images/")] == [Gate.data] * 16
