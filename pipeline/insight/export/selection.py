@@ -103,7 +103,7 @@ def _reason(error: duckdb.Error) -> str:
     return " ".join(kept)
 
 
-def _place(connection: Any, storage: Storage, dest: str, list_path: Path, images: int, with_images: bool) -> None:
+def _place(connection: Any, storage: Storage, dest: str, list_path: Path, *, images: int, with_images: bool) -> None:
     """Finds the picked rows in their Parts, and writes where."""
     runs = {run_id for (run_id,) in connection.execute("SELECT DISTINCT run_id FROM _picked").fetchall()}
     sizes = {uri: size for uri, size in part_sizes(storage, join_uri(dest, "segments")).items() if _run_of(uri) in runs}
