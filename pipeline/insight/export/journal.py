@@ -98,16 +98,10 @@ class Journal:
 
     def check_empty(self) -> None:
         """Raises UsageError where OUT holds files that no export left."""
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                for batch in self._storage.list(self._out):
-                    for uri in batch["uri"].to_pylist():
-                        name = uri.removeprefix(self._out + "/")
-                        if not name.startswith(_OWN_FOLDERS):
-                            raise UsageError(f"{self._out} is not empty (it has {name!r}): give a new or empty --out")
-            except StorageError as error:
-                if error.kind != "missing":
-                    raise
+        for uri in self._listed():
+            name = uri.removeprefix(self._out + "/")
+            if not name.startswith(_OWN_FOLDERS):
+                raise UsageError(f"{self._out} is not empty (it has {name!r}): give a new or empty --out")
 
     def freeze(self, plan: ExportPlan, list_path: Path) -> ExportPlan:
         """Keeps the list and the plan. Gives the plan that is there: another process may have been first."""
@@ -121,12 +115,8 @@ class Journal:
 
     def done(self) -> set[str]:
         """Digests of the pieces that have their receipts."""
-        prefix = self.uri("_export") + "/"
-        found: set[str] = set()
-        for batch in self._storage.list(prefix.rstrip("/")):
-            names = (uri.removeprefix(prefix) for uri in batch["uri"].to_pylist())
-            found.update(name.removesuffix(".json") for name in names if name.endswith(".json"))
-        return found - {"plan"}
+        names = (uri.rpartition("/")[2] for uri in self._listed("_export"))
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")} - {"plan"}
 
     def put(self, path: str, data: bytes) -> None:
         """A file of the export."""
@@ -168,13 +158,9 @@ class Journal:
         self.clear()
 
     def clear(self) -> None:
-        """Takes away what only the making of a finished export needed. The plan goes last."""
-        try:
-            uris = [uri for batch in self._storage.list(self.uri("_export")) for uri in batch["uri"].to_pylist()]
-        except StorageError as error:
-            if error.kind != "missing":
-                raise
-            return
+        """Takes away what only the making of a finished export needed, and what a kill left half written. The plan goes
+        last."""
+        uris = [uri for name in _OWN_FOLDERS for uri in self._listed(name)]
         plan = self._own("plan.json")
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for _ in pool.map(self._storage.delete, [uri for uri in uris if uri != plan]):
@@ -198,6 +184,15 @@ class Journal:
             number += len(some)
         if number:
             yield stream.end
+
+    def _listed(self, *names: str) -> Iterator[str]:
+        """URIs below a folder of OUT, or below OUT; none where it is not there."""
+        try:
+            for batch in self._storage.list(self.uri(*names)):
+                yield from batch["uri"].to_pylist()
+        except StorageError as error:
+            if error.kind != "missing":
+                raise
 
     def _own(self, name: str) -> str:
         return self.uri("_export", name)

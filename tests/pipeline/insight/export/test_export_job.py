@@ -158,6 +158,8 @@ def test_a_kill_loses_no_piece_and_no_byte(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.wait()
+    (out / "_tmp").mkdir(exist_ok=True)
+    (out / "_tmp" / "half").write_bytes(b"what a kill in the middle of a write leaves")
     left = file_digests(out)
     receipts = {name for name in left if name.startswith("_export/") and name.endswith(".json")}
     assert 3 <= len(receipts) < 7 and not (out / "export.json").exists()
@@ -168,6 +170,7 @@ def test_a_kill_loses_no_piece_and_no_byte(tmp_path: Path) -> None:
     outcome = table.export("coco", images=True, piece_images=2)
     assert (outcome.images, outcome.skipped) == (11, {"error": 1, "gone": 1})
     after = file_digests(out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "calm").iterdir()}
     assert {name: digest for name, (_, digest) in after.items()} == {
         name: digest for name, (_, digest) in file_digests(tmp_path / "calm").items()
     }
