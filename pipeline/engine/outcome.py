@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.ledger import Plan, RunRecord, WorkCounts
+from pipeline.engine.reconciliation import RowSums, Session
 
 
 class Estimate(BaseModel):
@@ -79,12 +80,12 @@ class Outcome(BaseModel):
 
 
 class SoFar(NamedTuple):
-    """What the Parts of a run that stays open hold."""
+    """What the Parts of a run that stays open hold, and how long this call has worked on it."""
 
-    ok: int
-    errors_by_kind: dict[str, int]
+    sums: RowSums
     parts: int
     parts_bytes: int
+    session: Session
 
 
 def tally(
@@ -98,13 +99,18 @@ def tally(
 ) -> Outcome:
     """Sums over the runs that one call closed, and over the one that it leaves open. Engine and model are not filled
     in."""
-    kinds: dict[str, int] = dict(so_far.errors_by_kind) if so_far else {}
+    kinds: dict[str, int] = dict(so_far.sums.errors_by_kind) if so_far else {}
     for record in closed:
         for kind, number in record.errors_by_kind.items():
             kinds[kind] = kinds.get(kind, 0) + number
     # Rows of runs that were continued before this plan was made: done for the plan, but by this very call.
     continued = sum(r.ok + r.errors for r in closed if plan is None or r.plan.run_id != plan.run_id)
-    seconds = sum(r.seconds for r in closed)
+    # Of each run: seconds, images/s, Mpixel/s.
+    speeds = [(r.seconds, r.images_per_s, r.megapixels_per_s) for r in closed]
+    if so_far:
+        rate = so_far.session.images_per_s
+        speeds.append((so_far.session.seconds, rate, rate * so_far.sums.megapixels / max(1, so_far.sums.rows)))
+    seconds = sum(speed[0] for speed in speeds)
     ids = [r.plan.run_id for r in closed]
     plans = [r.plan for r in closed] + [one for one in (plan,) if one is not None and one.run_id not in ids]
     if plan is not None and plan.run_id not in ids:
@@ -119,17 +125,17 @@ def tally(
         skipped=max(0, counts.done + counts.exhausted - continued),
         held=counts.held,
         held_by=counts.held_by,
-        ok=sum(r.ok for r in closed) + (so_far.ok if so_far else 0),
+        ok=sum(r.ok for r in closed) + (so_far.sums.ok if so_far else 0),
         errors=sum(kinds.values()),
         errors_by_kind=kinds,
-        instances=sum(r.instances for r in closed),
+        instances=sum(r.instances for r in closed) + (so_far.sums.instances if so_far else 0),
         removed=sum(one.removed for one in plans),
         returned=sum(one.returned for one in plans),
         parts=sum(r.parts for r in closed) + (so_far.parts if so_far else 0),
         parts_bytes=sum(r.parts_bytes for r in closed) + (so_far.parts_bytes if so_far else 0),
         seconds=seconds,
-        images_per_s=sum(r.images_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
-        megapixels_per_s=sum(r.megapixels_per_s * r.seconds for r in closed) / seconds if seconds else 0.0,
+        images_per_s=sum(speed[0] * speed[1] for speed in speeds) / seconds if seconds else 0.0,
+        megapixels_per_s=sum(speed[0] * speed[2] for speed in speeds) / seconds if seconds else 0.0,
         model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
         work=counts,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime as dt
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.lease import Lease
@@ -18,6 +18,7 @@ from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
 from pipeline.table.parts import commit_empty
 
 _MEMORY_BYTES = 3 << 30
+_STAGES = ("fetch", "decode", "infer", "encode")
 
 
 class Session(NamedTuple):
@@ -26,6 +27,29 @@ class Session(NamedTuple):
     seconds: float
     progress: FleetProgress
     devices: list[Device]
+
+    @property
+    def images_per_s(self) -> float:
+        """0 where nothing was done."""
+        return self.progress.rows / self.seconds if self.seconds else 0.0
+
+
+class RowSums(NamedTuple):
+    """What the rows of some Parts come to."""
+
+    ok: int
+    errors_by_kind: dict[str, int]
+    instances: int
+    megapixels: float
+    stage_ms: dict[str, float]
+
+    @property
+    def errors(self) -> int:
+        return sum(self.errors_by_kind.values())
+
+    @property
+    def rows(self) -> int:
+        return self.ok + self.errors
 
 
 def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
@@ -50,45 +74,35 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             listed = f"read_parquet({sql_text(str(path))})"
             without_row = f"{listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag"
             missing, example_uri = connection.execute(f"SELECT count(*), min(m.uri) FROM {without_row}").fetchone()
-            ok, errors, strangers, instances, megapixels, fetch, decode, infer, encode = connection.execute(
-                "SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status = 'error'), "
-                f"count(*) FILTER (run_id IS DISTINCT FROM {sql_text(plan.run_id)}), "
-                "coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
-                "coalesce(sum(fetch_ms), 0), coalesce(sum(decode_ms), 0), coalesce(sum(infer_ms), 0), "
-                "coalesce(sum(encode_ms), 0) "
-                f"FROM {rows}"
-            ).fetchone()
-            kinds = dict(
-                connection.execute(
-                    f"SELECT error_kind, count(*) FROM {rows} WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1"
-                ).fetchall()
-            )
+            strangers = connection.execute(
+                f"SELECT count(*) FROM {rows} WHERE run_id IS DISTINCT FROM {sql_text(plan.run_id)}"
+            ).fetchone()[0]
+            sums = _sum_rows(connection, rows)
         finally:
             connection.close()
     if strangers:
         raise ReconciliationError(f"run {plan.run_id}: {strangers} rows in its Parts name another run")
-    if missing or ok + errors != plan.counts.planned:
+    if missing or sums.rows != plan.counts.planned:
         example = f"{missing} have none, for example {example_uri!r}" if missing else "some images have more than one"
         raise ReconciliationError(
-            f"run {plan.run_id}: {ok + errors} rows for {plan.counts.planned} listed images; {example}"
+            f"run {plan.run_id}: {sums.rows} rows for {plan.counts.planned} listed images; {example}"
         )
-    seconds, progress = session.seconds, session.progress
-    images_per_s = progress.rows / seconds if seconds else 0.0
+    progress = session.progress
     return RunRecord(
         state="done",
         closed_at=dt.datetime.now(dt.UTC),
         plan=plan,
-        ok=ok,
-        errors=errors,
-        errors_by_kind=kinds,
+        ok=sums.ok,
+        errors=sums.errors,
+        errors_by_kind=sums.errors_by_kind,
         parts=shards,
         parts_bytes=sum(sizes.values()),
-        instances=instances,
-        megapixels=megapixels,
-        stage_ms={"fetch": fetch, "decode": decode, "infer": infer, "encode": encode},
-        seconds=seconds,
-        images_per_s=images_per_s,
-        megapixels_per_s=images_per_s * megapixels / max(1, ok + errors),
+        instances=sums.instances,
+        megapixels=sums.megapixels,
+        stage_ms=sums.stage_ms,
+        seconds=session.seconds,
+        images_per_s=session.images_per_s,
+        megapixels_per_s=session.images_per_s * sums.megapixels / max(1, sums.rows),
         model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
         workers=[device._asdict() for device in session.devices],
     )
@@ -108,28 +122,36 @@ def abandon(ledger: Ledger, plan: Plan, *, ttl_s: float) -> RunRecord:
             return closed
         for ordinal in sorted(set(range(len(plan.bounds()))) - set(ledger.committed(plan))):
             commit_empty(ledger.storage, plan.part_uri(ordinal))
-        ok, kinds = count_rows(ledger, plan, set(range(len(plan.bounds()))))
+        sums = sum_parts(ledger, plan, set(range(len(plan.bounds()))))
         sizes = ledger.committed(plan)
         record = RunRecord(
-            state="abandoned", closed_at=dt.datetime.now(dt.UTC), plan=plan, ok=ok, errors=sum(kinds.values()),
-            errors_by_kind=kinds, parts=len(sizes), parts_bytes=sum(sizes.values()), instances=0, megapixels=0.0,
-            stage_ms={}, seconds=0.0, images_per_s=0.0, megapixels_per_s=0.0, model_busy_fraction=0.0, workers=[],
+            state="abandoned", closed_at=dt.datetime.now(dt.UTC), plan=plan, ok=sums.ok, errors=sums.errors,
+            errors_by_kind=sums.errors_by_kind, parts=len(sizes), parts_bytes=sum(sizes.values()),
+            instances=sums.instances, megapixels=sums.megapixels, stage_ms=sums.stage_ms, seconds=0.0,
+            images_per_s=0.0, megapixels_per_s=0.0, model_busy_fraction=0.0, workers=[],
         )  # fmt: skip
         ledger.close(record)
         return record
 
 
-def count_rows(ledger: Ledger, plan: Plan, ordinals: set[int]) -> tuple[int, dict[str, int]]:
-    """(rows that are ok, errors by kind) in these Parts of a run, which must be there."""
-    if not ordinals:
-        return 0, {}
-    rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in sorted(ordinals)])
+def sum_parts(ledger: Ledger, plan: Plan, ordinals: set[int]) -> RowSums:
+    """The rows of these Parts of a run, which must be there."""
     connection = open_duckdb(ledger.storage, memory_bytes=_MEMORY_BYTES)
     try:
-        counted = connection.execute(
-            f"SELECT error_kind, count(*) FROM {rows} GROUP BY 1 ORDER BY 2 DESC, 1"
-        ).fetchall()
+        return _sum_rows(connection, read_parts_sql([plan.part_uri(ordinal) for ordinal in sorted(ordinals)]))
     finally:
         connection.close()
-    by_kind = {kind: int(number) for kind, number in counted}
-    return by_kind.pop(None, 0), by_kind
+
+
+def _sum_rows(connection: Any, rows: str) -> RowSums:
+    """`rows`: a FROM clause."""
+    instances, megapixels, *stages = connection.execute(
+        "SELECT coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
+        + ", ".join(f"coalesce(sum({stage}_ms), 0)" for stage in _STAGES)
+        + f" FROM {rows}"
+    ).fetchone()
+    by_kind = dict(
+        connection.execute(f"SELECT error_kind, count(*) FROM {rows} GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
+    )
+    ok = by_kind.pop(None, 0)
+    return RowSums(ok, by_kind, int(instances), megapixels, dict(zip(_STAGES, stages, strict=True)))

@@ -29,7 +29,7 @@ from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview,
 from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
-from pipeline.engine.reconciliation import Session, abandon, count_rows, reconcile
+from pipeline.engine.reconciliation import Session, abandon, reconcile, sum_parts
 from pipeline.engine.scratch import scratch_folder
 from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
@@ -53,6 +53,7 @@ _DEAD_AFTER_S = 24 * 3600.0
 _SAMPLE_IMAGES = 16
 _REMOTE_FETCHES = 32
 _PROGRESS_EVERY_S = 5.0
+_NO_PROGRESS = FleetProgress(0, 0, 0, 0.0, 0.0)
 
 
 def segment(
@@ -105,6 +106,7 @@ class _Segmentation:
         self._crew: Crew | None = None
         self._fleet: Fleet | None = None
         self._superseded: threading.Event | None = None
+        self._session = Session(0.0, _NO_PROGRESS, [])
         self._closed: list[RunRecord] = []
         self._create_only = True
         self._planner = Planner(
@@ -298,7 +300,7 @@ class _Segmentation:
             if closed is not None:
                 return "done"
             self._superseded = lease.superseded
-            session = Session(0.0, FleetProgress(0, 0, 0, 0.0, 0.0), [])
+            self._session = Session(0.0, _NO_PROGRESS, [])
             if len(self._ledger.committed(plan)) < len(plan.bounds()):
                 began_s = time.monotonic()
                 self._load(plan)
@@ -312,8 +314,9 @@ class _Segmentation:
                             f"run {plan.run_id} was taken over by another driver, which goes on with it"
                         ) from None
                     return "interrupted"
-                session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices)
-            record = reconcile(self._ledger, plan, session)
+                finally:
+                    self._session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices)
+            record = reconcile(self._ledger, plan, self._session)
             self._ledger.close(record)
             self._closed.append(record)
             return "done"
@@ -349,19 +352,18 @@ class _Segmentation:
                 if task.ordinal >= canary_shards:
                     break
             run(iter(first))
-            ok, kinds = count_rows(self._ledger, plan, set(range(canary_shards)))
-            errors = sum(kinds.values())
-            if errors > self._config.max_error_rate * (ok + errors):
+            tried = sum_parts(self._ledger, plan, set(range(canary_shards)))
+            if tried.errors > self._config.max_error_rate * tried.rows:
                 self._listen(
                     Event(
                         "warning",
-                        f"{errors:,} of the first {counted(ok + errors, 'image')} failed, more than --max-error-rate "
+                        f"{tried.errors:,} of the first {counted(tried.rows, 'image')} failed, more than --max-error-rate "
                         f"{self._config.max_error_rate}: run {plan.run_id} stays open. Give the command a higher "
                         f"--max-error-rate to go on, or `maskmill runs abandon {self._config.dest} {plan.run_id}`",
                     )
                 )
                 return False
-            self._note(f"canary fine: {counted(errors, 'error')} in {counted(ok + errors, 'image')}")
+            self._note(f"canary fine: {counted(tried.errors, 'error')} in {counted(tried.rows, 'image')}")
             run(_chain(rest, tasks))
         else:
             run(tasks)
@@ -450,7 +452,7 @@ class _Segmentation:
         if state in ("interrupted", "canary_failed") and plan is not None:
             committed = self._ledger.committed(plan)
             open_so_far = SoFar(
-                *count_rows(self._ledger, plan, set(committed)), len(committed), sum(committed.values())
+                sum_parts(self._ledger, plan, set(committed)), len(committed), sum(committed.values()), self._session
             )
         return tally(
             state,
@@ -458,7 +460,7 @@ class _Segmentation:
             counts,
             plan=plan,
             so_far=open_so_far,
-            progress=self._fleet.progress() if self._fleet else FleetProgress(0, 0, 0, 0.0, 0.0),
+            progress=self._fleet.progress() if self._fleet else _NO_PROGRESS,
         ).model_copy(
             update={
                 "engine": self._crew.label if self._crew else "",

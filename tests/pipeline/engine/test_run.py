@@ -440,6 +440,7 @@ def test_the_same_command_continues(bench: Bench, image_folder: Callable[..., Pa
     stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
     committed = bench.done
     assert 0 < stopped.ok == len(committed) < 8
+    assert min(stopped.seconds, stopped.images_per_s, stopped.megapixels_per_s) > 0
     make_image(photos / "new.png", 77)
     outcome = bench.segment(photos, shard_size=5)
     assert outcome.runs[0] == stopped.run_id
@@ -540,6 +541,7 @@ def test_a_bad_canary_stops_and_a_higher_limit_goes_on(bench: Bench, image_folde
         (photos / name).write_bytes(b"no picture")
     outcome = bench.segment(photos, canary=3, shard_size=2)
     assert (outcome.state, outcome.ok, outcome.errors) == ("canary_failed", 1, 2)
+    assert min(outcome.seconds, outcome.images_per_s, outcome.megapixels_per_s) > 0
     assert bench.done == names(photos)[:3]
     assert "--max-error-rate" in bench.texts("warning")
     again = bench.segment(photos, canary=3, max_error_rate=0.9)

@@ -26,7 +26,8 @@ def dest(ledger: Ledger) -> str:
     ledger.close(make_record(closed, ok=9, errors=1))
     plan = make_plan(ledger.dest, run_id=NEW, sequence=2)
     ledger.freeze(plan, make_list([f"image-{index}" for index in range(10)]))
-    rows = [make_row(f"image-{index}", "e1", run_id=NEW) for index in range(3)] + [make_row("image-3", "e1", "corrupt")]
+    seen = {"run_id": NEW, "width": 1000, "height": 500, "infer_ms": 2.0}
+    rows = [make_row(f"image-{index}", "e1", **seen) for index in range(3)] + [make_row("image-3", "e1", "corrupt")]
     ledger.storage.put_new(plan.part_uri(0), make_part(rows))
     return ledger.dest
 
@@ -81,6 +82,9 @@ def test_abandon_takes_every_free_name_and_keeps_what_is_committed(dest: str, le
     assert (row["state"], row["rows"], row["errors"]) == ("abandoned", 4, 1)
     assert set(ledger.committed(plan)) == {0, 1, 2}
     assert ledger.open_plans() == []
+    record = show_run(dest, NEW)
+    assert (record["ok"], record["errors_by_kind"]) == (3, {"corrupt": 1})
+    assert (record["megapixels"], record["stage_ms"]["infer"]) == (1.5, 6.0)
     late = PartBuilder(model_name="tiny", card_json="{}")
     late.add([make_row("image-4", "e1")])
     assert not commit(ledger.storage, plan.part_uri(1), late.finish())
