@@ -188,13 +188,16 @@ class Ledger:
 
     def open_plans(self) -> list[Plan]:
         """The plans of all open runs, oldest first. One whose log entry names another run never began."""
-        plans = []
-        for entry in self.entries():
-            uri = self.uri(entry.run_id, "plan.json")
-            # A plan that lost its race is taken away by its driver, perhaps since it was listed.
-            if not entry.closed and (data := self._get(uri)) is not None:
-                plans.append(_parse(Plan, data, uri))
-        return [plan for plan in plans if self._logged(plan.sequence) == plan.run_id]
+        plans = (self.begun(entry.run_id) for entry in self.entries() if not entry.closed)
+        return [plan for plan in plans if plan is not None]
+
+    def begun(self, run_id: str) -> Plan | None:
+        """The plan of a run. None where it lost its race: its driver takes it away, perhaps since it was listed."""
+        uri = self.uri(run_id, "plan.json")
+        if (data := self._get(uri)) is None:
+            return None
+        plan = _parse(Plan, data, uri)
+        return plan if self._logged(plan.sequence) == run_id else None
 
     def plan(self, run_id: str) -> Plan:
         """Raises UsageError where there is no such run."""

@@ -357,9 +357,10 @@ class _Segmentation:
                 self._listen(
                     Event(
                         "warning",
-                        f"{tried.errors:,} of the first {counted(tried.rows, 'image')} failed, more than --max-error-rate "
-                        f"{self._config.max_error_rate}: run {plan.run_id} stays open. Give the command a higher "
-                        f"--max-error-rate to go on, or `maskmill runs abandon {self._config.dest} {plan.run_id}`",
+                        f"{tried.errors:,} of the first {counted(tried.rows, 'image')} failed, more than "
+                        f"--max-error-rate {self._config.max_error_rate}: run {plan.run_id} stays open. Give the "
+                        "command a higher --max-error-rate to go on, or "
+                        f"`maskmill runs abandon {self._config.dest} {plan.run_id}`",
                     )
                 )
                 return False

@@ -5,15 +5,18 @@ Must not know: how they are printed.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pipeline.engine.lease import process_start, read_lease, this_host
-from pipeline.engine.ledger import Ledger, Plan, RunRecord
+from pipeline.engine.ledger import Ledger, Plan, RunEntry, RunRecord
 from pipeline.engine.reconciliation import abandon
 from pipeline.errors import UsageError
 from pipeline.storage import normalize_uri, open_storage
 
 _LEASE_TTL_S = 30.0
+_GETS_AT_ONCE = 16
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:
@@ -22,13 +25,16 @@ def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:
     entries = ledger.entries()
     if not entries:
         raise UsageError(f"{dest} holds no runs: give the DEST of an earlier `maskmill segment`")
-    real_open = {plan.run_id for plan in ledger.open_plans()}
-    rows = []
-    for entry in reversed(entries):
-        if entry.closed or entry.run_id in real_open:
-            record = ledger.record(entry.run_id) if entry.closed else None
-            rows.append(_summary(ledger, record.plan if record else ledger.plan(entry.run_id), record))
-    return rows
+    with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
+        rows = list(pool.map(partial(_listed, ledger), reversed(entries)))
+    return [row for row in rows if row is not None]
+
+
+def _listed(ledger: Ledger, entry: RunEntry) -> dict[str, Any] | None:
+    """The summary of a run, which may have ended since it was listed; None for a plan that lost its race."""
+    record = ledger.record(entry.run_id) if entry.closed else None
+    plan = record.plan if record else ledger.begun(entry.run_id)
+    return None if plan is None else _summary(ledger, plan, record or ledger.record(entry.run_id))
 
 
 def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:

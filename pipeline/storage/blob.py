@@ -5,6 +5,7 @@ check and the backoff. Must not know: which stores exist.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.storage.uris import without_secrets
 
 if TYPE_CHECKING:
@@ -185,8 +186,17 @@ def wait_before_retry(attempt: int) -> None:
 
 
 def default_timeout_s() -> float:
-    """Seconds without a byte after which a request counts as stalled: `MASKMILL_STORAGE_TIMEOUT_S`, or 60."""
-    return float(os.environ.get("MASKMILL_STORAGE_TIMEOUT_S") or DEFAULT_TIMEOUT_S)
+    """Seconds without a byte after which a request counts as stalled: `MASKMILL_STORAGE_TIMEOUT_S`, or 60.
+
+    Raises UsageError where that is no positive number."""
+    text = os.environ.get("MASKMILL_STORAGE_TIMEOUT_S") or str(DEFAULT_TIMEOUT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"MASKMILL_STORAGE_TIMEOUT_S is {text!r}: give a number of seconds above 0")
+    return seconds
 
 
 def failure_text(error: BaseException) -> str:

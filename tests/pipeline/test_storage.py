@@ -82,6 +82,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKMILL_STORAGE_TIMEOUT_S", "0.3")
 
 
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_a_patience_that_is_no_number_of_seconds_is_wrong_usage(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKMILL_STORAGE_TIMEOUT_S", text)
+    with pytest.raises(UsageError, match=f"MASKMILL_STORAGE_TIMEOUT_S is '{text}'"):
+        open_storage("s3://bucket/photos")
+
+
 def listed(storage: Storage, prefix_uri: str, **options: int) -> dict[str, dict]:
     batches = list(storage.list(prefix_uri, **options))
     assert all(batch.schema == LISTING_SCHEMA and batch.num_rows for batch in batches)

@@ -47,6 +47,20 @@ def test_runs_are_listed_newest_first(dest: str, ledger: Ledger) -> None:
     assert json.loads(json.dumps([new, old])) == [new, old]
 
 
+def test_a_run_that_ends_while_it_is_listed_is_in_the_list(
+    dest: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Ledger.entries
+
+    def ends(self: Ledger) -> Any:
+        found = entries(self)
+        self.close(make_record(self.plan(NEW)))
+        return found
+
+    monkeypatch.setattr(Ledger, "entries", ends)
+    assert [(row["run_id"], row["state"]) for row in list_runs(dest)] == [(NEW, "done"), (OLD, "done")]
+
+
 def test_a_plan_that_lost_is_no_run(dest: str, ledger: Ledger) -> None:
     loser = make_plan(dest, run_id="20260103T000000Z-000003", sequence=2)
     ledger.storage.put_new(ledger.uri(loser.run_id, "plan.json"), loser.model_dump_json().encode())
