@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from models.card import Card
 from models.file import ModelFileError, model_version, read_card
-from pipeline.errors import ModelError, StorageError, UsageError
+from pipeline.errors import MaskmillError, ModelError, StorageError, UsageError
 from pipeline.registry.history import (
     CHALLENGER,
     CHAMPION,
@@ -26,7 +26,7 @@ from pipeline.registry.history import (
     read_entry,
     read_state,
 )
-from pipeline.storage import Storage, join_uri, normalize_uri, open_storage
+from pipeline.storage import Storage, join_uri, normalize_uri, open_storage, without_secrets
 
 __all__ = ["CHALLENGER", "CHAMPION", "Listing", "Model", "Shelf", "listings", "model_history", "read_shelf", "resolve"]
 
@@ -111,7 +111,7 @@ def resolve(reference: str, *, registry: str | None = None, profile: str | None 
 
     That is `name`, `name@alias`, `name@version`, or the path or URL of a `.safetensors` file. A name without
     a suffix means its `champion`, or its only version. Raises ModelError with one sentence, also for a file of the
-    registry that is not the version which its name says.
+    registry that is not the version which its name says; StorageError where the store fails, for the next try.
     """
     if reference.endswith(".safetensors") or "/" in reference:
         return read_model(normalize_uri(reference), profile)
@@ -137,7 +137,8 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
 
 
 def read_shelf(name: str, *, registry: str | None = None, profile: str | None = None) -> Shelf:
-    """What there is under `name`. Raises ModelError where that is nothing, or the registry cannot be read."""
+    """What there is under `name`. Raises ModelError where that is nothing, or there is no such registry; StorageError
+    where its store fails."""
     registry = registry_uri(registry)
     shelf = open_shelf(registry, name, profile=profile) if registry else None
     if shelf is not None and (shelf.versions or shelf.entries):
@@ -150,19 +151,19 @@ def read_shelf(name: str, *, registry: str | None = None, profile: str | None = 
 
 def open_shelf(registry: str, name: str, *, profile: str | None = None, new: bool = False) -> Shelf:
     """The folder of `name` in a registry; empty where there is none. One LIST, and one GET of the newest entry. Raises
-    ModelError where the registry cannot be read; with `new` it need not be there yet."""
+    ModelError where the registry is not there (with `new` it need not be yet), StorageError where its store fails."""
     storage, uri = open_storage(registry, profile=profile), join_uri(registry, name)
     try:
         uris = _files(storage, uri)
     except StorageError as error:
         if error.kind != "missing":
-            raise _unreadable(registry, error) from error
+            raise _unreadable(_said(registry), error) from error
         uris = []
         try:
             next(iter(storage.list(registry)), None)
         except StorageError as also:
             if not new:
-                raise _unreadable(registry, also) from also
+                raise _unreadable(_said(registry), also) from also
     return _shelf(storage, registry, name, uris)
 
 
@@ -179,7 +180,7 @@ def listings(*, registry: str | None = None, profile: str | None = None) -> list
                 if slash and _NAME.fullmatch(name):
                     files.setdefault(name, []).append(uri)
         except StorageError as error:
-            raise _unreadable(registry, error) from error
+            raise _unreadable(_said(registry), error) from error
         shelves = {name: _shelf(storage, registry, name, uris) for name, uris in sorted(files.items())}
     found = [line for shelf in shelves.values() for line in shelf.lines()]
     names = {line.name for line in found}
@@ -194,11 +195,11 @@ def model_history(name: str, *, registry: str | None = None, profile: str | None
 
 
 def read_model(uri: str, profile: str | None = None) -> Model:
-    """The model file at `uri`. Raises ModelError."""
+    """The model file at `uri`. Raises ModelError, and StorageError where its store fails."""
     try:
         return model_of(bytes(open_storage(uri, profile=profile).get(uri).data), uri)
     except StorageError as error:
-        raise ModelError(f"the model file {uri} cannot be read: {error}") from error
+        raise _unreadable(f"the model file {without_secrets(uri)}", error) from error
 
 
 def model_of(data: bytes, origin: str) -> Model:
@@ -230,7 +231,7 @@ def _shelf(storage: Storage, registry: str, name: str, uris: Iterable[str]) -> S
     try:
         state = read_state(storage, uri, numbers, files.get("aliases.json"))
     except StorageError as error:
-        raise _unreadable(registry, error) from error
+        raise _unreadable(_said(registry), error) from error
     return Shelf(storage, uri, name, versions, numbers, state)
 
 
@@ -256,5 +257,11 @@ def _zoo() -> list[str]:
     return [file.removesuffix(".safetensors") for file in files if file.endswith(".safetensors")]
 
 
-def _unreadable(registry: str, error: StorageError) -> ModelError:
-    return ModelError(f"the registry {registry} (--registry or MASKMILL_REGISTRY) cannot be read: {error}")
+def _said(registry: str) -> str:
+    return f"the registry {without_secrets(registry)} (--registry or MASKMILL_REGISTRY)"
+
+
+def _unreadable(what: str, error: StorageError) -> MaskmillError:
+    """What is not there, or may not be read, the caller has to change; a store that fails may answer the next time."""
+    sentence = f"{what} cannot be read: {error}"
+    return StorageError(sentence, kind=error.kind) if error.kind == "fetch_failed" else ModelError(sentence)

@@ -10,8 +10,9 @@ import pytest
 
 from models.file import model_version
 from pipeline import registry
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, StorageError
 from pipeline.registry import listings, resolve
+from pipeline.storage import bucket as bucket_storage
 
 
 @pytest.fixture
@@ -118,6 +119,17 @@ def test_a_registry_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("MASKMILL_REGISTRY", str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"nowhere.*MASKMILL_REGISTRY"):
         resolve("street")
+
+
+@pytest.mark.parametrize("reference", ["street", "s3://bucket/street.safetensors"])
+def test_a_store_that_fails_is_the_world_s_fault(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to change anything, and another try may find the model."""
+    monkeypatch.setattr(bucket_storage, "_RETRIES_PER_REQUEST", 0)
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", "http://127.0.0.1:1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("MASKMILL_REGISTRY", "s3://bucket/models")
+    with pytest.raises(StorageError, match="cannot be read: could not"):
+        resolve(reference)
 
 
 def test_models_that_ship_come_after_the_registrys(
