@@ -1,4 +1,4 @@
-"""Fixtures of the pipeline's tests: tiny models, folders of small images, an empty DEST."""
+"""Fixtures of the pipeline's tests: tiny models, folders of small images, an empty DEST, the command line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from command_line import Maskmill, speaker
 from handmade import make_image, make_model
 
+from pipeline.engine import placement
+from pipeline.engine.crew import InlineCrew
 from pipeline.engine.ledger import Ledger
 from pipeline.storage import normalize_uri, open_storage
 
@@ -60,3 +63,13 @@ def ledger(tmp_path: Path) -> Ledger:
     """The ledger of a new DEST on disk."""
     dest = normalize_uri(str(tmp_path / "dest"))
     return Ledger(open_storage(dest), dest)
+
+
+@pytest.fixture
+def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Maskmill:
+    """`maskmill(*arguments)` in this process, workers too."""
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
+    for name in ("MASKMILL_DEBUG", "MASKMILL_REGISTRY"):
+        monkeypatch.delenv(name, raising=False)
+    return speaker(monkeypatch, capfd)

@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from command_line import Maskmill
 from handmade import make_image, part_paths, rows_of
 from rich.console import Console
 
 import pipeline
-from pipeline import cli, screen
+from pipeline import screen
 from pipeline.commands import options
-from pipeline.engine import placement
 from pipeline.engine import run as engine_run
-from pipeline.engine.crew import InlineCrew
 
 HOSTILE = '[red]it\'s[/red] "so" :bomb: %s \x1b[2J.png'
 SHOWN = '[red]it\'s[/red] "so" :bomb: %s \\x1b[2J.png'
@@ -34,36 +33,6 @@ JSON_KEYS = {
     "run_id", "images", "duplicates", "planned", "skipped", "held", "ok", "errors", "errors_by_kind", "parts",
     "seconds", "images_per_s", "megapixels_per_s", "model_busy_fraction", "model_version",
 }  # fmt: skip
-
-
-class Said(NamedTuple):
-    """What one command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`maskmill(*arguments)` in this process, workers too."""
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
-    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
-    monkeypatch.delenv("MASKMILL_DEBUG", raising=False)
-
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return run
 
 
 class Place(NamedTuple):
@@ -81,7 +50,7 @@ def place(tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path
 
 
 @pytest.fixture
-def done(place: Place, maskmill: Command) -> Place:
+def done(place: Place, maskmill: Maskmill) -> Place:
     """The same, segmented, with an image of a hostile name and one that is none."""
     make_image(place.source / HOSTILE, 5)
     (place.source / "bad.jpg").write_bytes(b"no picture")
@@ -92,7 +61,7 @@ def done(place: Place, maskmill: Command) -> Place:
 # ── segment ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_json_is_exactly_one_object_with_all_keys(place: Place, maskmill: Command) -> None:
+def test_json_is_exactly_one_object_with_all_keys(place: Place, maskmill: Maskmill) -> None:
     said = maskmill("segment", place.source, place.dest, *place.options, "--json")
     assert said.status == 0
     assert said.out.count("\n") == 1
@@ -105,7 +74,7 @@ def test_json_is_exactly_one_object_with_all_keys(place: Place, maskmill: Comman
     assert (again["run_id"], again["planned"], again["skipped"]) == (None, 0, 3)
 
 
-def test_what_a_person_reads(place: Place, maskmill: Command) -> None:
+def test_what_a_person_reads(place: Place, maskmill: Maskmill) -> None:
     first = maskmill("segment", place.source, place.dest, *place.options)
     assert "done: run " in first.out
     assert "3 ok, 0 errors" in first.out
@@ -114,7 +83,7 @@ def test_what_a_person_reads(place: Place, maskmill: Command) -> None:
     assert again.out == "nothing to do: 3 images, 3 done before, 0 held by open runs\n"
 
 
-def test_too_many_errors_are_status_3_but_all_is_done(place: Place, maskmill: Command) -> None:
+def test_too_many_errors_are_status_3_but_all_is_done(place: Place, maskmill: Maskmill) -> None:
     (place.source / "bad.jpg").write_bytes(b"no picture")
     said = maskmill("segment", place.source, place.dest, *place.options, "--json")
     assert said.status == options.TOO_MANY_ERRORS == 3
@@ -122,14 +91,14 @@ def test_too_many_errors_are_status_3_but_all_is_done(place: Place, maskmill: Co
     assert len(rows_of(place.dest)) == 4
 
 
-def test_errors_below_the_limit_are_status_0(place: Place, maskmill: Command) -> None:
+def test_errors_below_the_limit_are_status_0(place: Place, maskmill: Maskmill) -> None:
     (place.source / "bad.jpg").write_bytes(b"no picture")
     said = maskmill("segment", place.source, place.dest, *place.options, "--max-error-rate", "0.25")
     assert said.status == 0
     assert "1 error (1 not_an_image)" in said.out
 
 
-def test_a_canary_that_fails_is_status_3_and_the_run_stays_open(place: Place, maskmill: Command) -> None:
+def test_a_canary_that_fails_is_status_3_and_the_run_stays_open(place: Place, maskmill: Maskmill) -> None:
     for path in place.source.iterdir():
         path.write_bytes(b"no picture")
     said = maskmill("segment", place.source, place.dest, *place.options, "--canary", "2", "--shard-size", "2")
@@ -139,7 +108,7 @@ def test_a_canary_that_fails_is_status_3_and_the_run_stays_open(place: Place, ma
     assert len(rows_of(place.dest)) == 2
 
 
-def test_a_dry_run_prints_the_plan(place: Place, maskmill: Command) -> None:
+def test_a_dry_run_prints_the_plan(place: Place, maskmill: Maskmill) -> None:
     said = maskmill("segment", place.source, place.dest, *place.options, "--dry-run", "--shard-size", "2")
     assert said.status == 0
     assert "3: 3 new, 0 changed, 0 failed before" in said.out
@@ -181,7 +150,7 @@ WRONG_USAGE = [
     ("arguments", "expected"), WRONG_USAGE, ids=[" ".join(case[0][:1] + case[0][-2:]) for case in WRONG_USAGE]
 )
 def test_wrong_usage_is_one_sentence_and_status_2(
-    place: Place, maskmill: Command, arguments: list[str], expected: str
+    place: Place, maskmill: Maskmill, arguments: list[str], expected: str
 ) -> None:
     names = {"source": str(place.source), "dest": str(place.dest), "model": place.options[1]}
     said = maskmill(*(argument.format(**names) for argument in arguments))
@@ -193,7 +162,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(
     assert not place.dest.exists()
 
 
-def test_failing_infrastructure_is_status_1(place: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_infrastructure_is_status_1(place: Place, maskmill: Maskmill, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.errors import StorageError
 
     def fails(*_: Any, **__: Any) -> Any:
@@ -204,7 +173,7 @@ def test_failing_infrastructure_is_status_1(place: Place, maskmill: Command, mon
     assert (said.status, said.err.splitlines()[-1]) == (1, "failed: could not list 's3://x': 503")
 
 
-def test_a_bug_is_a_sentence_too(place: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_sentence_too(place: Place, maskmill: Maskmill, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_run, "read_source", lambda *_, **__: 1 / 0)
     said = maskmill("segment", place.source, place.dest, *place.options)
     assert said.status == 1
@@ -213,14 +182,14 @@ def test_a_bug_is_a_sentence_too(place: Place, maskmill: Command, monkeypatch: p
 
 
 @pytest.mark.parametrize("arguments", [[], ["segment"], ["query"], ["runs"], ["runs", "list"], ["models"]])
-def test_help(maskmill: Command, arguments: list[str]) -> None:
+def test_help(maskmill: Maskmill, arguments: list[str]) -> None:
     said = maskmill(*arguments, "--help")
     assert said.status == 0
     assert "Usage: maskmill" in said.out
 
 
 @pytest.mark.parametrize("arguments", [[], ["runs"], ["models"]])
-def test_a_command_without_arguments_shows_its_help(maskmill: Command, arguments: list[str]) -> None:
+def test_a_command_without_arguments_shows_its_help(maskmill: Maskmill, arguments: list[str]) -> None:
     said = maskmill(*arguments)
     assert (said.status, said.err) == (2, "")
     assert "Usage: maskmill" in said.out
@@ -229,7 +198,7 @@ def test_a_command_without_arguments_shows_its_help(maskmill: Command, arguments
 # ── names from the corpus ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_hostile_name_is_shown_as_text(done: Place, maskmill: Command) -> None:
+def test_a_hostile_name_is_shown_as_text(done: Place, maskmill: Maskmill) -> None:
     sql = f"SELECT image_uri[-{len(HOSTILE)}:] AS name FROM images ORDER BY 1"
     said = maskmill("query", done.dest, sql)
     assert said.status == 0
@@ -239,7 +208,7 @@ def test_a_hostile_name_is_shown_as_text(done: Place, maskmill: Command) -> None
     assert HOSTILE in [row["name"] for row in json.loads(as_json)]
 
 
-def test_a_hostile_name_in_an_error_or_a_source_is_shown_as_text(done: Place, maskmill: Command) -> None:
+def test_a_hostile_name_in_an_error_or_a_source_is_shown_as_text(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("segment", done.source / (HOSTILE + "x"), done.dest, *done.options)
     assert said.status == 2
     assert "[red]it" in said.err
@@ -250,7 +219,7 @@ def test_a_hostile_name_in_an_error_or_a_source_is_shown_as_text(done: Place, ma
     assert "\x1b" not in listed.out
 
 
-def test_a_hostile_column_name(done: Place, maskmill: Command) -> None:
+def test_a_hostile_column_name(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, 'SELECT 1 AS "[bold]x""y"')
     assert '[bold]x"y' in said.out
 
@@ -258,13 +227,13 @@ def test_a_hostile_column_name(done: Place, maskmill: Command) -> None:
 # ── query ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_query_as_a_table(done: Place, maskmill: Command) -> None:
+def test_query_as_a_table(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT count(*) AS images, 1/3 AS third, NULL AS nothing FROM images")
     lines = [line.split() for line in said.out.splitlines()]
     assert lines == [["images", "third", "nothing"], ["5", "0.333333"], ["(1", "row)"]]
 
 
-def test_query_as_json(done: Place, maskmill: Command) -> None:
+def test_query_as_json(done: Place, maskmill: Maskmill) -> None:
     sql = "SELECT *, 'nan'::FLOAT AS odd FROM images ORDER BY image_uri"
     rows = json.loads(maskmill("query", done.dest, sql, "--format", "json").out)
     assert len(rows) == 5
@@ -275,19 +244,19 @@ def test_query_as_json(done: Place, maskmill: Command) -> None:
     assert maskmill("query", done.dest, "SELECT 1 WHERE false", "--format", "json").out == "[]\n"
 
 
-def test_sums_and_decimals_are_numbers_in_json(done: Place, maskmill: Command) -> None:
+def test_sums_and_decimals_are_numbers_in_json(done: Place, maskmill: Maskmill) -> None:
     sql = "SELECT sum(width) AS wide, sum(0.25::DECIMAL(4, 2)) AS share, 2::HUGEINT ** 70 AS float FROM images"
     (row,) = json.loads(maskmill("query", done.dest, sql, "--format", "json").out)
     assert type(row["wide"]) is int and row["share"] == 1.25 and row["float"] == 2.0**70
 
 
-def test_query_as_csv_of_odd_types(done: Place, maskmill: Command) -> None:
+def test_query_as_csv_of_odd_types(done: Place, maskmill: Maskmill) -> None:
     sql = "SELECT '\\x00a'::BLOB AS b, [NULL, 1] AS l, INTERVAL 1 DAY AS i, NULL AS n, 1.50 AS d"
     said = maskmill("query", done.dest, sql, "--format", "csv").out.splitlines()
     assert said == ['"b","l","i","n","d"', '"AGE=","[null, 1]","[0, 1, 0]",,1.50']
 
 
-def test_query_as_csv_with_every_column(done: Place, maskmill: Command) -> None:
+def test_query_as_csv_with_every_column(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT * FROM images ORDER BY image_uri", "--format", "csv")
     assert said.status == 0
     table = pyarrow.csv.read_csv(io.BytesIO(said.out.encode()))
@@ -305,7 +274,7 @@ def test_query_as_parquet(done: Place) -> None:
     assert str(table.schema.field("mask").type).startswith("struct<bytes: ")
 
 
-def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
+def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT colour FROM images")
     assert said.status == 2
     assert said.err.startswith("error: the query failed: ")
@@ -315,7 +284,7 @@ def test_a_query_that_is_wrong_says_why(done: Place, maskmill: Command) -> None:
 # ── a healthy table ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_verify_finds_nothing_in_a_whole_table_and_says_what_a_cut_file_is(done: Place, maskmill: Command) -> None:
+def test_verify_finds_nothing_in_a_whole_table_and_says_what_a_cut_file_is(done: Place, maskmill: Maskmill) -> None:
     whole = maskmill("verify", done.dest, "--deep")
     assert whole.status == 0 and "nothing is wrong" in whole.out, whole.out
     part = next(done.dest.glob("segments/*/*/*/*.parquet"))
@@ -328,7 +297,7 @@ def test_verify_finds_nothing_in_a_whole_table_and_says_what_a_cut_file_is(done:
     assert maskmill("verify", done.source).status == 2
 
 
-def test_drift_of_a_first_run_has_nothing_to_be_compared_with(done: Place, maskmill: Command) -> None:
+def test_drift_of_a_first_run_has_nothing_to_be_compared_with(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("drift", done.dest)
     assert said.status == 0 and "no earlier run" in said.out
     assert json.loads(maskmill("drift", done.dest, "--json").out)["state"] == "no_earlier_runs"
@@ -336,7 +305,7 @@ def test_drift_of_a_first_run_has_nothing_to_be_compared_with(done: Place, maskm
 
 
 def test_a_narrow_terminal_shows_every_run_id_whole(
-    done: Place, maskmill: Command, monkeypatch: pytest.MonkeyPatch
+    done: Place, maskmill: Maskmill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rich would crop what does not fit, and the id is there to be copied."""
     monkeypatch.setattr(screen, "stdout", lambda: Console(width=40, highlight=False))
@@ -348,7 +317,7 @@ def test_a_narrow_terminal_shows_every_run_id_whole(
 # ── settings of a run ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Command) -> None:
+def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Maskmill) -> None:
     """Another setting is another question: every image is asked it, and the plan says what it was."""
     again = maskmill("segment", done.source, done.dest, *done.options, "--set", "tile_above_pixels=600", "--json")
     assert again.status == options.TOO_MANY_ERRORS, again.err
@@ -376,7 +345,7 @@ def test_settings_change_the_answer_and_are_frozen(done: Place, maskmill: Comman
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_any_image(
-    change: str, said: str, done: Place, maskmill: Command
+    change: str, said: str, done: Place, maskmill: Maskmill
 ) -> None:
     before = maskmill("runs", "list", done.dest, "--json").out
     refused = maskmill("segment", done.source, done.dest, *done.options, "--set", change)
@@ -384,19 +353,19 @@ def test_settings_that_do_not_fit_are_refused_before_any_image(
     assert maskmill("runs", "list", done.dest, "--json").out == before
 
 
-def test_several_statements_are_refused(done: Place, maskmill: Command) -> None:
+def test_several_statements_are_refused(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT 1; SELECT 2")
     assert said.status == 2 and "2 statements" in said.err
 
 
-def test_masks_in_a_pipe_are_one_line_a_row_and_no_bytes(done: Place, maskmill: Command) -> None:
+def test_masks_in_a_pipe_are_one_line_a_row_and_no_bytes(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT image_uri, mask, classes FROM images WHERE status = 'ok'")
     lines = said.out.splitlines()
     assert len(lines) == 2 + int(lines[-1].strip("()").split()[0])
     assert all("bytes>" in line and "PNG" not in line for line in lines[1:-1])
 
 
-def test_long_results_are_cut_on_the_screen_and_say_so(done: Place, maskmill: Command) -> None:
+def test_long_results_are_cut_on_the_screen_and_say_so(done: Place, maskmill: Maskmill) -> None:
     said = maskmill("query", done.dest, "SELECT range AS n FROM range(1500)")
     assert "the first 1000 rows" in said.out
     assert len(maskmill("query", done.dest, "FROM range(5000)", "--format", "csv").out.splitlines()) == 5001
@@ -405,7 +374,7 @@ def test_long_results_are_cut_on_the_screen_and_say_so(done: Place, maskmill: Co
 # ── runs and models ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_runs_list_show_abandon(done: Place, maskmill: Command) -> None:
+def test_runs_list_show_abandon(done: Place, maskmill: Maskmill) -> None:
     (run,) = json.loads(maskmill("runs", "list", done.dest, "--json").out)
     assert (run["state"], run["rows"], run["planned"]) == ("done", 5, 5)
     table = maskmill("runs", "list", done.dest)
@@ -418,7 +387,7 @@ def test_runs_list_show_abandon(done: Place, maskmill: Command) -> None:
 
 
 def test_models_list_and_show(
-    maskmill: Command, tmp_path: Path, semantic_model: Path, monkeypatch: pytest.MonkeyPatch
+    maskmill: Maskmill, tmp_path: Path, semantic_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from models.file import model_version
 
@@ -440,7 +409,7 @@ def test_models_list_and_show(
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_drains_and_the_same_command_continues(
-    asked: signal.Signals, place: Place, maskmill: Command
+    asked: signal.Signals, place: Place, maskmill: Maskmill
 ) -> None:
     for index in range(60):
         make_image(place.source / f"more-{index}.png", index)
@@ -475,12 +444,12 @@ def test_a_reader_that_goes_away_gets_no_complaint(done: Place) -> None:
     assert (result.stdout, result.stderr) == ('"range"\n', "")
 
 
-def test_version(maskmill: Command) -> None:
+def test_version(maskmill: Maskmill) -> None:
     said = maskmill("--version")
     assert (said.status, said.out) == (0, f"maskmill {pipeline.__version__}\n")
 
 
-def test_models_import(maskmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_import(maskmill: Maskmill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "tiny.safetensors"
     common = ("models", "import", "smp:unet/resnet18", "--out", out, "--arg", "encoder_depth=3", "--arg")
     said = maskmill(*common, "decoder_channels=[16,8,8]", "--random", "--seed", "4", "--classes", "background, road")

@@ -4,50 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import pytest
+from command_line import Maskmill
 
-from pipeline import cli
-from pipeline.engine import placement
-from pipeline.engine.crew import InlineCrew
-
-sys.path.insert(0, str(Path(__file__).parent / "learning"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 from tiny_nuclei import write_dataset
 
 
-class Said(NamedTuple):
-    """What one command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`maskmill(*arguments)` in this process, workers too."""
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
-    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
-    monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
-
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
-
-    return run
-
-
-def test_a_table_a_page_and_one_object(maskmill: Command, tmp_path: Path, instance_model: Path) -> None:
+def test_a_table_a_page_and_one_object(maskmill: Maskmill, tmp_path: Path, instance_model: Path) -> None:
     folder = write_dataset(tmp_path / "discs", images=4, size=48)
     command = ["evaluate", folder, "--model", instance_model, "--out", tmp_path / "dest", "--resamples", "20"]
     command += ["--map", "object=disc", "--slice", "stratum"]
@@ -75,7 +40,7 @@ def test_a_table_a_page_and_one_object(maskmill: Command, tmp_path: Path, instan
     assert ": 1 image\n" in some.out
 
 
-def test_statuses(maskmill: Command, tmp_path: Path, semantic_model: Path) -> None:
+def test_statuses(maskmill: Maskmill, tmp_path: Path, semantic_model: Path) -> None:
     folder = write_dataset(tmp_path / "discs", images=4, size=48)
     (folder / "images" / "disc-3.png").write_bytes(b"")
     command = ["evaluate", folder, "--model", semantic_model, "--out", tmp_path / "dest", "--no-page"]

@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+from command_line import Maskmill
 from handmade import CREATED_AT
 from harness import write_images, write_tiny_model
 
 from models.file import model_version
-from pipeline import cli
-from pipeline.engine import placement
-from pipeline.engine.crew import InlineCrew
 from pipeline.table.evaluations import evaluation_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 from drawn_evaluations import semantic_rows, table_of
 
 
-class Said(NamedTuple):
-    """What one command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
-Models = Callable[..., Said]
-
-
-@pytest.fixture
-def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Models:
-    """`maskmill(*arguments)` in this process."""
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+@pytest.fixture(autouse=True)
+def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
-
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_a_model_s_way_to_champion_and_back(
-    maskmill: Models, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maskmill: Maskmill, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = (model_version(path.read_bytes()) for path in files)
     shelf = tmp_path / "models"
@@ -111,7 +82,7 @@ def test_a_model_s_way_to_champion_and_back(
     assert maskmill("models", "history", "nuclei-unet").out.count("\n") == 1
 
 
-def test_segment_takes_the_champion_of_a_registry(maskmill: Models, files: list[Path], tmp_path: Path) -> None:
+def test_segment_takes_the_champion_of_a_registry(maskmill: Maskmill, files: list[Path], tmp_path: Path) -> None:
     shelf, out = tmp_path / "models", tmp_path / "out"
     for path in files:
         maskmill("models", "push", path, "--registry", shelf)
@@ -141,7 +112,7 @@ def test_segment_takes_the_champion_of_a_registry(maskmill: Models, files: list[
     ],
 )
 def test_wrong_usage_is_one_sentence(
-    maskmill: Models, files: list[Path], tmp_path: Path, arguments: tuple[str, ...], words: str
+    maskmill: Maskmill, files: list[Path], tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     maskmill("models", "push", files[0], "--registry", tmp_path / "models")
     said = maskmill("models", *arguments, "--registry", tmp_path / "models")
