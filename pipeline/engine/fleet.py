@@ -259,8 +259,8 @@ class Fleet:
         elif now_s - self._alone_since_s > _NOBODY_COMES_S:
             self._alone_since_s = now_s
             self._say(
-                f"no worker has come up for {_NOBODY_COMES_S:.0f} s: the cluster may be busy, growing, or too small "
-                "for what one worker asks for (--gpus-per-actor, --threads)"
+                f"no worker has come up for {_NOBODY_COMES_S:.0f} s: the machine may be busy, or the cluster growing, "
+                "or too small for what one worker asks for (--gpus-per-actor, --threads)"
             )
 
     def _settle(self, seat: _Seat, again: deque[ShardTask], on_receipt: Callable[[Receipt], None]) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 import duckdb
 
 from pipeline.config import SegmentConfig
+from pipeline.corpus.entries import ENTRY_SUFFIXES, file_name
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import Crew
 from pipeline.engine.fleet import Fleet, FleetProgress
@@ -109,6 +110,7 @@ class _Segmentation:
         self._session = Session(0.0, _NO_PROGRESS, [])
         self._closed: list[RunRecord] = []
         self._create_only = True
+        self._dest_is_checked = False
         self._planner = Planner(
             config, scratch, self._ledger, source=self._source, workplace=_Workplace(self), note=self._note
         )
@@ -225,7 +227,9 @@ class _Segmentation:
         return self._corpus
 
     def _check_dest(self) -> None:
-        """An unwritable DEST is found before any work; a store without conditional writes is named."""
+        """An unwritable DEST is found before any work; a store without conditional writes is named. Asks once."""
+        if self._dest_is_checked:
+            return
         try:
             self._create_only = self._storage.check_create_only()
             if not self._create_only:
@@ -237,6 +241,7 @@ class _Segmentation:
                 )
         except StorageError as error:
             raise UsageError(f"DEST cannot be written: {error}") from error
+        self._dest_is_checked = True
 
     def _planned(self, draft: Draft) -> Outcome:
         """The answer of `--dry-run`: nothing was written."""
@@ -385,9 +390,8 @@ class _Segmentation:
             log.warning("progress could not be saved: %s", error)
 
     def _spec(self, plan: Plan) -> WorkerSpec:
-        local = self._source.startswith("file:") and not self._source.endswith(
-            (".parquet", ".csv", ".jsonl", ".txt", ".json")
-        )
+        is_list = file_name(self._source).endswith((*ENTRY_SUFFIXES, ".json"))
+        local = self._source.startswith("file:") and not is_list
         threads = self._the_crew().threads
         return WorkerSpec(
             code_digest=code_digest(),
@@ -418,6 +422,8 @@ class _Segmentation:
 
     def _the_crew(self) -> Crew:
         if self._crew is None:
+            if not self._config.dry_run:
+                self._check_dest()  # workers take longer to come than this
             engine, why = choose_engine(self._config, self._source, self._dest)
             self._crew = open_crew(self._config, engine, self._source, self._dest)
             self._note(f"engine {engine} ({why}), {counted(self._wanted_actors(), 'actor')} at most")

@@ -56,8 +56,9 @@ class Bench:
             "report": False,
         }
         should_stop = settings.pop("should_stop", None)
+        listen = settings.pop("listen", self.told.append)
         return pipeline.segment(
-            source=str(source), dest=str(self.dest), listen=self.told.append, should_stop=should_stop,
+            source=str(source), dest=str(self.dest), listen=listen, should_stop=should_stop,
             **(defaults | settings),
         )  # fmt: skip
 
@@ -360,6 +361,26 @@ def test_every_awkward_image_has_one_row_of_the_right_kind(bench: Bench, tmp_pat
     assert bench.segment(corpus, max_pixels=100_000_000).planned == 0
 
 
+def test_images_that_are_replaced_or_deleted_once_they_are_planned(
+    bench: Bench, image_folder: Callable[..., Path]
+) -> None:
+    photos = image_folder(3)
+    old, new = photos / "0000.jpg", photos / "0001.png"
+
+    def meddle(event: Event) -> None:
+        if event.text.startswith("run "):
+            new.replace(old)
+            touch_later(old)
+
+    outcome = bench.segment(photos, listen=meddle)
+    assert (outcome.ok, outcome.errors_by_kind) == (2, {"missing": 1})
+    replaced = next(row for row in rows_of(bench.dest) if row["image_uri"].endswith(old.name))
+    status = old.stat()
+    assert replaced["image_etag"] == f"{status.st_size}-{status.st_mtime_ns}" != replaced["listed_etag"]
+    assert (replaced["image_format"], replaced["image_bytes"]) == ("PNG", status.st_size)
+    assert bench.segment(photos).planned == 0  # done as it is now, and what is gone is not listed
+
+
 def test_no_images_is_a_usage_error(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", tmp_path / "nowhere", tmp_path / "*.tiff"):
@@ -372,7 +393,8 @@ def test_an_unwritable_dest_is_a_usage_error(bench: Bench, image_folder: Callabl
     photos = image_folder(1)
     bench.dest.write_text("a file where the folder should be")
     with pytest.raises(UsageError, match="DEST cannot be written"):
-        bench.segment(photos)
+        bench.segment(photos, precision="auto")
+    assert bench.texts("note") == "", "workers were asked before DEST was"
     assert bench.dest.read_text() == "a file where the folder should be"
 
 
