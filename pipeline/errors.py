@@ -72,6 +72,11 @@ class StorageError(InfrastructureError):
         super().__init__(message)
         self.kind = kind
 
+    def told(self, sentence: str, usage: type[UsageError] = UsageError) -> MaskmillError:
+        """The same in the words of `sentence`: wrong usage where something is not there, or may not be touched. A store
+        that fails may answer the next time, and stays the world's failure."""
+        return StorageError(sentence, kind=self.kind) if self.kind == "fetch_failed" else usage(sentence)
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_storage_error, (str(self), self.kind))
 

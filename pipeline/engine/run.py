@@ -40,7 +40,6 @@ from pipeline.errors import (
     StoppedError,
     StorageError,
     SupersededError,
-    UsageError,
 )
 from pipeline.storage import normalize_uri, open_storage
 from pipeline.table.catalog import unreadable
@@ -240,7 +239,7 @@ class _Segmentation:
                     )
                 )
         except StorageError as error:
-            raise UsageError(f"DEST cannot be written: {error}") from error
+            raise error.told(f"DEST cannot be written: {error}") from error
         self._dest_is_checked = True
 
     def _planned(self, draft: Draft) -> Outcome:

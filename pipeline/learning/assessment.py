@@ -254,7 +254,7 @@ def _corpus(
     try:
         storage.put_new(source, text)
     except StorageError as error:
-        raise UsageError(f"DEST cannot be written: {error}") from error
+        raise error.told(f"DEST cannot be written: {error}") from error
     corpus = read_source(source, scratch=scratch, profile=config.source_profile)
     handed_on = config.model_dump(include=set(_HANDED_ON))
     return corpus, SegmentConfig(source=source, dest=dest, **handed_on)

@@ -151,7 +151,7 @@ def _again(config: TrainConfig, key: str, uri: str, summary: Summary) -> TrainOu
     try:
         data = open_storage(summary.uri, profile=config.registry_profile).get(summary.uri).data
     except StorageError as error:
-        raise UsageError(
+        raise error.told(
             f"this was trained before, as {summary.uri}, which cannot be read ({error}): restart it"
         ) from error
     return _outcome("already", config, key, uri, summary._replace(uri=publish(data, config)))

@@ -262,6 +262,4 @@ def _said(registry: str) -> str:
 
 
 def _unreadable(what: str, error: StorageError) -> MaskmillError:
-    """What is not there, or may not be read, the caller has to change; a store that fails may answer the next time."""
-    sentence = f"{what} cannot be read: {error}"
-    return StorageError(sentence, kind=error.kind) if error.kind == "fetch_failed" else ModelError(sentence)
+    return error.told(f"{what} cannot be read: {error}", ModelError)

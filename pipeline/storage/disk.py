@@ -37,7 +37,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _READ_ATTEMPTS = 3
 _STALE_TEMPORARY_S = 24 * 3600
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
-_DENIED = {errno.EACCES, errno.EPERM}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _SENTENCES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",

@@ -143,7 +143,7 @@ def read_evaluations(
             if found and uri.endswith(".parquet") and f"/version={model_version}/" in uri:
                 of_id.setdefault(found[1], []).append(uri)
     except StorageError as error:
-        raise UsageError(f"{dest} cannot be read: {error}") from error
+        raise error.told(f"{dest} cannot be read: {error}") from error
     if evaluation_id is not None:
         of_id = {key: uris for key, uris in of_id.items() if key == evaluation_id}
     tables = {key: _concatenated(storage, uris) for key, uris in of_id.items()}

@@ -549,7 +549,7 @@ class TestDisk:
         [
             ("write", errno.ENOSPC, ("fetch_failed", "disk is full")),
             ("fsync", errno.EDQUOT, ("fetch_failed", "quota")),
-            ("open", errno.EROFS, ("fetch_failed", "read-only")),
+            ("open", errno.EROFS, ("denied", "read-only")),
             ("open", errno.EACCES, ("denied", "permission denied")),
         ],
     )

@@ -398,6 +398,28 @@ def test_an_unwritable_dest_is_a_usage_error(bench: Bench, image_folder: Callabl
     assert bench.dest.read_text() == "a file where the folder should be"
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(errno.ENOSPC, InfrastructureError), (errno.EIO, InfrastructureError), (errno.EROFS, UsageError)],
+)
+def test_a_dest_that_fails_is_the_world_s_fault_and_one_that_cannot_be_is_not(
+    bench: Bench,
+    image_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    expected: type[Exception],
+) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    photos = image_folder(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fails)
+        with pytest.raises(expected, match="DEST cannot be written"):
+            bench.segment(photos)
+    assert bench.segment(photos).ok == 1
+
+
 def test_foreign_files_in_dest_are_left_alone(bench: Bench, image_folder: Callable[..., Path]) -> None:
     photos = image_folder(2)
     bench.segment(photos)
