@@ -13,12 +13,36 @@ from rich.table import Table
 from rich.text import Text
 
 import pipeline
-from models.overrides import parse_settings
 from pipeline import screen
-from pipeline.commands.options import INTERRUPTED, TOO_MANY_ERRORS, Registry, interruptible, option
+from pipeline.commands.options import (
+    HOW,
+    INTERRUPTED,
+    TOO_MANY_ERRORS,
+    WHERE,
+    Actors,
+    BatchSize,
+    Changes,
+    Compiled,
+    Engine,
+    GpusPerActor,
+    MaxPixels,
+    MemoryMb,
+    ModelRef,
+    OneObject,
+    Precision,
+    RayAddress,
+    Registry,
+    ShardSize,
+    SharedFilesystem,
+    Threads,
+    Wait,
+    card_changes,
+    interruptible,
+    option,
+)
 from pipeline.errors import UsageError
 
-_WHAT, _HOW, _WHERE = "What is scored", "How masks are made", "Where the work is done"
+_WHAT = "What is scored"
 _SLICE_LINES = (
     ("mIoU", "miou"),
     ("pixel accuracy", "pixel_accuracy"),
@@ -32,9 +56,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     dataset: Annotated[
         str, typer.Argument(metavar="DATASET", help="Images with labels: a folder or URL in one of the layouts.")
     ],
-    model: Annotated[
-        str, option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF")
-    ],
+    model: ModelRef,
     registry: Registry = None,
     split: Annotated[str, option("Which images; `all`: every labelled one.", metavar="NAME")] = "val",
     out: Annotated[
@@ -44,8 +66,8 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     page: Annotated[Path | None, option("Write the page here, too.", metavar="FILE")] = None,
     no_page: Annotated[bool, option("Write no page.", "--no-page")] = False,
     max_error_rate: Annotated[float, option("Above this share of failures: exit status 3.", metavar="SHARE")] = 0.05,
-    wait: Annotated[bool, option("Wait for a run that another live driver holds.", "--wait")] = False,
-    as_json: Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")] = False,
+    wait: Wait = False,
+    as_json: OneObject = False,
     slices: Annotated[
         list[str] | None,
         option(
@@ -82,37 +104,22 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     labels_of: Annotated[
         str | None, option("Whose masks are the truth, where DATASET is a DEST.", panel=_WHAT, metavar="MODEL")
     ] = None,
-    precision: Annotated[
-        str, option("auto: bf16 where the device has it.", panel=_HOW, metavar="auto|fp32|bf16|fp16")
-    ] = "auto",
-    compiled: Annotated[bool, option("torch.compile.", "--compile", panel=_HOW)] = False,
-    batch_size: Annotated[int | None, option("Images per forward pass, at most.", panel=_HOW, metavar="N")] = None,
-    shard_size: Annotated[
-        int | None, option("Images per shard, and so per Parquet file.", panel=_HOW, metavar="N")
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        option("Change a field of the model's card; may be repeated.", "--set", panel=_HOW, metavar="KEY=VALUE"),
-    ] = None,
-    retry_errors: Annotated[
-        bool, option("Take up again all images that failed.", "--retry-errors", panel=_HOW)
-    ] = False,
-    max_pixels: Annotated[int, option("Larger images fail.", panel=_HOW, metavar="N")] = 200_000_000,
-    engine: Annotated[
-        str, option("auto: ray for a Ray address or several GPUs.", panel=_WHERE, metavar="auto|local|ray")
-    ] = "auto",
-    actors: Annotated[int | None, option("Workers at most.", panel=_WHERE, metavar="N")] = None,
-    gpus_per_actor: Annotated[float | None, option("GPUs of each actor.", panel=_WHERE, metavar="X")] = None,
-    threads: Annotated[int | None, option("CPU threads of each worker's network.", panel=_WHERE, metavar="N")] = None,
-    memory_mb: Annotated[
-        int, option("Decoded pixels in flight in one worker, in MB.", panel=_WHERE, metavar="N")
-    ] = 1024,
-    ray_address: Annotated[str | None, option("A running Ray cluster.", panel=_WHERE, metavar="ADDRESS")] = None,
-    shared_filesystem: Annotated[
-        bool, option("Local paths mean the same on every node.", "--shared-filesystem", panel=_WHERE)
-    ] = False,
-    source_profile: Annotated[str | None, option("AWS profile for DATASET.", panel=_WHERE, metavar="NAME")] = None,
-    dest_profile: Annotated[str | None, option("AWS profile for DEST.", panel=_WHERE, metavar="NAME")] = None,
+    precision: Precision = "auto",
+    compiled: Compiled = False,
+    batch_size: BatchSize = None,
+    shard_size: ShardSize = None,
+    change: Changes = None,
+    retry_errors: Annotated[bool, option("Take up again all images that failed.", "--retry-errors", panel=HOW)] = False,
+    max_pixels: MaxPixels = 200_000_000,
+    engine: Engine = "auto",
+    actors: Actors = None,
+    gpus_per_actor: GpusPerActor = None,
+    threads: Threads = None,
+    memory_mb: MemoryMb = 1024,
+    ray_address: RayAddress = None,
+    shared_filesystem: SharedFilesystem = False,
+    source_profile: Annotated[str | None, option("AWS profile for DATASET.", panel=WHERE, metavar="NAME")] = None,
+    dest_profile: Annotated[str | None, option("AWS profile for DEST.", panel=WHERE, metavar="NAME")] = None,
 ) -> None:
     """Measure a model on labelled images: masks by the fleet, counts by image, scores with intervals.
 
@@ -121,10 +128,6 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     Exit status: 0 done; 1 infrastructure failed, what was committed is kept; 2 wrong usage;
     3 done, but too many images failed; 130 interrupted.
     """
-    try:
-        settings = parse_settings(change or ())
-    except ValueError as error:
-        raise UsageError(f"--set: {error}") from error
     from pipeline.learning.assessment import EvaluateConfig
 
     config = EvaluateConfig(
@@ -132,7 +135,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
         renamed=_renamed(renamed or []), min_score=min_score, where=where, slices=tuple(slices or ()),
         resamples=resamples, confidence=confidence, seed=seed, max_detections=max_detections, engine=engine,
         actors=actors, gpus_per_actor=gpus_per_actor, batch_size=batch_size, shard_size=shard_size, threads=threads,
-        precision=precision, compile=compiled, settings=settings, max_pixels=max_pixels,
+        precision=precision, compile=compiled, settings=card_changes(change), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, max_error_rate=max_error_rate, retry_errors=retry_errors, wait=wait,
         ray_address=ray_address, source_profile=source_profile, dest_profile=dest_profile,
         shared_filesystem=shared_filesystem,

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from models.overrides import parse_settings
+from pipeline.errors import UsageError
+
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, KEPT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+
+def option(help_text: str, *names: str, panel: str = "Options", metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+
 
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `maskmill runs list` shows it.")]
@@ -24,9 +32,53 @@ Registry = Annotated[
     typer.Option("--registry", metavar="URL", help="Folder or URL with models. Default: MASKMILL_REGISTRY."),
 ]
 
+# Of every command that has images segmented.
+HOW, WHERE = "How masks are made", "Where the work is done"
 
-def option(help_text: str, *names: str, panel: str = "Options", metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+ModelRef = Annotated[
+    str, option("A name, name@alias, name@version, or the path or URL of a .safetensors file.", metavar="REF")
+]
+Wait = Annotated[bool, option("Wait for a run that another live driver holds.", "--wait")]
+OneObject = Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")]
+Precision = Annotated[str, option("auto: bf16 where the device has it.", panel=HOW, metavar="auto|fp32|bf16|fp16")]
+Compiled = Annotated[
+    bool, option("torch.compile: faster on long runs, other last bits. Frozen.", "--compile", panel=HOW)
+]
+BatchSize = Annotated[
+    int | None, option("Images per forward pass, at most. Frozen in the run.", panel=HOW, metavar="N")
+]
+ShardSize = Annotated[int | None, option("Images per shard, and so per Parquet file.", panel=HOW, metavar="N")]
+Changes = Annotated[
+    list[str] | None,
+    option(
+        "Change a field of the model's card for this run: postprocessing.min_area_px=30; may be repeated.",
+        "--set",
+        panel=HOW,
+        metavar="KEY=VALUE",
+    ),
+]
+MaxPixels = Annotated[int, option("Larger images become `too_large` rows.", panel=HOW, metavar="N")]
+Engine = Annotated[str, option("auto: ray for a Ray address or several GPUs.", panel=WHERE, metavar="auto|local|ray")]
+Actors = Annotated[
+    int | None, option("Workers at most. Default: one per GPU, or one per CPU core.", panel=WHERE, metavar="N")
+]
+GpusPerActor = Annotated[float | None, option("GPUs of each actor; fractions share one.", panel=WHERE, metavar="X")]
+Threads = Annotated[
+    int | None, option("CPU threads of each worker's network. Frozen in the run.", panel=WHERE, metavar="N")
+]
+MemoryMb = Annotated[int, option("Decoded pixels in flight in one worker, in MB.", panel=WHERE, metavar="N")]
+RayAddress = Annotated[str | None, option("A running Ray cluster.", panel=WHERE, metavar="ADDRESS")]
+SharedFilesystem = Annotated[
+    bool, option("Local paths mean the same on every node.", "--shared-filesystem", panel=WHERE)
+]
+
+
+def card_changes(lines: list[str] | None) -> dict[str, Any]:
+    """What `--set` asks for. Raises UsageError."""
+    try:
+        return parse_settings(lines or ())
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
 
 
 @contextmanager
