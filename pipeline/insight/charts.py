@@ -113,9 +113,7 @@ def columns(
         "data": _records(rows),
         "mark": {"type": "bar", "stroke": "var(--surface)", "strokeWidth": 0.5},
         "encoding": {
-            "x": x,
-            "y": {"field": "value", "type": "quantitative", "stack": True, "axis": {"title": title}},
-            "color": _colored("part", colors),
+            **_values_by_part(x, title, colors, stack=True),
             "order": {"field": "order", "type": "quantitative"},
             "description": {"field": "says", "type": "nominal"},
         },
@@ -135,11 +133,7 @@ def lines(
     x: Mapping[str, Any],
 ) -> str:
     """Lines with points: `at`, `part` (a key of `colors`), `value`, `says`."""
-    encoding = {
-        "x": x,
-        "y": {"field": "value", "type": "quantitative", "axis": {"title": title}},
-        "color": _colored("part", colors),
-    }
+    encoding = _values_by_part(x, title, colors)
     points = encoding | {"description": {"field": "says", "type": "nominal"}}
     spec = {
         "data": _records(rows),
@@ -190,7 +184,12 @@ def band(name: str, description: str, rows: Sequence[Mapping[str, Any]], *, colo
     return _svg(name, description, spec, height_px=120)
 
 
-def _colored(field: str, colors: Mapping[str, str]) -> dict[str, Any]:
+def _values_by_part(x: Mapping[str, Any], title: str, colors: Mapping[str, str], **y: Any) -> dict[str, Any]:
+    """`value` over `x`, one colour for each `part`."""
     scale = {"domain": list(colors), "range": list(colors.values())}
     legend = {} if len(colors) > 1 else {"legend": None}
-    return {"field": field, "type": "nominal", "scale": scale, **legend}
+    return {
+        "x": x,
+        "y": {"field": "value", "type": "quantitative", "axis": {"title": title}, **y},
+        "color": {"field": "part", "type": "nominal", "scale": scale, **legend},
+    }
