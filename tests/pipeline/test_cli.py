@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -436,6 +437,40 @@ def test_being_asked_to_stop_drains_and_the_same_command_continues(
     assert said.status == 0
     assert len(json.loads(said.out)["runs"]) == 1
     assert len({row["image_uri"] for row in rows_of(place.dest)}) == len(rows_of(place.dest)) == 63
+
+
+def test_being_asked_twice_it_does_not_wait_for_shards_in_flight(place: Place, tmp_path: Path) -> None:
+    for index in range(60):
+        make_image(place.source / f"more-{index}.png", index)
+    command = [sys.executable, "-m", "pipeline.cli", "segment", place.source, place.dest, *place.options]
+    command += ["--shard-size", "1", "--engine", "local", "--actors", "1"]
+    told = tmp_path / "stderr"
+    with told.open("w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True)
+    workers: list[psutil.Process] = []
+    try:
+        while not part_paths(place.dest):
+            assert process.poll() is None, told.read_text()
+            time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "pipeline.engine.crew" in child.cmdline()]
+        for worker in workers:
+            worker.suspend()  # so that nothing in flight is ever finished
+        process.send_signal(signal.SIGINT)
+        while "s to finish" not in told.read_text():
+            assert process.poll() is None, told.read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+    finally:
+        process.kill()
+        left = [worker for worker in workers if worker.is_running()]
+        for worker in left:
+            worker.kill()
+    assert (process.returncode, out) == (options.INTERRUPTED, ""), told.read_text()
+    assert "Traceback" not in told.read_text()
+    assert len(workers) == 1 and not left
+    assert 0 < len(rows_of(place.dest)) < 63
 
 
 def test_a_reader_that_goes_away_gets_no_complaint(done: Place) -> None:
