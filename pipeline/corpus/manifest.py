@@ -8,12 +8,10 @@ with the corpus.
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.entries import ENTRY_SUFFIXES, file_name, read_entries
+from pipeline.corpus.etags import HEAD_THREADS, EtagFiller
 from pipeline.corpus.inventory import read_inventory
 from pipeline.corpus.signatures import ADDRESSES, split_signatures
 from pipeline.errors import StorageError, UsageError
@@ -41,12 +40,9 @@ from pipeline.storage import (
     without_secrets,
 )
 
-log = logging.getLogger(__name__)
-
 MANIFEST_SCHEMA = LISTING_SCHEMA
 
 _ROWS_PER_GROUP = 100_000
-_HEAD_THREADS = 32
 #: So many images named, and not one of them there: the place is wrong, and rows that say so help nobody.
 _SURELY_WRONG = 1000
 _GLOB = re.compile(r"[*?\[]")
@@ -90,7 +86,7 @@ def read_source(
     scratch: Path,
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     profile: str | None = None,
-    head_threads: int = _HEAD_THREADS,
+    head_threads: int = HEAD_THREADS,
 ) -> Corpus:
     """List or read SOURCE into a new Parquet file in the folder `scratch`, which is made where it is missing.
 
@@ -122,7 +118,7 @@ def read_source(
     path = scratch / f"corpus-{uuid.uuid4().hex}.parquet"
     addresses = _Addresses(scratch / f"signed-{path.name}")
     try:
-        with _EtagFiller(profile, head_threads) as filler:
+        with EtagFiller(profile, head_threads) as filler:
             rows = _write(path, (addresses.split(filler.fill(batch)) for batch in batches))
         addresses.close()
         if rows == 0:
@@ -338,73 +334,3 @@ class _Addresses:
     def remove(self) -> None:
         self.close()
         self._wanted.unlink(missing_ok=True)
-
-
-class _EtagFiller:
-    """Asks the stores for the etags that a batch does not hold. A context manager: it owns threads."""
-
-    def __init__(self, profile: str | None, threads: int) -> None:
-        self._profile = profile
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="head")
-        self._storages: dict[str, Storage | None] = {}
-        #: Images of which the store says that they are not there, and one of them.
-        self.missing = 0
-        self.example = ""
-
-    def __enter__(self) -> _EtagFiller:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The batch with no null etag; sizes and times of the rows that were asked for come from the store
-        too."""
-        unknown = pc.equal(pc.fill_null(batch.column("etag"), ""), "")
-        if batch.num_rows == 0 or not pc.any(unknown).as_py():
-            return batch
-        uris = pc.filter(batch.column("uri"), unknown).to_pylist()
-        for uri in uris:
-            self._open(uri)
-        answers: list[ObjectInfo | None] = []
-        failures: list[StorageError] = []
-        for uri, answer in zip(uris, self._pool.map(self._info, uris), strict=True):
-            if isinstance(answer, StorageError) and answer.kind == "missing":
-                self.missing += 1
-                self.example = uri
-            elif isinstance(answer, StorageError) and answer.kind == "fetch_failed":
-                failures.append(answer)
-            answers.append(None if isinstance(answer, StorageError) else answer)
-        if len(failures) * 2 > len(uris):
-            raise failures[0]
-        replaced = {
-            "etag": [info.etag if info else "" for info in answers],
-            "size_bytes": [info.size_bytes if info and info.size_bytes >= 0 else None for info in answers],
-            "modified": [info.modified if info else None for info in answers],
-        }
-        columns = [batch.column("uri")]
-        for field in list(MANIFEST_SCHEMA)[1:]:
-            values = pa.array(replaced[field.name], field.type)
-            columns.append(pc.replace_with_mask(batch.column(field.name), unknown, values))
-        return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
-
-    def _open(self, uri: str) -> Storage | None:
-        scheme, _, rest = uri.partition("://")
-        root = "file:///" if scheme == "file" else f"{scheme}://{rest.partition('/')[0]}"
-        if root not in self._storages:
-            try:
-                self._storages[root] = open_storage(root, profile=self._profile)
-            except (UsageError, StorageError) as error:
-                log.warning("%s", error)
-                self._storages[root] = None
-        return self._storages[root]
-
-    def _info(self, uri: str) -> ObjectInfo | StorageError | None:
-        """None for an image that no store can have."""
-        storage = self._open(uri)
-        try:
-            return storage.head(uri) if storage else None
-        except UsageError:
-            return None
-        except StorageError as error:
-            return error

@@ -17,6 +17,7 @@ import pytest
 from awkward_corpus import AWKWARD_NAMES, make_awkward_corpus
 
 from pipeline.corpus import manifest as manifest_module
+from pipeline.corpus.etags import EtagFiller
 from pipeline.corpus.manifest import MANIFEST_SCHEMA, Corpus, read_source
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage import ObjectInfo, join_uri, open_storage
@@ -227,7 +228,7 @@ def test_text_lines_keep_hashes_and_spaces(read: Read, tmp_path: Path) -> None:
 def test_etags_sizes_and_times_of_a_manifest_are_taken_without_a_head(
     read: Read, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest_module._EtagFiller, "_info", lambda *_: pytest.fail("asked the store"))
+    monkeypatch.setattr(EtagFiller, "_info", lambda *_: pytest.fail("asked the store"))
     rows = [
         {"uri": "s3://nowhere/a.jpg", "etag": '"0123"', "size_bytes": 12, "modified": "2026-01-02T03:04:05Z"},
         {"uri": "s3://nowhere/b.jpg", "etag": 'W/"x-2"', "size_bytes": None, "modified": None},

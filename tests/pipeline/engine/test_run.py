@@ -569,6 +569,19 @@ def test_a_run_that_another_driver_holds(bench: Bench, image_folder: Callable[..
     assert bench.segment(photos).ok == 4
 
 
+def test_with_wait_it_goes_on_once_the_other_driver_is_done(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    from pipeline.storage import normalize_uri, open_storage
+
+    photos = image_folder(4)
+    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
+    dest = normalize_uri(str(bench.dest))
+    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
+    holder.__enter__()
+    threading.Timer(1.0, holder.__exit__, (None, None, None)).start()
+    assert bench.segment(photos, lease_ttl_s=60, wait=True).ok == 4
+    assert not holder.superseded.is_set()
+
+
 # ── the canary ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
