@@ -163,6 +163,14 @@ def test_every_module_says_what_it_owns() -> None:
             assert path.stem not in {"utils", "common", "helpers", "base", "manager"}, path.relative_to(ROOT)
 
 
+def test_a_long_module_says_why() -> None:
+    for folder in ("models", "pipeline", "flows", "infra"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            says_why = "Longer than most modules: " in text.partition('"""')[2].partition('"""')[0]
+            assert says_why or text.count("\n") <= 400, path.relative_to(ROOT)
+
+
 @pytest.mark.parametrize("code", ["import models.card, models.file", "import pipeline", "import pipeline.cli"])
 def test_what_every_command_imports_does_not_load_torch(code: str) -> None:
     script = f"import sys, json; {code}; print(json.dumps([m for m in ('torch', 'ray') if m in sys.modules]))"
