@@ -310,8 +310,7 @@ def print_rows(relation: Any) -> None:
         # A reader at the other end of a pipe wants a row per line.
         console.width = 100_000
     console.print(table)
-    counted = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
-    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else counted
+    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else counted(len(rows), "row")
     console.print(Text(f"({shown})", style="dim"))
 
 
@@ -355,8 +354,10 @@ def write_rows(relation: Any, output: str) -> None:
                 writer.write_batch(batch)
     else:
         separator = b"["
+        given = reader.schema.names  # which may repeat a name, and an object may not
+        names = [f"{name}_{before}" if (before := given[:at].count(name)) else name for at, name in enumerate(given)]
         for batch in reader:
-            for row in batch.to_pylist():
+            for row in batch.rename_columns(names).to_pylist():
                 out.write(separator + json.dumps(_json_value(row), allow_nan=False).encode())
                 separator = b",\n"
         out.write(b"]\n" if separator != b"[" else b"[]\n")

@@ -251,6 +251,11 @@ def test_sums_and_decimals_are_numbers_in_json(done: Place, maskmill: Maskmill) 
     assert type(row["wide"]) is int and row["share"] == 1.25 and row["float"] == 2.0**70
 
 
+def test_columns_of_one_name_are_all_in_json(done: Place, maskmill: Maskmill) -> None:
+    said = maskmill("query", done.dest, "SELECT 1 AS a, 2 AS b, 3 AS a, 4 AS a", "--format", "json")
+    assert json.loads(said.out) == [{"a": 1, "b": 2, "a_1": 3, "a_2": 4}]
+
+
 def test_query_as_csv_of_odd_types(done: Place, maskmill: Maskmill) -> None:
     sql = "SELECT '\\x00a'::BLOB AS b, [NULL, 1] AS l, INTERVAL 1 DAY AS i, NULL AS n, 1.50 AS d"
     said = maskmill("query", done.dest, sql, "--format", "csv").out.splitlines()
