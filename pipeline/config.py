@@ -48,7 +48,7 @@ class SegmentConfig(BaseModel):
         None, ge=1, description="Process this many first; go on only if their error rate is fine."
     )
     dry_run: bool = Field(False, description="Only print the plan.")
-    retry_errors: bool = Field(False, description="Take up again every image whose newest row is an error.")
+    retry_errors: bool = Field(False, description="Take up again all images that failed and were never done.")
     force: bool = Field(False, description="Process every image of SOURCE again.")
     max_error_rate: float = Field(0.05, ge=0, le=1, description="Above this share of errors the exit status is 3.")
     report: bool = Field(True, description="Leave an HTML report beside the record of every run that is closed.")
