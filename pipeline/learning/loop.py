@@ -47,7 +47,7 @@ class TrainingError(InfrastructureError):
 
 
 class StepEvent(NamedTuple):
-    """How far a run is. `share` 0..1."""
+    """How far a run is. `share` 0..1; `loss` is that of the last step that was read: this one, or the one before."""
 
     step: int
     epoch: int
@@ -110,6 +110,7 @@ class Loop:
         self._should_stop = should_stop
         self._optimizer = make_optimizer(module, config)
         self._average = Average(module, config.ema_decay)
+        self._watch = _Watch(peers)
         self._total_steps = config.steps or (config.epochs * epoch_steps if config.epochs else None)
 
     def fit(self) -> Fitted:
@@ -207,10 +208,9 @@ class Loop:
 
     def _steps(self, progress: Progress, end: int, began_s: float, tally: EpochTally) -> tuple[int, bool]:
         """Takes steps up to number `end`, or to the end of the run; gives the steps done and whether that is all."""
-        config, step = self._config, progress.step
+        config, step, watch = self._config, progress.step, self._watch
         Frozen.at(progress.epoch, config).apply(self._module)
         network = self._wrapped()
-        watch = _Watch(self._peers)
         batches: Any = self._examples.stream(step * config.accumulate, self._peers.rank, self._peers.world)
         with contextlib.closing(batches):
             entered_s = time.monotonic()
@@ -303,14 +303,14 @@ class Loop:
 
 
 class _Watch:
-    """Reads the figures of a step after the next has been given to the device, so that it never waits for a reader;
-    and stops a run whose figures are no numbers.
+    """Reads the figures of a step after the next has been given to the device, so that it never waits for a reader
+    (but for the first, of which people want to hear); and stops a run whose figures are no numbers.
     """
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._noted: tuple[int, list[str], torch.Tensor, list[str]] | None = None
-        #: Of the last step that was read.
+        #: Of the last step that was read, in this epoch or the one before; NaN before the first.
         self.loss = math.nan
 
     def note(self, step: int, figures: dict[str, torch.Tensor], names: list[str], tally: EpochTally) -> None:
@@ -319,6 +319,8 @@ class _Watch:
         own = torch.stack([figures[key].float().reshape(()) for key in keys])
         self.settle(tally)
         self._noted = (step, keys, own, names)
+        if math.isnan(self.loss):
+            self.settle(tally)
 
     def settle(self, tally: EpochTally) -> None:
         """Raises TrainingError, on all workers alike."""

@@ -85,6 +85,17 @@ def test_trace_and_curves_stay_and_checkpoints_go(folder: Path, tmp_path: Path) 
     assert json.loads((run / "outcome.json").read_text())["version"] == outcome.version
 
 
+def test_the_loss_that_people_see_is_always_a_number(folder: Path, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    train(tiny(folder, tmp_path, steps=5, val_split=None), listen=heard.append)
+    seen = [event.loss for event in heard if isinstance(event, StepEvent)]
+    means = [event.row["loss"] for event in heard if isinstance(event, EpochEvent)]
+    # Each step is told with the loss of the one before, the first with its own; the last is in its epoch's mean.
+    losses = [*seen[1:], means[2]]
+    assert seen[0] == losses[0]
+    assert means == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]], rel=1e-6)
+
+
 def test_the_same_again_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
     first = train(tiny(folder, tmp_path, steps=1))
     again = train(tiny(folder, tmp_path, steps=1, out=str(tmp_path / "copy.safetensors")))
