@@ -180,7 +180,7 @@ def _with_curves(
 ) -> Callable[[StepEvent | EpochEvent], None]:
     """Draws the curves anew now and then, for whoever looks on."""
     rows: list[dict[str, Any]] = []
-    drawn_s = -math.inf
+    drawn_s = time.monotonic()
 
     def told(event: StepEvent | EpochEvent) -> None:
         nonlocal drawn_s

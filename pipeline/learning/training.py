@@ -21,7 +21,7 @@ from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
 from pipeline.learning.job import Job, Summary, do_job, make_examples
 from pipeline.learning.labels.check import LabelReport, check_labels
-from pipeline.learning.labels.source import open_labels
+from pipeline.learning.labels.source import LabelSource, open_labels
 from pipeline.learning.loop import EpochEvent, StepEvent, TrainingError
 from pipeline.learning.preview import draw_preview
 from pipeline.learning.results import publish
@@ -91,11 +91,7 @@ def train(
     say = listen or (lambda event: None)
     stop = should_stop or (lambda: False)
     source = open_labels(config.dataset, profile=config.dataset_profile)
-    datasets = [Dataset(source, split) for split in (config.train_split, config.val_split) if split is not None]
-    if not len(datasets[0]):
-        raise UsageError(f"split {config.train_split!r} of {source.title} has no images")
-    say(Note(f"{source.title}: {', '.join(f'{len(one)} images in {one.split}' for one in datasets)}"))
-    digests = {str(one.split): one.digest() for one in datasets}
+    digests = _digests(config, source, say)
     initial = resolve(config.init, profile=config.registry_profile).version if config.init else None
     key = run_key(config, initial=initial, **digests)
     uri = _folder(config, key)
@@ -126,6 +122,28 @@ def preview(config: TrainConfig) -> bytes:
     """
     dataset = Dataset(open_labels(config.dataset, profile=config.dataset_profile), config.train_split)
     return draw_preview(make_examples(config, dataset, begin(config, dataset).card))
+
+
+def _digests(config: TrainConfig, source: LabelSource, say: Listen) -> dict[str, str]:
+    """Of the splits that are used, by their names. Raises BrokenLabelsError where images or labels are not there,
+    unless labels are not to be checked.
+    """
+    splits = [split for split in (config.train_split, config.val_split) if split is not None]
+    try:
+        datasets = [Dataset(source, split) for split in splits]
+        for one in datasets:
+            if not len(one):
+                measured = ", or measure nothing (an empty val split)" if one.split == config.val_split else ""
+                raise UsageError(f"split {one.split!r} of {source.title} has no images: name another{measured}")
+        say(Note(f"{source.title}: {', '.join(f'{len(one)} images in {one.split}' for one in datasets)}"))
+        return {str(one.split): one.digest() for one in datasets}
+    except (UsageError, StorageError) as error:
+        missing = not isinstance(error, StorageError) or error.kind == "missing"
+        if config.check and missing and all(split in source.splits for split in splits):
+            report = check_labels(source)
+            if not report.ok:
+                raise BrokenLabelsError(report) from error
+        raise
 
 
 def _do(job: Job, say: Listen, stop: Callable[[], bool]) -> Summary:

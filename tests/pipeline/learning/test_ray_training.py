@@ -16,13 +16,9 @@ from pipeline.learning.training import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset
-from tiny_training import equal, tiny, weights
+from tiny_training import NORMLESS, equal, tiny, weights
 
 pytestmark = pytest.mark.ray
-
-#: Networks without batch norm, whose statistics would be those of each worker's own images.
-NORMLESS = {"encoder": "tu-convnext_atto", "args": {"encoder_depth": 3, "decoder_channels": [16, 8, 8],
-            "decoder_use_norm": False}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from pipeline.storage import local_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset
-from tiny_training import equal, tiny, weights
+from tiny_training import NORMLESS, equal, tiny, weights
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,80 @@ def test_killed_and_continued_by_the_same_command(
     outcome = json.loads(result.stdout)
     assert outcome["resumed_step"] >= 2
     assert equal(weights(outcome["uri"]), undisturbed)
+
+
+@pytest.mark.s3
+def test_killed_and_continued_from_a_bucket(
+    folder: Path, tmp_path: Path, s3_bucket: str, s3_client: Any, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    config = tiny(folder, tmp_path, epochs=3).model_copy(update={"registry": f"{s3_bucket}/models"})
+    recipe.write_text(config.model_dump_json(exclude={"dataset"}))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(folder), "--recipe", str(recipe), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def keys(kind: str) -> list[str]:
+        listed = s3_client.list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"), Prefix="models/")
+        return [entry["Key"] for entry in listed.get("Contents", ()) if kind in entry["Key"]]
+
+    deadline_s = time.monotonic() + 120
+    while not keys("/checkpoint-") and time.monotonic() < deadline_s:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert keys("/checkpoint-")
+    assert not keys("outcome.json")
+    outcome = train(config)
+    assert outcome.resumed_step >= 2
+    assert outcome.uri.startswith(f"{s3_bucket}/models/discs/")
+    assert equal(weights(outcome.uri), undisturbed)
+    assert not keys("/checkpoint-")
+
+
+def test_sgd_learns_and_continues_bit_for_bit(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    sgd: dict[str, Any] = {"epochs": 3, "val_split": None, "optimizer": "sgd", "learning_rate": 0.05}
+    heard: list[Any] = []
+    whole = weights(train(tiny(folder, tmp_path / "whole", **sgd), listen=heard.append).uri)
+    losses = [event.row["loss"] for event in heard if isinstance(event, EpochEvent)]
+    assert losses[2] < losses[0]
+    assert not equal(whole, undisturbed)
+    seen: list[Any] = []
+    with pytest.raises(StoppedError):
+        train(
+            tiny(folder, tmp_path / "cut", **sgd),
+            listen=seen.append,
+            should_stop=lambda: sum(isinstance(event, StepEvent) for event in seen) == 3,
+        )
+    outcome = train(tiny(folder, tmp_path / "cut", **sgd))
+    assert outcome.resumed_step == 2
+    assert equal(weights(outcome.uri), whole)
+
+
+def test_portions_of_a_step_come_to_the_step_of_the_whole(folder: Path, tmp_path: Path) -> None:
+    """To 1e-5, with a loss that is a mean over pixels, and a network that looks at each image alone."""
+    found = {}
+    for accumulate in (1, 4):
+        rows: list[dict[str, Any]] = []
+        config = tiny(
+            folder, tmp_path / str(accumulate), steps=3, batch_size=4, epoch_images=4, accumulate=accumulate,
+            task="semantic", loss={"terms": [{"kind": "cross_entropy"}]}, optimizer="sgd", learning_rate=0.05,
+            val_split=None, ema_decay=0, **NORMLESS,
+        )  # fmt: skip
+        outcome = train(
+            config, listen=lambda event, rows=rows: rows.append(event.row) if isinstance(event, EpochEvent) else None
+        )
+        figures = [(row["loss"], row["loss_cross_entropy"], row["gradient_norm"]) for row in rows]
+        found[accumulate] = figures, weights(outcome.uri)
+    whole, end = found[1]
+    assert whole[2][0] < whole[0][0]
+    figures, reached = found[4]
+    for mine, theirs in zip(figures, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    for name, tensor in end.items():
+        assert torch.allclose(reached[name], tensor, rtol=1e-4, atol=1e-5), name
 
 
 def test_learns_and_keeps_the_best(folder: Path, tmp_path: Path) -> None:

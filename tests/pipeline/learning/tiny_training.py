@@ -9,7 +9,7 @@ import torch
 
 from models.file import load_module
 from pipeline.learning.configuration import TrainConfig
-from pipeline.storage import local_path
+from pipeline.storage import open_storage
 
 TINY: dict[str, Any] = {
     "name": "discs",
@@ -23,6 +23,12 @@ TINY: dict[str, Any] = {
     "seed": 1,
 }
 
+#: Networks without batch norm, whose statistics would be those of the images that one worker sees at once.
+NORMLESS: dict[str, Any] = {
+    "encoder": "tu-convnext_atto",
+    "args": {"encoder_depth": 3, "decoder_channels": [16, 8, 8], "decoder_use_norm": False},
+}
+
 
 def tiny(dataset: Path, registry: Path, **changes: Any) -> TrainConfig:
     """Two steps an epoch of four images, and four steps unless `changes` say otherwise."""
@@ -31,7 +37,7 @@ def tiny(dataset: Path, registry: Path, **changes: Any) -> TrainConfig:
 
 
 def weights(uri: str) -> dict[str, torch.Tensor]:
-    _, module = load_module(Path(local_path(uri)).read_bytes())
+    _, module = load_module(open_storage(uri).get(uri).data)
     return module.state_dict()
 
 

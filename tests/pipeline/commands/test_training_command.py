@@ -1,0 +1,231 @@
+"""`maskmill labels check` and `maskmill train` as a person and as a script meet them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import pytest
+import torch
+from PIL import Image
+
+import pipeline
+from pipeline import cli
+from pipeline.engine import placement
+from pipeline.engine.crew import InlineCrew
+from pipeline.learning.dataset import Dataset
+from pipeline.learning.initialization import begin
+from pipeline.storage import local_path
+
+for folder in ("learning", "learning/labels"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+from small_datasets import SIZE, write_cityscapes, write_mask_folder, write_voc
+from tiny_nuclei import write_dataset
+from tiny_training import TINY, equal, tiny, weights
+
+
+class Said(NamedTuple):
+    """What one command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+#: What the data sets here are trained with: as TINY.
+OPTIONS = (
+    "--name", "discs", "--arch", "unet", "--arg", "encoder_depth=3", "--arg", "decoder_channels=[16,8,8]",
+    "--set", "augmentation.crop_px=32", "--batch-size", "2", "--precision", "fp32", "--cpu", "--threads", "1",
+    "--seed", "1", "--json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`maskmill(*arguments)` in this process."""
+    monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
+
+    def run(*arguments: str | Path) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            torch.set_num_threads(threads)
+        assert isinstance(ended.value.code, int)
+        return Said(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train(maskmill: Command, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`train(DATASET, *more options)` into the registry `models`; gives the object that it prints."""
+
+    def run(dataset: Path, *options: str) -> dict[str, Any]:
+        said = maskmill("train", dataset, "--registry", tmp_path / "models", *OPTIONS, *options)
+        assert said.status == 0, said.err
+        assert said.err == ""
+        outcome: dict[str, Any] = json.loads(said.out)
+        return outcome
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "discs", images=4, size=48)
+
+
+# ── labels check ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_whole_data_set_is_status_0(maskmill: Command, tmp_path: Path) -> None:
+    folder = write_mask_folder(tmp_path)
+    said = maskmill("labels", "check", folder)
+    assert (said.status, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert lines[0] == f"{folder} (masks): 4 images; train 2, val 2"
+    assert lines[-1] == "0 errors, 0 warnings"
+    assert [line.split()[0] for line in lines[2:6]] == ["class", "ground", "cart", "tree"]
+
+
+def test_a_broken_data_set_is_status_1_and_all_is_said(maskmill: Command, tmp_path: Path) -> None:
+    folder = write_mask_folder(tmp_path)
+    (folder / "masks" / "1.png").unlink()
+    Image.new("L", (SIZE[1], SIZE[0]), 9).save(folder / "masks" / "2.png")
+    said = maskmill("labels", "check", folder)
+    assert said.status == 1
+    assert "error   missing_label: 1.png:" in said.out
+    assert "error   unknown_class: 2.png: id 9" in said.out
+    assert said.out.endswith("2 errors, 0 warnings\n")
+    told = maskmill("labels", "check", folder, "--json")
+    assert told.status == 1
+    report = json.loads(told.out)
+    assert [(one["kind"], one["severity"], one["name"]) for one in report["problems"]] == [
+        ("missing_label", "error", "1.png"), ("unknown_class", "error", "2.png"),
+    ]  # fmt: skip
+    assert [one["name"] for one in report["classes"]] == ["ground", "cart", "tree"]
+
+
+def test_no_data_set_is_status_2(maskmill: Command, tmp_path: Path) -> None:
+    said = maskmill("labels", "check", tmp_path / "nothing")
+    assert said.status == 2
+    assert said.out == ""
+    assert "is not a data set" in said.err
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "found"),
+    [
+        ("masks/1.png", "missing_label: 1.png"),
+        ("images/1.png", "missing_image: 1.png"),
+        ("classes.json", "unknown_class: 1.png"),
+    ],
+)
+def test_training_refuses_with_that_report(maskmill: Command, tmp_path: Path, spoilt: str, found: str) -> None:
+    folder = write_mask_folder(tmp_path / "data")
+    if spoilt == "classes.json":
+        (folder / spoilt).write_text('["ground", "a", "b", "cart"]')
+    else:
+        (folder / spoilt).unlink()
+    command = ["train", folder, "--registry", tmp_path / "models", "--steps", "1", *OPTIONS]
+    said = maskmill(*command)
+    assert said.status == 2
+    assert said.out == ""
+    assert f"error   {found}" in said.err
+    assert "are broken (" in said.err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_split_without_images_is_told_before_any_work(maskmill: Command, tmp_path: Path, discs: Path) -> None:
+    folder = shutil.copytree(discs, tmp_path / "data")
+    names = json.loads((folder / "splits.json").read_text())
+    (folder / "splits.json").write_text(json.dumps(names | {"val": []}))
+    said = maskmill("train", folder, "--registry", tmp_path / "models", "--steps", "1", *OPTIONS)
+    assert said.status == 2
+    assert "split 'val' of" in said.err and "has no images: name another, or measure nothing" in said.err
+    assert not (tmp_path / "models").exists()
+
+
+# ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sum_of_losses(train: Callable[..., dict[str, Any]], discs: Path) -> None:
+    terms = [{"kind": "lovasz"}, {"kind": "focal", "weight": 0.5, "gamma": 1.5}, {"kind": "dice", "weight": 2}]
+    outcome = train(discs, "--steps", "1", "--val-split", "", "--set", f"loss.terms={json.dumps(terms)}")
+    trace = f"{local_path(outcome['folder'])}/trace/*.parquet"
+    (row,) = duckdb.sql(f"SELECT loss, loss_lovasz, loss_focal, loss_dice FROM '{trace}'").fetchall()
+    assert row[0] == pytest.approx(sum(row[1:]), rel=1e-5)
+    assert min(row) > 0
+
+
+def test_a_frozen_backbone_stays_as_it_is(train: Callable[..., dict[str, Any]], discs: Path, tmp_path: Path) -> None:
+    """Always, or for so many epochs (of one step)."""
+    first = begin(tiny(discs, tmp_path), Dataset(discs, "train")).weights
+    learnt = {}
+    for freeze, epochs in (("backbone", "2"), ("1", "1"), ("1", "2")):
+        options = ("--epoch-images", "2", "--val-split", "", "--ema-decay", "0")
+        outcome = train(discs, "--freeze", freeze, "--epochs", epochs, *options)
+        assert outcome["steps"] == int(epochs)
+        now = weights(outcome["uri"])
+        changed = {name.partition(".")[0] for name in now if not torch.equal(now[name], first[name])}
+        learnt[freeze, epochs] = changed
+    assert learnt["backbone", "2"] == learnt["1", "1"] == {"decoder", "segmentation_head"}
+    assert learnt["1", "2"] == {"encoder", "decoder", "segmentation_head"}
+
+
+def test_patience_stops_early(train: Callable[..., dict[str, Any]], discs: Path) -> None:
+    outcome = train(discs, "--epochs", "9", "--patience", "1", "--learning-rate", "1e-9")
+    assert outcome["epochs"] < 5
+
+
+def test_options_and_a_recipe_ask_for_the_same(
+    train: Callable[..., dict[str, Any]], discs: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(TINY | {"steps": 50, "val_split": None}))
+    told = train(discs, "--steps", "1", "--val-split", "")
+    again = train(discs, "--recipe", str(recipe), "--steps", "1")
+    assert (again["state"], again["version"]) == ("already", told["version"])
+    assert equal(weights(again["uri"]), weights(told["uri"]))
+
+
+@pytest.mark.parametrize(("write", "classes"), [(write_voc, 21), (write_cityscapes, 19)])
+def test_published_layouts(
+    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path, write: Callable[[Path], Path], classes: int
+) -> None:
+    folder = write(tmp_path / "data")
+    said = maskmill("labels", "check", folder)
+    assert said.status == 0, said.out
+    outcome = train(folder, "--steps", "1", "--task", "semantic")
+    assert outcome["metrics"]["val"]["fp32"].keys() >= {"mean_iou"}
+    assert weights(outcome["uri"])["segmentation_head.0.bias"].shape == (classes,)
+
+
+def test_the_masks_of_a_model_teach_another(
+    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path,
+    image_folder: Callable[..., Path], semantic_model: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    dest = tmp_path / "dest"
+    photos = image_folder(6)
+    settings: dict[str, Any] = {"precision": "fp32", "threads": 1, "report": False}
+    pipeline.segment(source=str(photos), dest=str(dest), model=str(semantic_model), **settings)
+    names = [f"file://{path}" for path in sorted(photos.iterdir())]
+    (dest / "splits.json").write_text(json.dumps({"train": names[:4], "val": names[4:]}))
+    said = maskmill("labels", "check", dest, "--json")
+    assert said.status == 0, said.out
+    report = json.loads(said.out)
+    assert (report["layout"], report["images_by_split"]) == ("segments", {"train": 4, "val": 2})
+    outcome = train(dest, "--steps", "1")
+    assert outcome["metrics"]["val"]["fp32"].keys() >= {"mean_iou"}
