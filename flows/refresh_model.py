@@ -51,9 +51,11 @@ def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
     logger = get_run_logger()
     profile = training.registry_profile
     pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
+    # Measured on the split that was not trained on, however that was drawn.
+    same = training.model_dump(mode="json", include={"layout", "labels_of", "splitting"}, exclude_none=True)
     asked = PromoteConfig(
-        **gate.model_dump(), model=f"{pushed.name}@{pushed.version}", registry=training.registry,
-        dataset=training.dataset, profile=profile,
+        **gate.model_dump() | {"evaluation": same | gate.evaluation}, model=f"{pushed.name}@{pushed.version}",
+        registry=training.registry, dataset=training.dataset, profile=profile,
     )  # fmt: skip
     done = follow(
         lambda listen, should_stop: pipeline.promote_model(asked, listen=listen, should_stop=should_stop),

@@ -23,8 +23,11 @@ from pipeline.commands.options import (
     BatchSize,
     Changes,
     Compiled,
+    DrawSplits,
     Engine,
     GpusPerActor,
+    LabelsOf,
+    Layout,
     MaxPixels,
     MemoryMb,
     ModelRef,
@@ -39,6 +42,7 @@ from pipeline.commands.options import (
     card_changes,
     interruptible,
     option,
+    splitting,
 )
 from pipeline.errors import UsageError
 
@@ -97,13 +101,9 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     resamples: Annotated[int, option("Of the bootstrap; 0: no intervals.", panel=_WHAT, metavar="N")] = 1000,
     confidence: Annotated[float, option("Of the intervals.", panel=_WHAT, metavar="SHARE")] = 0.95,
     seed: Annotated[int, option("Of the bootstrap.", panel=_WHAT, metavar="N")] = 0,
-    layout: Annotated[
-        str | None,
-        option("Default: by the files.", panel=_WHAT, metavar="coco|masks|voc|cityscapes|segments"),
-    ] = None,
-    labels_of: Annotated[
-        str | None, option("Whose masks are the truth, where DATASET is a DEST.", panel=_WHAT, metavar="MODEL")
-    ] = None,
+    layout: Layout = None,
+    labels_of: LabelsOf = None,
+    draw_splits: DrawSplits = None,
     precision: Precision = "auto",
     compiled: Compiled = False,
     batch_size: BatchSize = None,
@@ -132,6 +132,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
 
     config = EvaluateConfig(
         dataset=dataset, model=model, registry=registry, split=split, dest=out, layout=layout, labels_of=labels_of,
+        splitting=splitting(draw_splits),
         renamed=_renamed(renamed or []), min_score=min_score, where=where, slices=tuple(slices or ()),
         resamples=resamples, confidence=confidence, seed=seed, max_detections=max_detections, engine=engine,
         actors=actors, gpus_per_actor=gpus_per_actor, batch_size=batch_size, shard_size=shard_size, threads=threads,

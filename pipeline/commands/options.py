@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from models.overrides import parse_settings
@@ -30,6 +31,24 @@ DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME
 Registry = Annotated[
     str | None,
     typer.Option("--registry", metavar="URL", help="Folder or URL with models. Default: MASKMILL_REGISTRY."),
+]
+
+# Of every command that reads a labelled data set.
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", metavar="coco|masks|voc|cityscapes|segments", help="Of DATASET. Default: by its files."),
+]
+LabelsOf = Annotated[
+    str | None,
+    typer.Option("--labels-of", metavar="MODEL", help="Whose masks are the truth, where DATASET is a DEST."),
+]
+DrawSplits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draw-splits",
+        metavar="KEY=VALUE",
+        help="Draw splits, whatever the data set says: seed=1, group_pattern=REGEX, fractions={...}; may be repeated.",
+    ),
 ]
 
 # Of every command that has images segmented.
@@ -79,6 +98,22 @@ def card_changes(lines: list[str] | None) -> dict[str, Any]:
         return parse_settings(lines or ())
     except ValueError as error:
         raise UsageError(f"--set: {error}") from error
+
+
+def splitting(changes: list[str] | None) -> Any:
+    """What --draw-splits asks for, as a `Splitting`; None where it is not given. Raises UsageError."""
+    if not changes:
+        return None
+    from pipeline.learning.labels.splits import Splitting
+
+    try:
+        return Splitting.model_validate(parse_settings(changes))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ").lower()
+        raise UsageError(f"--draw-splits {'.'.join(map(str, first['loc']))}: {reason}") from error
+    except ValueError as error:
+        raise UsageError(f"--draw-splits: {error}") from error
 
 
 @contextmanager

@@ -14,7 +14,16 @@ from pydantic import ValidationError
 import pipeline
 from models.overrides import parse_settings
 from pipeline import screen
-from pipeline.commands.options import INFRASTRUCTURE, Json, interruptible, option
+from pipeline.commands.options import (
+    INFRASTRUCTURE,
+    DrawSplits,
+    Json,
+    LabelsOf,
+    Layout,
+    interruptible,
+    option,
+    splitting,
+)
 from pipeline.errors import UsageError
 
 _WHAT, _LONG, _HOW, _WHERE = "What is trained", "How long", "How", "Where the work is done"
@@ -62,6 +71,9 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
     val_split: Annotated[
         str | None, option("Measured as training goes on; an empty name: nothing is.", panel=_WHAT, metavar="NAME")
     ] = None,
+    layout: Layout = None,
+    labels_of: LabelsOf = None,
+    draw_splits: DrawSplits = None,
     epochs: Annotated[int | None, option("One pass over the images is one.", panel=_LONG, metavar="N")] = None,
     steps: Annotated[int | None, option("Batches.", panel=_LONG, metavar="N")] = None,
     minutes: Annotated[float | None, option("Of wall time.", panel=_LONG, metavar="M")] = None,
@@ -120,7 +132,8 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
     from pipeline.learning.training import BrokenLabelsError, TrainConfig
 
     given = {
-        "dataset": dataset, "name": name, "registry": registry, "out": out, "arch": arch, "encoder": encoder,
+        "dataset": dataset, "layout": layout, "labels_of": labels_of, "splitting": splitting(draw_splits),
+        "name": name, "registry": registry, "out": out, "arch": arch, "encoder": encoder,
         "task": task, "init": init, "backbone_weights": backbone_weights, "freeze": _number(freeze),
         "train_split": train_split, "epochs": epochs, "steps": steps, "minutes": minutes, "epoch_images": epoch_images,
         "patience": patience, "keep": keep, "batch_size": batch_size, "accumulate": accumulate, "optimizer": optimizer,
@@ -166,8 +179,11 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
 
 
 @labels_app.command("check")
-def labels_check(
+def labels_check(  # noqa: PLR0917 - typer's way
     dataset: Annotated[str, _DATASET],
+    layout: Layout = None,
+    labels_of: LabelsOf = None,
+    draw_splits: DrawSplits = None,
     dataset_profile: Annotated[str | None, typer.Option(metavar="NAME", help="AWS profile for DATASET.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +191,9 @@ def labels_check(
 
     Exit status: 0 fit for training; 1 there are errors; 2 no data set.
     """
-    report = pipeline.check_labels(dataset, profile=dataset_profile)
+    report = pipeline.check_labels(
+        dataset, layout=layout, model=labels_of, splitting=splitting(draw_splits), profile=dataset_profile
+    )
     print(report.model_dump_json() if as_json else report.text())
     if not report.ok:
         raise typer.Exit(INFRASTRUCTURE)

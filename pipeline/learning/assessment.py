@@ -29,7 +29,8 @@ from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import InfrastructureError, StoppedError, StorageError, UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluations import align_classes, counting_score
-from pipeline.learning.labels.source import Layout
+from pipeline.learning.labels.source import Layout, open_labels
+from pipeline.learning.labels.splits import Splitting
 from pipeline.learning.measurement import Measurer
 from pipeline.learning.question import Masks, Question, ask
 from pipeline.learning.scores import Scores, score
@@ -61,6 +62,7 @@ class EvaluateConfig(BaseModel):
     dest: str | None = Field(None, description="Where masks and evaluations live. Default: see `default_dest`.")
     layout: Layout | None = Field(None, description="Of the data set. Default: by its files.")
     labels_of: str | None = Field(None, description="Whose masks are the truth, where the data set is a DEST.")
+    splitting: Splitting | None = Field(None, description="Draw splits, whatever the data set says of its own.")
     renamed: dict[str, str] = Field({}, description="Names of the data set's classes by those of the model.")
     min_score: float | None = Field(
         None, ge=0, le=1, description="Objects below do not count for PQ and F1. Default: 0.5 for detectors, else 0."
@@ -224,13 +226,12 @@ def default_dest(model: Model, registry: str | None = None) -> str:
 
 def open_split(config: EvaluateConfig) -> Dataset:
     """The images and labels that are asked for. Raises UsageError."""
-    dataset = Dataset(
-        config.dataset, None, layout=config.layout, model=config.labels_of, profile=config.source_profile
-    ) if config.split == "all" else None  # fmt: skip
-    if dataset is None or "all" in dataset.source.splits:
-        dataset = Dataset(
-            config.dataset, config.split, layout=config.layout, model=config.labels_of, profile=config.source_profile
-        )
+    source = open_labels(
+        config.dataset, layout=config.layout, splitting=config.splitting, model=config.labels_of,
+        profile=config.source_profile,
+    )  # fmt: skip
+    every = config.split == "all" and "all" not in source.splits
+    dataset = Dataset(source, None if every else config.split)
     if not dataset.items:
         raise UsageError(f"split {config.split!r} of {config.dataset} has no images: there is nothing to evaluate")
     return dataset

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from pipeline.learning.labels.source import Layout
+from pipeline.learning.labels.splits import Splitting
 from pipeline.learning.recipe import AugmentationConfig, LossConfig, SamplingConfig
 
 Engine = Literal["auto", "local", "ray"]
@@ -19,8 +21,9 @@ Engine = Literal["auto", "local", "ray"]
 #: What decides where and how fast a run is done, not what comes out. (The number of workers moves the last bits only.)
 _ELSEWHERE = frozenset(
     {
-        "dataset", "dataset_profile", "registry", "registry_profile", "out", "checkpoints", "engine", "workers",
-        "threads", "use_gpu", "ray_address", "max_failures", "shared_filesystem", "restart", "check",
+        "dataset", "dataset_profile", "layout", "labels_of", "registry", "registry_profile", "out", "checkpoints",
+        "engine", "workers", "threads", "use_gpu", "ray_address", "max_failures", "shared_filesystem", "restart",
+        "check",
     }
 )  # fmt: skip
 
@@ -53,6 +56,9 @@ class TrainConfig(BaseModel):
     freeze_norm: bool = Field(False, description="Batch norm keeps the statistics that it starts with.")
 
     # The data.
+    layout: Layout | None = Field(None, description="Of the data set. Default: by its files.")
+    labels_of: str | None = Field(None, description="Whose masks are the truth, where the data set is a DEST.")
+    splitting: Splitting | None = Field(None, description="Draw splits, whatever the data set says of its own.")
     train_split: str = "train"
     val_split: str | None = Field("val", description="Measured as training goes on; none: nothing is.")
     val_images: int | None = Field(None, ge=1, description="Measure on so many of them, evenly taken.")
@@ -128,7 +134,9 @@ class TrainConfig(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """What decides which weights come out, as JSON values: for cards and for `run_key`."""
-        return self.model_dump(mode="json", exclude=set(_ELSEWHERE))
+        # Runs that were begun before splits could be drawn keep their key.
+        undrawn = {"splitting"} if self.splitting is None else set()
+        return self.model_dump(mode="json", exclude=set(_ELSEWHERE | undrawn))
 
 
 def run_key(config: TrainConfig, **digests: str | None) -> str:

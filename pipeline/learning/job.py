@@ -24,7 +24,7 @@ from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
 from pipeline.learning.examples import Examples
 from pipeline.learning.initialization import begin
-from pipeline.learning.labels.source import open_labels
+from pipeline.learning.labels.source import LabelSource, open_labels
 from pipeline.learning.loop import EpochEvent, Loop, State, StepEvent
 from pipeline.learning.objective import Objective
 from pipeline.learning.peers import Peers
@@ -80,7 +80,7 @@ def do_job(
         precision = "bf16" if supports_bf16(device) else "fp32"
     if config.threads:
         torch.set_num_threads(config.threads)
-    source = open_labels(config.dataset, profile=config.dataset_profile)
+    source = open_source(config)
     train = Dataset(source, config.train_split)
     val = Dataset(source, config.val_split) if config.val_split is not None else None
     card, first_weights, origin = begin(config, train)
@@ -143,6 +143,14 @@ def do_job(
     )
     folder.finish(summary._asdict())
     return summary
+
+
+def open_source(config: TrainConfig) -> LabelSource:
+    """The data set that is asked for, with all of its splits. Raises what `open_labels` does."""
+    return open_labels(
+        config.dataset, layout=config.layout, splitting=config.splitting, model=config.labels_of,
+        profile=config.dataset_profile,
+    )  # fmt: skip
 
 
 def make_examples(config: TrainConfig, dataset: Dataset, card: Card) -> Examples:

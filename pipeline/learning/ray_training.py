@@ -43,10 +43,13 @@ def train_on_ray(job: Job, *, say: Callable[[Any], None], should_stop: Callable[
     with _cluster(ray, ray_address(job.config.ray_address)):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         use_gpu, threads = _resources(ray, job)
         config = job.config.model_copy(update={"threads": threads})
-        mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+        # Where the driver is: with any other node the run could go on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         told = {"job": job.model_copy(update={"config": config}).model_dump(mode="json"), "mailbox": mailbox}
         with tempfile.TemporaryDirectory(prefix="maskmill-ray-") as scratch:
             trainer = TorchTrainer(

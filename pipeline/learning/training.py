@@ -19,9 +19,9 @@ from pipeline.learning.checkpoints import CheckpointFolder
 from pipeline.learning.configuration import TrainConfig, run_key
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
-from pipeline.learning.job import Job, Summary, do_job, make_examples
+from pipeline.learning.job import Job, Summary, do_job, make_examples, open_source
 from pipeline.learning.labels.check import LabelReport, check_labels
-from pipeline.learning.labels.source import LabelSource, open_labels
+from pipeline.learning.labels.source import LabelSource
 from pipeline.learning.loop import EpochEvent, StepEvent, TrainingError
 from pipeline.learning.preview import draw_preview
 from pipeline.learning.results import publish
@@ -90,7 +90,7 @@ def train(
     """
     say = listen or (lambda event: None)
     stop = should_stop or (lambda: False)
-    source = open_labels(config.dataset, profile=config.dataset_profile)
+    source = open_source(config)
     digests = _digests(config, source, say)
     initial = resolve(config.init, profile=config.registry_profile).version if config.init else None
     key = run_key(config, initial=initial, **digests)
@@ -120,7 +120,7 @@ def preview(config: TrainConfig) -> bytes:
 
     Raises UsageError for what cannot be trained as asked.
     """
-    dataset = Dataset(open_labels(config.dataset, profile=config.dataset_profile), config.train_split)
+    dataset = Dataset(open_source(config), config.train_split)
     return draw_preview(make_examples(config, dataset, begin(config, dataset).card))
 
 

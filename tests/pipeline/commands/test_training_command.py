@@ -22,8 +22,8 @@ from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
 from pipeline.storage import local_path
 
-for folder in ("learning", "learning/labels"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "learning" / "labels"))
 from small_datasets import SIZE, write_cityscapes, write_mask_folder, write_voc
 from tiny_nuclei import write_dataset
 from tiny_training import TINY, equal, tiny, weights
@@ -212,7 +212,7 @@ def test_published_layouts(
     assert weights(outcome["uri"])["segmentation_head.0.bias"].shape == (classes,)
 
 
-def test_the_masks_of_a_model_teach_another(
+def test_the_masks_of_a_model_teach_another(  # noqa: PLR0917 - fixtures
     maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path,
     image_folder: Callable[..., Path], semantic_model: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

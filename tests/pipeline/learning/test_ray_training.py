@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from harness import own_processes
 
+from pipeline.errors import UsageError
 from pipeline.learning.loop import EpochEvent, StepEvent
 from pipeline.learning.training import train
 
@@ -18,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset
 from tiny_training import NORMLESS, equal, tiny, weights
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,59 @@ def test_a_worker_is_killed_and_the_weights_are_those_of_an_undisturbed_run(fold
     assert killed.is_set()
     assert outcome.resumed_step > 0
     assert equal(weights(outcome.uri), weights(undisturbed.uri))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster: a head without CPUs, and two nodes with one each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with own_processes():
+        head = {"num_cpus": 0, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(2):
+                made.add_node(num_cpus=1)
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def test_a_cluster_that_is_there_does_the_work(folder: Path, tmp_path: Path, cluster: Any) -> None:
+    there: dict[str, Any] = {"ray_address": cluster.address, "val_split": None}
+    with pytest.raises(UsageError, match=r"local disk.*3 nodes.*--shared-filesystem"):
+        train(tiny(folder, tmp_path / "away", **there))
+    assert not (tmp_path / "away").exists()
+    outcome = train(tiny(folder, tmp_path / "there", shared_filesystem=True, **there))
+    assert outcome.steps == 4
+    assert equal(weights(outcome.uri), weights(train(tiny(folder, tmp_path / "here", val_split=None)).uri))
+
+
+@pytest.mark.slow
+def test_a_node_dies_and_the_run_goes_on_from_its_last_checkpoint(folder: Path, tmp_path: Path, cluster: Any) -> None:
+    """Two workers on two nodes: one node goes for good, and another comes."""
+    lost = threading.Event()
+    steps: list[int] = []
+
+    def listen(event: Any) -> None:
+        if isinstance(event, StepEvent):
+            steps.append(event.step)
+        if isinstance(event, EpochEvent) and event.row["epoch"] >= 2 and not lost.is_set():
+            lost.set()
+            cluster.remove_node(cluster.worker_nodes[0], allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+
+    config = tiny(
+        folder, tmp_path, epochs=300, workers=2, ray_address=cluster.address, shared_filesystem=True, val_split=None,
+        threads=1,
+    )  # fmt: skip
+    outcome = train(config, listen=listen)
+    assert lost.is_set()
+    assert (outcome.steps, outcome.epochs) == (600, 300)
+    assert outcome.resumed_step >= 4
+    assert any(after <= before for before, after in itertools.pairwise(steps)), "steps were done again"
 
 
 @pytest.mark.slow
