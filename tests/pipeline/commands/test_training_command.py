@@ -213,19 +213,47 @@ def test_published_layouts(
 
 
 def test_the_masks_of_a_model_teach_another(  # noqa: PLR0917 - fixtures
-    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path,
-    image_folder: Callable[..., Path], semantic_model: Path, monkeypatch: pytest.MonkeyPatch,
+    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path, image_folder: Callable[..., Path],
+    semantic_model: Path, instance_model: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
-    dest = tmp_path / "dest"
-    photos = image_folder(6)
+    photos, dest = image_folder(6), tmp_path / "dest"
     settings: dict[str, Any] = {"precision": "fp32", "threads": 1, "report": False}
-    pipeline.segment(source=str(photos), dest=str(dest), model=str(semantic_model), **settings)
+    for model in (semantic_model, instance_model):
+        pipeline.segment(source=str(photos), dest=str(dest), model=str(model), **settings)
     names = [f"file://{path}" for path in sorted(photos.iterdir())]
     (dest / "splits.json").write_text(json.dumps({"train": names[:4], "val": names[4:]}))
-    said = maskmill("labels", "check", dest, "--json")
+    said = maskmill("labels", "check", dest)
+    assert said.status == 2
+    assert "holds masks of tiny-instance, tiny-semantic: name one" in said.err
+    teacher = ("--labels-of", "tiny-semantic")
+    said = maskmill("labels", "check", dest, *teacher, "--json")
     assert said.status == 0, said.out
     report = json.loads(said.out)
     assert (report["layout"], report["images_by_split"]) == ("segments", {"train": 4, "val": 2})
-    outcome = train(dest, "--steps", "1")
+    outcome = train(dest, "--steps", "1", *teacher)
     assert outcome["metrics"]["val"]["fp32"].keys() >= {"mean_iou"}
+
+
+def test_splits_are_drawn_on_demand(maskmill: Command, tmp_path: Path) -> None:
+    folder = write_mask_folder(tmp_path, count=4)
+
+    def splits(*options: str) -> dict[str, int]:
+        said = maskmill("labels", "check", folder, "--json", "--layout", "masks", *options)
+        assert said.status == 0, said.out
+        counts: dict[str, int] = json.loads(said.out)["images_by_split"]
+        return counts
+
+    assert splits() == {"train": 2, "val": 2}
+    halves = ("--draw-splits", "fractions.a=0.5", "--draw-splits", "fractions.b=0.5", "--draw-splits", "seed=3")
+    assert splits(*halves).keys() == {"a", "b"}
+    one_group = splits(*halves, "--draw-splits", "group_pattern=png")
+    assert sorted(one_group.values()) == [0, 4]
+    for wrong, words in (
+        ("fractions.a=0.5", "fractions must be at least 0 and sum to 1"),
+        ("group_pattern=(", "is not a regular expression"),
+        ("seed", "is not KEY=VALUE"),
+    ):
+        said = maskmill("labels", "check", folder, "--draw-splits", wrong)
+        assert said.status == 2
+        assert words in said.err

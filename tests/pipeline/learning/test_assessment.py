@@ -18,7 +18,7 @@ from models.masks import decode_mask_png, decode_rle
 from pipeline.engine import placement
 from pipeline.engine.crew import InlineCrew
 from pipeline.errors import UsageError
-from pipeline.learning.assessment import Assessment, EvaluateConfig, default_dest
+from pipeline.learning.assessment import Assessment, EvaluateConfig, default_dest, open_split
 from pipeline.learning.comparison import compare
 from pipeline.learning.dataset import Dataset
 from pipeline.registry import resolve
@@ -241,6 +241,22 @@ def test_two_models_are_compared_on_what_they_left_in_one_dest(
     assert one.scores is not None
     assert other.scores is not None
     assert (found.baseline, found.candidate) == (one.scores.miou, other.scores.miou)
+
+
+def test_splits_are_drawn_on_demand(squares: Path) -> None:
+    def names(split: str, **settings: Any) -> set[str]:
+        config = EvaluateConfig(dataset=str(squares), model="any", split=split, **settings)
+        return {item.name for item in open_split(config).items}
+
+    everything = names("all")
+    halves = {"seed": 2, "fractions": {"one": 0.5, "two": 0.5}, "group_pattern": "^[a-z]+"}
+    one, two = names("one", splitting=halves), names("two", splitting=halves)
+    assert one | two == everything
+    # By folder: a day is never divided.
+    assert {name.partition("/")[0] for name in one} | {name.partition("/")[0] for name in two} == {"day", "night"}
+    assert not {name.partition("/")[0] for name in one} & {name.partition("/")[0] for name in two}
+    with pytest.raises(UsageError, match="has no split 'val': it has one, two"):
+        names("val", splitting=halves)
 
 
 def test_where_evaluations_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

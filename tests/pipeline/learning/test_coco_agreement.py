@@ -80,6 +80,26 @@ def test_the_twelve_figures_and_each_class(drawn: Path, maker: Maker, seed: int)
     assert scores.ap_per_class["kind-11"] is None  # nowhere
 
 
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("most", [3, 120])
+def test_other_numbers_of_detections(drawn: Path, maker: Maker, most: int) -> None:
+    content = json.loads((drawn / "annotations.json").read_text())
+    dataset = Dataset(drawn)
+    detections = maker(dataset, content, seed=2)
+    found = score(evaluations(dataset, content, detections), resamples=0, max_detections=most)
+    theirs = run_cocoeval(content, detections, (1, 2, most)).eval
+    areas = {"": 0, "_small": 1, "_medium": 2, "_large": 3}
+    expected = {f"ap{name}": theirs["precision"][:, :, :, area, 2] for name, area in areas.items()}
+    expected |= {f"ar{name}": theirs["recall"][:, :, area, 2] for name, area in areas.items() if name}
+    expected |= {"ap50": theirs["precision"][0, :, :, 0, 2], "ap75": theirs["precision"][5, :, :, 0, 2]}
+    expected |= {"ar1": theirs["recall"][:, :, 0, 0]}
+    for name, values in expected.items():
+        assert getattr(found, name) == pytest.approx(values[values > -1].mean(), abs=1e-9), name
+    if most == 3 and maker is not at_random:
+        usual = score(evaluations(dataset, content, detections), resamples=0)
+        assert found.ap < 0.95 * usual.ap  # type: ignore[operator]
+
+
 def test_one_detection_in_all(drawn: Path) -> None:
     content = json.loads((drawn / "annotations.json").read_text())
     detections = truth_as_detections(Dataset(drawn), content)[:1]
