@@ -62,7 +62,7 @@ def write_page(config: EvaluateConfig, found: Assessment, out: Path | None = Non
     storage = open_storage(found.dest, profile=config.dest_profile)
     table = read_evaluation(storage, found.dest, found.model_name, found.model_version, found.evaluation_id)
     dataset = open_split(config)
-    card = with_settings(resolve(config.model).card, config.settings)
+    card = with_settings(resolve(config.model, registry=config.registry).card, config.settings)
     classes = {info.id: info.name for info in card.classes}
     alignment = align_classes(classes, dataset.class_names, renamed=config.renamed)
     pairs = worst_pairs(table, dataset, alignment, storage, dest=found.dest, where=config.where, limit=WORST_IMAGES)

@@ -115,7 +115,7 @@ def _random_weights(card: Card, seed: int) -> dict[str, torch.Tensor]:
 
 def _from_model(config: TrainConfig, dataset: Dataset, reference: str) -> Beginning:
     """All weights of another model that mean the same here; the others, of the head, are new."""
-    model = resolve(reference, profile=config.registry_profile)
+    model = resolve(reference, registry=config.registry, profile=config.registry_profile)
     other, module = load_module(model.data)
     name = config.arch or other.architecture
     if name != other.architecture:

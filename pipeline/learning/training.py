@@ -92,7 +92,9 @@ def train(
     stop = should_stop or (lambda: False)
     source = open_source(config)
     digests = _digests(config, source, say)
-    initial = resolve(config.init, profile=config.registry_profile).version if config.init else None
+    initial = None
+    if config.init:
+        initial = resolve(config.init, registry=config.registry, profile=config.registry_profile).version
     key = run_key(config, initial=initial, **digests)
     uri = _folder(config, key)
     folder = CheckpointFolder(uri, profile=config.registry_profile)

@@ -8,13 +8,18 @@ from pathlib import Path
 
 from command_line import Maskmill
 
+import pipeline
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 from tiny_nuclei import write_dataset
 
 
 def test_a_table_a_page_and_one_object(maskmill: Maskmill, tmp_path: Path, instance_model: Path) -> None:
     folder = write_dataset(tmp_path / "discs", images=4, size=48)
-    command = ["evaluate", folder, "--model", instance_model, "--out", tmp_path / "dest", "--resamples", "20"]
+    registry = tmp_path / "models"
+    pipeline.push_model(str(instance_model), str(registry))
+    command = ["evaluate", folder, "--model", "tiny-instance@challenger", "--registry", registry]
+    command += ["--out", tmp_path / "dest", "--resamples", "20"]
     command += ["--map", "object=disc", "--slice", "stratum"]
     said = maskmill(*command, "--page", tmp_path / "page.html")
     assert said.status == 0

@@ -15,6 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
 from pipeline.learning.optimization import Frozen, make_optimizer
+from pipeline.registry import push_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset, write_json
@@ -62,6 +63,15 @@ def test_another_model_gives_all_but_a_head_for_other_classes(
     for name, tensor in given.items():
         assert (name in new) or torch.equal(weights[name], tensor), name
     build(card).load_state_dict(weights)
+
+
+def test_a_model_of_the_registry_that_is_trained_into(folder: Path, tmp_path: Path) -> None:
+    given = saved(tmp_path / "other.safetensors", ("background", "disc"))
+    pushed = push_model(str(tmp_path / "other.safetensors"), str(tmp_path / "models"))
+    config = tiny(folder, tmp_path / "models", init="other@challenger", arch=None, task="semantic", args={})
+    _, weights, origin = begin(config, Dataset(folder, "train"))
+    assert origin == {"initial_weights": f"other@{pushed.version}", "new_tensors": []}
+    assert torch.equal(weights["encoder.conv1.weight"], given["encoder.conv1.weight"])
 
 
 def test_an_init_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
