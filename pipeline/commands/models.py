@@ -14,7 +14,17 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import INTERRUPTED, KEPT, Json, Registry, interruptible
+from pipeline.commands.options import (
+    INTERRUPTED,
+    KEPT,
+    DrawSplits,
+    Json,
+    LabelsOf,
+    Layout,
+    Registry,
+    interruptible,
+    splitting,
+)
 from pipeline.errors import StoppedError, UsageError
 
 app = typer.Typer(help="Models: what a name can reach, and which version it means.", no_args_is_help=True)
@@ -78,6 +88,9 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
         str | None, typer.Option(metavar="DATASET", help="Labelled images on which both are evaluated.")
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Which of them; `all`: every labelled one.")] = "val",
+    layout: Layout = None,
+    labels_of: LabelsOf = None,
+    draw_splits: DrawSplits = None,
     evaluations: Annotated[
         str | None, typer.Option(metavar="DEST", help="Where evaluations lie; without --dataset: of both models.")
     ] = None,
@@ -98,13 +111,16 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
 
     Example: maskmill models promote street --dataset s3://bucket/labelled
     """
+    evaluation = {"engine": engine, "actors": actors, "layout": layout, "labels_of": labels_of}
+    if draw_splits:
+        evaluation["splitting"] = splitting(draw_splits).model_dump(mode="json")
     display = screen.Screen(quiet=as_json)
     try:
         with redirect_stdout(sys.stderr), interruptible(display.console) as should_stop:
             done = pipeline.promote_model(
                 model, registry, dataset=dataset, split=split, evaluations=evaluations, metric=metric,
                 confidence=confidence, max_class_drop=max_class_drop, force=force, reason=reason,
-                evaluation={"engine": engine, "actors": actors}, listen=display.listen, should_stop=should_stop,
+                evaluation=evaluation, listen=display.listen, should_stop=should_stop,
             )  # fmt: skip
     except StoppedError as stopped:
         display.console.print(str(stopped), soft_wrap=True)
