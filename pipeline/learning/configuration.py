@@ -21,9 +21,8 @@ Engine = Literal["auto", "local", "ray"]
 #: What decides where and how fast a run is done, not what comes out. (The number of workers moves the last bits only.)
 _ELSEWHERE = frozenset(
     {
-        "dataset", "dataset_profile", "layout", "labels_of", "registry", "registry_profile", "out", "checkpoints",
-        "engine", "workers", "threads", "use_gpu", "ray_address", "max_failures", "shared_filesystem", "restart",
-        "check",
+        "dataset", "dataset_profile", "layout", "registry", "registry_profile", "out", "checkpoints", "engine",
+        "workers", "threads", "use_gpu", "ray_address", "max_failures", "shared_filesystem", "restart", "check",
     }
 )  # fmt: skip
 
@@ -134,9 +133,9 @@ class TrainConfig(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """What decides which weights come out, as JSON values: for cards and for `run_key`."""
-        # Runs that were begun before splits could be drawn keep their key.
-        undrawn = {"splitting"} if self.splitting is None else set()
-        return self.model_dump(mode="json", exclude=set(_ELSEWHERE | undrawn))
+        # Where these are not given, a run keeps the key that it had before they could be.
+        absent = {name for name in ("labels_of", "splitting") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=set(_ELSEWHERE | absent))
 
 
 def run_key(config: TrainConfig, **digests: str | None) -> str:

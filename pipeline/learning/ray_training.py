@@ -49,7 +49,8 @@ def train_on_ray(job: Job, *, say: Callable[[Any], None], should_stop: Callable[
         config = job.config.model_copy(update={"threads": threads})
         # Where the driver is: with any other node the run could go on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
+        remote: Any = ray.remote
+        mailbox = remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         told = {"job": job.model_copy(update={"config": config}).model_dump(mode="json"), "mailbox": mailbox}
         with tempfile.TemporaryDirectory(prefix="maskmill-ray-") as scratch:
             trainer = TorchTrainer(
