@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from harness import own_processes
+from harness import own_processes, wait_until
 
 from pipeline.errors import UsageError
 from pipeline.learning.loop import EpochEvent, StepEvent
@@ -60,6 +61,31 @@ def test_a_worker_is_killed_and_the_weights_are_those_of_an_undisturbed_run(fold
     outcome = train(tiny(folder, tmp_path / "ray", epochs=30, val_split=None, engine="ray"), listen=listen)
     assert killed.is_set()
     assert outcome.resumed_step > 0
+    assert equal(weights(outcome.uri), weights(undisturbed.uri))
+
+
+@pytest.mark.slow
+def test_the_driver_is_killed_and_the_same_call_continues(folder: Path, tmp_path: Path) -> None:
+    undisturbed = train(tiny(folder, tmp_path / "local", epochs=60, val_split=None))
+    config = tiny(folder, tmp_path / "ray", epochs=60, val_split=None, engine="ray")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(config.model_dump_json(exclude={"dataset"}))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(folder), "--recipe", str(recipe), "--json"]
+    with own_processes():
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found = tmp_path / "ray" / "_training"
+        wait_until(
+            lambda: bool(list(found.glob("*/checkpoint-*"))) or driver.poll() is not None,
+            what="a checkpoint",
+            timeout_s=600,
+        )
+        driver.kill()
+        driver.wait()
+        assert not list(found.glob("*/outcome.json")), "the driver was to die in the middle"
+        # The cluster and the worker that the dead driver leaves behind must not be in the way.
+        outcome = train(config)
+    assert outcome.state == "trained"
+    assert outcome.resumed_step >= 2
     assert equal(weights(outcome.uri), weights(undisturbed.uri))
 
 
