@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import pytest
 import torch
+from command_line import Maskmill
 from PIL import Image
 
 import pipeline
-from pipeline import cli
-from pipeline.engine import placement
-from pipeline.engine.crew import InlineCrew
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
 from pipeline.storage import local_path
@@ -28,17 +26,6 @@ from small_datasets import SIZE, write_cityscapes, write_mask_folder, write_voc
 from tiny_nuclei import write_dataset
 from tiny_training import TINY, equal, tiny, weights
 
-
-class Said(NamedTuple):
-    """What one command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
 #: What the data sets here are trained with: as TINY.
 OPTIONS = (
     "--name", "discs", "--arch", "unet", "--arg", "encoder_depth=3", "--arg", "decoder_channels=[16,8,8]",
@@ -47,28 +34,15 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def maskmill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`maskmill(*arguments)` in this process."""
-    monkeypatch.delenv("MASKMILL_REGISTRY", raising=False)
-
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["maskmill", *map(str, arguments)])
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            torch.set_num_threads(threads)
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *capfd.readouterr())
-
-    return run
+@pytest.fixture(autouse=True)
+def _threads_as_they_were() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def train(maskmill: Command, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def train(maskmill: Maskmill, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`train(DATASET, *more options)` into the registry `models`; gives the object that it prints."""
 
     def run(dataset: Path, *options: str) -> dict[str, Any]:
@@ -89,7 +63,7 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ── labels check ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_whole_data_set_is_status_0(maskmill: Command, tmp_path: Path) -> None:
+def test_a_whole_data_set_is_status_0(maskmill: Maskmill, tmp_path: Path) -> None:
     folder = write_mask_folder(tmp_path)
     said = maskmill("labels", "check", folder)
     assert (said.status, said.err) == (0, "")
@@ -99,7 +73,7 @@ def test_a_whole_data_set_is_status_0(maskmill: Command, tmp_path: Path) -> None
     assert [line.split()[0] for line in lines[2:6]] == ["class", "ground", "cart", "tree"]
 
 
-def test_a_broken_data_set_is_status_1_and_all_is_said(maskmill: Command, tmp_path: Path) -> None:
+def test_a_broken_data_set_is_status_1_and_all_is_said(maskmill: Maskmill, tmp_path: Path) -> None:
     folder = write_mask_folder(tmp_path)
     (folder / "masks" / "1.png").unlink()
     Image.new("L", (SIZE[1], SIZE[0]), 9).save(folder / "masks" / "2.png")
@@ -117,7 +91,7 @@ def test_a_broken_data_set_is_status_1_and_all_is_said(maskmill: Command, tmp_pa
     assert [one["name"] for one in report["classes"]] == ["ground", "cart", "tree"]
 
 
-def test_no_data_set_is_status_2(maskmill: Command, tmp_path: Path) -> None:
+def test_no_data_set_is_status_2(maskmill: Maskmill, tmp_path: Path) -> None:
     said = maskmill("labels", "check", tmp_path / "nothing")
     assert said.status == 2
     assert said.out == ""
@@ -132,7 +106,7 @@ def test_no_data_set_is_status_2(maskmill: Command, tmp_path: Path) -> None:
         ("classes.json", "unknown_class: 1.png"),
     ],
 )
-def test_training_refuses_with_that_report(maskmill: Command, tmp_path: Path, spoilt: str, found: str) -> None:
+def test_training_refuses_with_that_report(maskmill: Maskmill, tmp_path: Path, spoilt: str, found: str) -> None:
     folder = write_mask_folder(tmp_path / "data")
     if spoilt == "classes.json":
         (folder / spoilt).write_text('["ground", "a", "b", "cart"]')
@@ -147,7 +121,7 @@ def test_training_refuses_with_that_report(maskmill: Command, tmp_path: Path, sp
     assert not (tmp_path / "models").exists()
 
 
-def test_a_split_without_images_is_told_before_any_work(maskmill: Command, tmp_path: Path, discs: Path) -> None:
+def test_a_split_without_images_is_told_before_any_work(maskmill: Maskmill, tmp_path: Path, discs: Path) -> None:
     folder = shutil.copytree(discs, tmp_path / "data")
     names = json.loads((folder / "splits.json").read_text())
     (folder / "splits.json").write_text(json.dumps(names | {"val": []}))
@@ -202,7 +176,11 @@ def test_options_and_a_recipe_ask_for_the_same(
 
 @pytest.mark.parametrize(("write", "classes"), [(write_voc, 21), (write_cityscapes, 19)])
 def test_published_layouts(
-    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path, write: Callable[[Path], Path], classes: int
+    maskmill: Maskmill,
+    train: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    classes: int,
 ) -> None:
     folder = write(tmp_path / "data")
     said = maskmill("labels", "check", folder)
@@ -213,10 +191,9 @@ def test_published_layouts(
 
 
 def test_the_masks_of_a_model_teach_another(  # noqa: PLR0917 - fixtures
-    maskmill: Command, train: Callable[..., dict[str, Any]], tmp_path: Path, image_folder: Callable[..., Path],
-    semantic_model: Path, instance_model: Path, monkeypatch: pytest.MonkeyPatch,
+    maskmill: Maskmill, train: Callable[..., dict[str, Any]], tmp_path: Path, image_folder: Callable[..., Path],
+    semantic_model: Path, instance_model: Path,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
     photos, dest = image_folder(6), tmp_path / "dest"
     settings: dict[str, Any] = {"precision": "fp32", "threads": 1, "report": False}
     for model in (semantic_model, instance_model):
@@ -235,7 +212,7 @@ def test_the_masks_of_a_model_teach_another(  # noqa: PLR0917 - fixtures
     assert outcome["metrics"]["val"]["fp32"].keys() >= {"mean_iou"}
 
 
-def test_splits_are_drawn_on_demand(maskmill: Command, tmp_path: Path) -> None:
+def test_splits_are_drawn_on_demand(maskmill: Maskmill, tmp_path: Path) -> None:
     folder = write_mask_folder(tmp_path, count=4)
 
     def splits(*options: str) -> dict[str, int]:
