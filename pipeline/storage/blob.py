@@ -107,6 +107,14 @@ class Storage(Protocol):
         """
         ...
 
+    def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
+        """Replace `uri` in one atomic step if its etag is still `etag`, as `get` said. True: it holds `data`.
+        False: it was changed or removed meanwhile; nothing was changed.
+
+        Never multipart. Safe to retry. Where `create_only_is_atomic` is False it checks first and writes after, which
+        can race."""
+        ...
+
     def delete(self, uri: str) -> None:
         """Remove `uri`; a missing one is fine. Safe to retry."""
         ...

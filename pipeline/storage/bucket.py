@@ -207,6 +207,43 @@ class BucketStorage:
 
         self._rewrite("write", uri, key, write, odd)
 
+    def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
+        """As `Storage.replace`: one PUT with `If-Match`, on GCS with the generation that has this etag."""
+        bucket, key = self._split(uri)
+        for attempt in range(_ATTEMPTS):
+            try:
+                version = self._reread(
+                    "look at", uri, key, lambda: self._version(bucket, key), lambda: self._odd_version(uri, bucket, key)
+                )
+                if clean_etag(version["e_tag"]) != etag:
+                    # It may be our own, where the answer to it was lost.
+                    return attempt > 0 and self.get(uri).data == data
+            except StorageError as error:
+                if error.kind == "missing":
+                    return False
+                raise
+            if NOT_FOR_OBSTORE.search(key) or not self.create_only_is_atomic:
+                self.put(uri, data)
+                return True
+            if self._scheme == "s3" and attempt % 2 == 0:
+                version["e_tag"] = etag  # Ceph wants it bare, others take it both ways
+            try:
+                obstore.put(self._store(bucket, upload_bytes=len(data)), key, data, mode=version, use_multipart=False)
+                return True
+            except (BaseError, OSError, ValueError) as error:
+                collided = isinstance(error, AlreadyExistsError | PreconditionError)
+                if kind_of(error) == "denied" or (is_refusal(error) and not collided) or attempt + 1 == _ATTEMPTS:
+                    raise failure("replace", uri, error) from error
+            wait_before_retry(attempt)
+        raise AssertionError("unreachable")
+
+    def _version(self, bucket: str, key: str) -> Any:
+        meta = obstore.head(self._store(bucket), key)
+        return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+
+    def _odd_version(self, uri: str, bucket: str, key: str) -> Any:
+        return {"e_tag": self._aws(uri).head(bucket, key).etag}
+
     def delete(self, uri: str) -> None:
         bucket, key = self._split(uri)
 

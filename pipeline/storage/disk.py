@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import time
@@ -181,6 +182,28 @@ class DiskStorage:
         except OSError as error:
             _raise_for(error, "write", uri)
 
+    def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
+        """As `Storage.replace`. Who replaces holds a lock on the file's folder, so that of two only one finds its etag;
+        file systems without locks do without.
+        """
+        path = local_path(uri)
+        try:
+            temporary = self._write_temporary(path, [data])
+            try:
+                with _folder_lock(os.path.dirname(path)):
+                    try:
+                        if _etag(os.stat(path)) != etag:
+                            return False
+                    except FileNotFoundError:
+                        return False
+                    os.replace(temporary, path)
+                    _sync_folder(os.path.dirname(path))
+                return True
+            finally:
+                _unlink(temporary)
+        except OSError as error:
+            _raise_for(error, "replace", uri)
+
     def delete(self, uri: str) -> None:
         try:
             os.unlink(local_path(uri))
@@ -262,6 +285,18 @@ def _unlink(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         return
+
+
+@contextlib.contextmanager
+def _folder_lock(path: str) -> Iterator[None]:
+    """Held by one process at a time, and let go of when it ends, however it does."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # not every network file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(path: str) -> None:

@@ -214,6 +214,18 @@ class RemoteStorage:
             except Exception as error:
                 raise self._failure("write", uri, error) from error
 
+    def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
+        """As `Storage.replace`. Checks first and writes after: no store here is known to do better."""
+        try:
+            if self.head(uri).etag != etag:
+                return False
+        except StorageError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        self.put(uri, data)
+        return True
+
     def delete(self, uri: str) -> None:
         path = self._path(uri)
         try:

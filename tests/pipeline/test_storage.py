@@ -171,6 +171,20 @@ class TestContract:
             assert sum(won) == 1
             assert storage.get(uri).data == b"%d" % won.index(True) * 1000
 
+    def test_replace_what_is_still_there(self, storage: Storage) -> None:
+        uri = join_uri(storage.root, "folder", "x=1", "part.bin")
+        storage.put_new(uri, b"one")
+        first = storage.get(uri).etag
+        assert storage.replace(uri, b"two two", etag=first) is True
+        assert storage.get(uri).data == b"two two"
+        assert storage.replace(uri, b"three", etag=first) is False
+        assert storage.get(uri).data == b"two two"
+        assert storage.replace(uri, b"three", etag=storage.get(uri).etag) is True
+        storage.delete(uri)
+        assert storage.replace(uri, b"four", etag=first) is False
+        assert not storage.exists(uri)
+        assert list(listed(storage, storage.root)) == []
+
     def test_delete(self, storage: Storage) -> None:
         uri = join_uri(storage.root, "x")
         storage.put(uri, b"x")
@@ -371,6 +385,17 @@ class TestDisk:
         blob = disk.get(f"file://{path}")
         assert blob.etag == "3-1234567890123456789"
         assert blob.modified == datetime(2009, 2, 13, 23, 31, 30, 123456, tzinfo=UTC)
+
+    def test_of_many_who_replace_one_file_one_wins(self, disk: Storage, tmp_path: Path) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(b"-1")
+        for _ in range(20):
+            etag = disk.get(f"file://{path}").etag
+            with ThreadPoolExecutor(8) as pool:
+                won = list(
+                    pool.map(lambda one: disk.replace(f"file://{path}", str(one).encode(), etag=etag), range(10, 18))  # noqa: B023
+                )
+            assert sum(won) == 1 and path.read_bytes() == str(won.index(True) + 10).encode()
 
     def test_a_file_that_changes_while_it_is_read_is_read_again(
         self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1143,6 +1168,18 @@ class TestS3Faults:
         bucket.delete(bucket.root + "/x")
         assert not bucket.exists(bucket.root + "/x")
         assert fault_proxy.hits[kind] == 2
+
+    @pytest.mark.parametrize("kind", ["unavailable", "reset_before", "reset_after", "stall"])
+    def test_replacing_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
+        """After a reset whose outcome was unknown the object may be ours, which is success."""
+        uri = bucket.root + "/x"
+        bucket.put(uri, b"before")
+        etag = bucket.get(uri).etag
+        fault_proxy.inject(kind, limit=1, match="PUT", seconds=1)
+        assert bucket.replace(uri, self.DATA, etag=etag) is True
+        assert fault_proxy.hits[kind] == 1
+        assert bucket.get(uri).data == self.DATA
+        assert bucket.replace(uri, b"other", etag=etag) is False
 
     @pytest.mark.parametrize("kind", ["truncate", "unavailable", "reset_before", "stall"])
     def test_listing_survives(self, bucket: Storage, fault_proxy: FaultProxy, kind: str) -> None:
