@@ -7,16 +7,19 @@ import io
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from handmade import CREATED_AT, make_part, make_plan, make_record
+from handmade import CREATED_AT, make_part, make_plan, make_record, make_row
 
+from models.masks import encode_mask_png, encode_rle, mask_crc32
 from pipeline.engine.ledger import Ledger, Plan, WorkCounts
 from pipeline.storage import open_storage
 from pipeline.table.catalog import connect
 from pipeline.table.schema import WORK, shard_bounds
 
 HOUR = dt.timedelta(hours=1)
+PALETTE = [(0, 0, 0), (255, 0, 0)]
 
 
 class Table:
@@ -81,3 +84,18 @@ def make_work(rows: list[dict[str, Any]]) -> bytes:
 
 def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != name or value != CREATED_AT}
+
+
+def whole_row(uri: str, seed: int = 0, etag: str = "e1", **changes: Any) -> dict[str, Any]:
+    """A row of an image of 40 × 30 as a worker would write it; noise, so that the PNG hardly compresses."""
+    class_ids = np.random.default_rng(seed).integers(0, 2, (30, 40)).astype(np.uint8)
+    counts = np.bincount(class_ids.ravel(), minlength=2)
+    rle = encode_rle(class_ids == 1)
+    classes = [
+        {"class_id": index, "name": name, "pixels": int(counts[index]), "fraction": float(counts[index] / 1200),
+         "mean_confidence": 0.5, "regions": 1}
+        for index, name in enumerate(("background", "cell"))
+    ]  # fmt: skip
+    instance = {"class_id": 1, "name": "cell", "score": 0.5, "bbox": [0.0, 0.0, 1.0, 1.0], "area": 1, "rle": rle}
+    return make_row(uri, etag, width=40, height=30, classes=classes, instances=[instance], mask_crc32=mask_crc32(
+        class_ids, [rle]), mask={"bytes": encode_mask_png(class_ids, PALETTE), "path": None}, **changes)  # fmt: skip

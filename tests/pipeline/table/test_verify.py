@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import CREATED_AT, make_image, make_part, make_row
 from harness import in_process
-from tables import HOUR, Table
+from tables import HOUR, PALETTE, Table, whole_row
 
 import pipeline
-from models.masks import encode_mask_png, encode_rle, mask_crc32
+from models.masks import encode_mask_png, encode_rle
 from pipeline.engine.ledger import Plan
 from pipeline.errors import UsageError
 from pipeline.storage import join_uri, local_path, normalize_uri
@@ -25,23 +25,6 @@ from pipeline.table.audit import Finding
 from pipeline.table.removed import write_removed
 from pipeline.table.schema import part_name
 from pipeline.table.verify import verify
-
-PALETTE = [(0, 0, 0), (255, 0, 0)]
-
-
-def whole_row(uri: str, seed: int = 0, etag: str = "e1", **changes: Any) -> dict[str, Any]:
-    """A row of an image of 40 × 30 as a worker would write it; noise, so that the PNG hardly compresses."""
-    class_ids = np.random.default_rng(seed).integers(0, 2, (30, 40)).astype(np.uint8)
-    counts = np.bincount(class_ids.ravel(), minlength=2)
-    rle = encode_rle(class_ids == 1)
-    classes = [
-        {"class_id": index, "name": name, "pixels": int(counts[index]), "fraction": float(counts[index] / 1200),
-         "mean_confidence": 0.5, "regions": 1}
-        for index, name in enumerate(("background", "cell"))
-    ]  # fmt: skip
-    instance = {"class_id": 1, "name": "cell", "score": 0.5, "bbox": [0.0, 0.0, 1.0, 1.0], "area": 1, "rle": rle}
-    return make_row(uri, etag, width=40, height=30, classes=classes, instances=[instance], mask_crc32=mask_crc32(
-        class_ids, [rle]), mask={"bytes": encode_mask_png(class_ids, PALETTE), "path": None}, **changes)  # fmt: skip
 
 
 @pytest.fixture
