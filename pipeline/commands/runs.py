@@ -23,13 +23,14 @@ def runs_list(dest: Dest, dest_profile: DestProfile = None, as_json: Json = Fals
         print(json.dumps(rows))
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "state", "model", "version", "rows", "errors", "images/s", "held by", "source"):
+    for column in ("run", "state", "model", "version", "rows", "errors", "images/s", "gone/back", "held by", "source"):
         table.add_column(column, no_wrap=column != "source", overflow="fold")
     for row in rows:
         speed = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
+        changes = f"{row['removed']}/{row['returned']}" if row["removed"] or row["returned"] else ""
         table.add_row(
             row["run_id"], row["state"], row["model"], row["model_version"], f"{row['rows']}/{row['planned']}",
-            str(row["errors"]), speed, row["holder"] or "", Text(screen.plain(row["source"])),
+            str(row["errors"]), speed, changes, row["holder"] or "", Text(screen.plain(row["source"])),
         )  # fmt: skip
     screen.print_whole(table)
 

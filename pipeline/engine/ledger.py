@@ -28,6 +28,7 @@ from pipeline.config import Precision, PrecisionChoice
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, join_uri
 from pipeline.table.catalog import files_below
+from pipeline.table.runs import PRUNED_NAME
 from pipeline.table.schema import RUN_ID, PartPlace, parse_part_name, part_name, shard_bounds
 
 log = logging.getLogger(__name__)
@@ -58,13 +59,15 @@ class WorkCounts(BaseModel):
     """How the images of SOURCE divide. `images` = `done` + `exhausted` + `held` + `left`; `left` = `new` + `changed` +
     `failed_before` + `repeated` (done before, and forced now).
 
-    `planned` is `left` cut to the limit. `held_by` names the open runs that hold images back.
+    `planned` is `left` cut to the limit. `held_by` names the open runs that hold images back. `forgotten` lines of
+    SOURCE are not among `images`: they are to stay forgotten.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int = 0
     duplicates: int = 0
+    forgotten: int = 0
     done: int = 0
     exhausted: int = 0
     held: int = 0
@@ -152,10 +155,11 @@ class RunRecord(BaseModel):
 
 
 class RunEntry(NamedTuple):
-    """A run as a listing of DEST/runs shows it."""
+    """A run as a listing of DEST/runs shows it. `pruned`: its Parts were deleted."""
 
     run_id: str
     closed: bool
+    pruned: bool = False
 
 
 def new_run_id(now: dt.datetime) -> str:
@@ -181,7 +185,7 @@ class Ledger:
             run_id, _, name = uri.rpartition("/")
             files.setdefault(run_id.rpartition("/")[2], set()).add(name)
         return [
-            RunEntry(run_id, "run.json" in names)
+            RunEntry(run_id, "run.json" in names, PRUNED_NAME in names)
             for run_id, names in sorted(files.items())
             if "plan.json" in names and RUN_ID.fullmatch(run_id)
         ]
@@ -242,8 +246,12 @@ class Ledger:
 
     def progress(self, run_id: str) -> dict[str, Any]:
         """The last progress a driver wrote, or nothing."""
-        data = self._get(self.uri(run_id, "progress.json"))
-        return json.loads(data) if data else {}
+        return self.read_json(run_id, "progress.json") or {}
+
+    def read_json(self, run_id: str, name: str) -> dict[str, Any] | None:
+        """What a file of a run says, None where there is none."""
+        data = self._get(self.uri(run_id, name))
+        return json.loads(data) if data else None
 
     def last_sequence(self) -> int:
         """The number of the newest plan; 0 in a new DEST."""

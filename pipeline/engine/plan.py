@@ -19,6 +19,7 @@ from pipeline.engine.ledger import Plan, WorkCounts
 from pipeline.errors import ALWAYS_RETRIED_KINDS
 from pipeline.storage import Storage
 from pipeline.table.catalog import TERMINAL, open_duckdb, read_parts_sql, sql_text
+from pipeline.table.forgotten import Forgotten
 from pipeline.table.schema import SCHEMA_VERSION, WORK
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ _KEY = "hash({0}, {1}) AS key_a, hash({0} || ' ' || {1}) AS key_b"
 class Question(NamedTuple):
     """What planning needs to know. `corpus_path`: Parquet of MANIFEST_SCHEMA. `held`: open runs and their lists.
 
+    `forgotten`: images that no plan may hold again, whatever SOURCE says.
     `unmatched_path`: where to list the images (Parquet of image_uri) of the terminal rows whose image the corpus does
     not hold under the etag that they were planned with; None where nobody asks.
     """
@@ -54,6 +56,7 @@ class Question(NamedTuple):
     retry_errors: bool = False
     force: bool = False
     unmatched_path: Path | None = None
+    forgotten: Forgotten | None = None
 
 
 def work_left(
@@ -73,9 +76,24 @@ def work_left(
     connection = open_duckdb(storage, sizes=question.part_sizes, memory_bytes=memory_bytes, temp_path=str(scratch))
     try:
         connection.execute("SET preserve_insertion_order = false")
-        return _answer(connection, question, list_path)
+        question, forgotten = _without_forgotten(connection, question, scratch)
+        return _answer(connection, question, list_path).model_copy(update={"forgotten": forgotten})
     finally:
         connection.close()
+
+
+def _without_forgotten(connection: Any, question: Question, scratch: Path) -> tuple[Question, int]:
+    """The question about the rest of the corpus, and how many lines of it are left out."""
+    if not question.forgotten:
+        return question, 0
+    rest = scratch / "unforgotten.parquet"
+    kept = connection.execute(
+        f"COPY (SELECT * FROM read_parquet({sql_text(str(question.corpus_path))}) "
+        f"WHERE NOT {question.forgotten.condition(connection, 'uri')}) TO {sql_text(str(rest))} "
+        "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
+    ).fetchone()[0]
+    lines = pq.read_metadata(question.corpus_path).num_rows
+    return question._replace(corpus_path=rest), lines - kept
 
 
 def _answer(connection: Any, question: Question, list_path: Path | None) -> WorkCounts:

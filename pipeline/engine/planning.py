@@ -23,6 +23,7 @@ from pipeline.errors import UsageError
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, recorded_uri
 from pipeline.table.catalog import Current, part_sizes
+from pipeline.table.forgotten import read_forgotten
 from pipeline.table.removed import Changes, Coverage, find_changes, find_switch
 from pipeline.table.schema import SCHEMA_VERSION
 from pipeline.wording import counted
@@ -116,6 +117,8 @@ class Planner:
                 f"{counted(images, 'image')} left to open run {run_id}: its own command continues it, "
                 f"`maskmill runs abandon {self._config.dest} {run_id}` gives it up"
             )
+        if counts.forgotten:
+            self._note(f"{counted(counts.forgotten, 'image')} of SOURCE left out, which DEST was told to forget")
         changes = self._changes(corpus, counts, settings, unmatched_path)
         signed = corpus.signed_path is not None
         found = _Found(sequence, corpus.full_listing, signed, precision, settings, counts, changes)
@@ -235,6 +238,7 @@ class Planner:
             retry_errors=config.retry_errors,
             force=config.force,
             unmatched_path=unmatched_path,
+            forgotten=read_forgotten(self._ledger.storage, self._ledger.dest),
         )
         return work_left(question, self._ledger.storage, scratch=self._scratch, list_path=list_path)
 

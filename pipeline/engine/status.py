@@ -14,6 +14,7 @@ from pipeline.engine.ledger import Ledger, Plan, RunEntry, RunRecord
 from pipeline.engine.reconciliation import abandon
 from pipeline.errors import UsageError
 from pipeline.storage import normalize_uri, open_storage
+from pipeline.table.runs import PRUNED_NAME
 
 _LEASE_TTL_S = 30.0
 _GETS_AT_ONCE = 16
@@ -34,16 +35,22 @@ def _listed(ledger: Ledger, entry: RunEntry) -> dict[str, Any] | None:
     """The summary of a run, which may have ended since it was listed; None for a plan that lost its race."""
     record = ledger.record(entry.run_id) if entry.closed else None
     plan = record.plan if record else ledger.begun(entry.run_id)
-    return None if plan is None else _summary(ledger, plan, record or ledger.record(entry.run_id))
+    if plan is None:
+        return None
+    row = _summary(ledger, plan, record or ledger.record(entry.run_id))
+    return row | {"state": "pruned"} if entry.pruned else row
 
 
 def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
-    """The summary and, below it, the whole plan or record. Raises UsageError where there is no such run."""
+    """The summary and, below it, the whole plan or record, and as `drift` how it compared with the runs before it, None
+    where nobody looked. Raises UsageError where there is no such run."""
     ledger = _ledger(dest, profile)
     plan = ledger.plan(run_id)
     record = ledger.record(run_id)
-    body = record.model_dump(mode="json") if record else {"plan": plan.model_dump(mode="json")}
-    return _summary(ledger, plan, record) | body
+    body: dict[str, Any] = record.model_dump(mode="json") if record else {"plan": plan.model_dump(mode="json")}
+    if ledger.read_json(run_id, PRUNED_NAME):
+        body["state"] = "pruned"
+    return _summary(ledger, plan, record) | body | {"drift": ledger.read_json(run_id, "drift.json")}
 
 
 def abandon_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
@@ -62,6 +69,8 @@ def _summary(ledger: Ledger, plan: Plan, record: RunRecord | None) -> dict[str, 
         "source": plan.command.source,
         "created_at": plan.created_at.isoformat(timespec="seconds"),
         "planned": plan.counts.planned,
+        "removed": plan.removed,
+        "returned": plan.returned,
     }
     if record is not None:
         return common | {

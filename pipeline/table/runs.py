@@ -18,7 +18,11 @@ from pipeline.table.schema import RUN_ID
 
 _GETS_AT_ONCE = 16
 
-#: Columns of the view `runs`. `workers`: the machines' part of the record, one entry per worker.
+#: A file of a run whose existence says that its Parts and its list are deleted. See `pipeline.table.prune`.
+PRUNED_NAME = "pruned.json"
+
+#: Columns of the view `runs`. `removed`, `returned`: images that its plan found gone from SOURCE, or back. `workers`:
+#: the machines' part of the record, one entry per worker.
 RUNS = pa.schema(
     [
         ("run_id", pa.string()),
@@ -33,6 +37,8 @@ RUNS = pa.schema(
         ("created_at", pa.timestamp("us", "UTC")),
         ("closed_at", pa.timestamp("us", "UTC")),
         ("planned", pa.int64()),
+        ("removed", pa.int64()),
+        ("returned", pa.int64()),
         ("ok", pa.int64()),
         ("errors", pa.int64()),
         ("parts", pa.int64()),
@@ -57,6 +63,11 @@ class RunFiles(NamedTuple):
     plan: dict[str, Any]
     outcome: dict[str, Any] | None
     damage: str = ""
+
+    @property
+    def pruned(self) -> bool:
+        """Whether its Parts and its list were deleted, or are to be."""
+        return PRUNED_NAME in self.names
 
     @property
     def again(self) -> bool:
@@ -131,7 +142,7 @@ def _row(run: RunFiles) -> dict[str, Any]:
     found = {
         "run_id": run.run_id,
         "sequence": plan["sequence"],
-        "state": outcome["state"] if outcome else "open",
+        "state": "pruned" if run.pruned else outcome["state"] if outcome else "open",
         "model": plan["model_name"],
         "model_version": plan["model_version"],
         "settings_digest": plan["settings_digest"],
@@ -141,6 +152,8 @@ def _row(run: RunFiles) -> dict[str, Any]:
         "created_at": dt.datetime.fromisoformat(plan["created_at"]),
         "closed_at": dt.datetime.fromisoformat(outcome["closed_at"]) if outcome else None,
         "planned": counts["planned"],
+        "removed": plan.get("removed", 0),
+        "returned": plan.get("returned", 0),
         "repeats": counts["changed"] + (counts["planned"] if run.again else 0),
     }
     results = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.engine.ledger import WorkCounts
 from pipeline.engine.plan import MAX_ATTEMPTS, TARGET_PART_BYTES, Question, choose_shard_size, shard_lists, work_left
 from pipeline.errors import ALWAYS_RETRIED_KINDS, BYTES_KINDS, WORLD_KINDS
 from pipeline.storage import LISTING_SCHEMA, join_uri, normalize_uri, open_storage
+from pipeline.table.forgotten import Forgotten
 
 RUN = "20260102T030405Z-{:06x}"
 DIGEST = make_row("x", "e")["settings_digest"]
@@ -229,6 +231,19 @@ def _expected(
             found["failed_before"] += bool(failures)
             found["work"][uri] = (etag, len(failures) + 1)
     return found
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_what_is_forgotten_is_no_work_whatever_is_asked(tmp_path: Path, distinct: bool) -> None:
+    desk = Desk(tmp_path)
+    desk.part(make_row("a", "e1"))
+    salt = "5a17"
+    forgotten = Forgotten().also(salt, [hashlib.sha256((salt + uri).encode()).hexdigest() for uri in ("b", "é'd")])
+    corpus = [("a", "e1"), ("b", "e1"), ("c", "e1"), ("é'd", "e2")]
+    for flags in ({}, {"force": True}, {"retry_errors": True}):
+        answer = desk.ask(corpus, distinct=distinct, forgotten=forgotten, **flags)
+        assert list(answer.work) == (["a", "c"] if "force" in flags else ["c"])
+        assert (answer.counts.images, answer.counts.forgotten, answer.counts.duplicates) == (2, 2, 0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -113,3 +113,23 @@ def test_a_live_run_is_not_abandoned(dest: str, ledger: Ledger) -> None:
     with Lease(ledger.storage, ledger.uri(NEW, "lease.json"), ttl_s=0.5), pytest.raises(HeldError, match=NEW):
         abandon_run(dest, NEW)
     assert set(ledger.committed(ledger.plan(NEW))) == {0}
+
+
+def test_what_a_plan_found_gone_is_listed(ledger: Ledger) -> None:
+    plan = make_plan(ledger.dest, run_id=OLD, removed=3, returned=2)
+    ledger.freeze(plan, make_list(["a"]))
+    ledger.close(make_record(plan))
+    (row,) = list_runs(ledger.dest)
+    assert (row["removed"], row["returned"]) == (3, 2)
+
+
+def test_a_run_is_shown_with_its_drift(dest: str, ledger: Ledger) -> None:
+    assert show_run(dest, OLD)["drift"] is None
+    ledger.storage.put_new(ledger.uri(OLD, "drift.json"), b'{"state": "compared"}')
+    assert show_run(dest, OLD)["drift"] == {"state": "compared"}
+
+
+def test_a_pruned_run_says_so(dest: str, ledger: Ledger) -> None:
+    ledger.storage.put_new(ledger.uri(OLD, "pruned.json"), b'{"keep_versions": 1}')
+    assert [row["state"] for row in list_runs(dest)] == ["open", "pruned"]
+    assert show_run(dest, OLD)["state"] == "pruned" and show_run(dest, NEW)["state"] == "open"
