@@ -18,7 +18,7 @@ test: .venv/.dev ## the tests; more for pytest in ARGS="..."
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --durations=8 $(ARGS)
 
 chaos: .venv/.dev ## kills and faults at random moments: long
-	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows tests/infra tests/pipeline/engine/test_jobs.py $(ARGS)
+	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows tests/infra tests/pipeline/engine/test_jobs.py tests/pipeline/table/test_forget.py $(ARGS)
 
 check: .venv/.dev ## lint, format, types, direction of imports
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.learning.promotion import Promotion
     from pipeline.learning.training import TrainOutcome
     from pipeline.registry import Entry, Pushed
+    from pipeline.table.forget import Forgetting
+    from pipeline.table.prune import Pruning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,12 +31,14 @@ __all__ = [
     "drift",
     "evaluate",
     "export",
+    "forget",
     "list_runs",
     "model_history",
     "models",
     "plan",
     "preview_training",
     "promote_model",
+    "prune",
     "push_model",
     "report",
     "rollback_model",
@@ -126,6 +130,20 @@ def verify(dest: str, *, deep: bool = False, profile: str | None = None) -> list
     from pipeline.table import verify as verification
 
     return verification.verify(dest, deep, profile=profile)
+
+
+def prune(dest: str, *, keep_versions: int, yes: Any = False, profile: str | None = None) -> Pruning:
+    """Deletes all but the newest versions of each model: see `pipeline.table.prune.prune`. Without `yes`, only says."""
+    from pipeline.table import prune as pruning
+
+    return pruning.prune(dest, keep_versions=keep_versions, yes=yes, profile=profile)
+
+
+def forget(dest: str, where: str | None = None, *, yes: Any = False, profile: str | None = None) -> Forgetting:
+    """Takes images out for good: see `pipeline.table.forget.forget`. Without `yes`, only says."""
+    from pipeline.table import forget as forgetting
+
+    return forgetting.forget(dest, where, yes=yes, profile=profile)
 
 
 def drift(dest: str, run_id: str | None = None, config: Any = None, *, profile: str | None = None) -> Any:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands import evaluation, export, models, report, runs, segment, tables, training
+from pipeline.commands import evaluation, export, models, report, runs, segment, tables, training, upkeep
 from pipeline.commands.options import INFRASTRUCTURE, INTERRUPTED, OK, USAGE
 from pipeline.errors import MaskmillError, UsageError
 
@@ -44,6 +44,8 @@ for command in (tables.sheet, tables.query, tables.verify, tables.drift):
     app.command()(command)
 app.command()(report.report)
 app.command()(export.export)
+app.command()(upkeep.prune)
+app.command()(upkeep.forget)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 app.add_typer(training.labels_app, name="labels")

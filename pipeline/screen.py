@@ -200,7 +200,7 @@ def print_outcome(outcome: Any, dest: str) -> None:
         table.add_row("rows", f"{outcome.ok:,} ok, {errors}{_kinds(outcome.errors_by_kind)}")
         if outcome.instances:
             table.add_row("instances", f"{outcome.instances:,}")
-        table.add_row("parts", f"{counted(outcome.parts, 'file')}, {_size(outcome.parts_bytes)}")
+        table.add_row("parts", f"{counted(outcome.parts, 'file')}, {size_text(outcome.parts_bytes)}")
     if outcome.seconds:
         table.add_row(
             "speed",
@@ -231,13 +231,13 @@ def print_plan(outcome: Any, dest: str) -> None:
     )
     table.add_row(
         "planned",
-        f"{counted(work.planned, 'image')}, {_size(work.planned_bytes)}, in {counted(outcome.shards, 'shard')}",
+        f"{counted(work.planned, 'image')}, {size_text(work.planned_bytes)}, in {counted(outcome.shards, 'shard')}",
     )
     if outcome.estimate:
         estimate = outcome.estimate
         table.add_row(
             "estimate",
-            f"{estimate.seconds:.0f} s, {_size(estimate.output_bytes)} of Parquet, from {estimate.basis}",
+            f"{estimate.seconds:.0f} s, {size_text(estimate.output_bytes)} of Parquet, from {estimate.basis}",
         )
     stdout().print(table)
 
@@ -265,7 +265,8 @@ def _kinds(kinds: dict[str, int]) -> str:
     return " (" + ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ")" if kinds else ""
 
 
-def _size(size_bytes: int | None) -> str:
+def size_text(size_bytes: int | None) -> str:
+    """`12.3 MB`."""
     value = float(size_bytes or 0)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:

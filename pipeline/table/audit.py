@@ -14,11 +14,14 @@ import duckdb
 
 from pipeline.storage import Storage, duckdb_path, join_uri
 from pipeline.table.catalog import TERMINAL, read_parts_sql, sql_text
+from pipeline.table.forgotten import STAND_IN
 from pipeline.table.inspection import Inspected, reason, why_unreadable
 from pipeline.table.runs import RunFiles
 from pipeline.table.schema import PartPlace, parse_part_name, part_name, shard_bounds
 
 _EXAMPLES = 3
+#: In `listed`: the line of an image that was forgotten.
+_STANDS_IN = f"starts_with(uri, {sql_text(STAND_IN)})"
 _COUNTS = ("ok", "errors", "errors_by_kind", "parts", "parts_bytes", "instances")
 
 
@@ -42,7 +45,7 @@ class Audit:
         self.files = files
         self.runs = runs
         self.findings: list[Finding] = []
-        self._connection = connection
+        self.connection = connection
         self._present: dict[str, dict[int, str]] = {}
         self._readable: dict[str, dict[int, str]] = {}
         self._seen: dict[str, Inspected] = {}
@@ -88,7 +91,7 @@ class Audit:
         # 128 bits of hashes, as in planning: all keys of the table are in memory at once.
         hashes = f"hash({key}) AS key_a, hash({asked}, {key}) AS key_b"
         rows = f"(SELECT *, {hashes} FROM {read_parts_sql(self._all_readable(), filename=True)} WHERE {TERMINAL})"
-        found: list[tuple[list[str], int, str]] = self._connection.execute(
+        found: list[tuple[list[str], int, str]] = self.connection.execute(
             f"""WITH repeated AS (SELECT key_a, key_b FROM {rows} GROUP BY ALL HAVING count(*) > 1)
             SELECT files, count(*), min(image_uri) FROM (
                 SELECT min(image_uri) AS image_uri, list_sort(list(DISTINCT filename)) AS files
@@ -103,7 +106,7 @@ class Audit:
         for run_id, parts in self._readable.items():
             for ordinal, uri in list(parts.items()):
                 try:
-                    self._connection.execute(f"SELECT max(hash({columns})) FROM {read_parts_sql([uri])}").fetchall()
+                    self.connection.execute(f"SELECT max(hash({columns})) FROM {read_parts_sql([uri])}").fetchall()
                 except duckdb.Error as error:
                     self.add("unreadable_file", uri, reason(error), self.replacement(self.runs[run_id]))
                     del parts[ordinal]
@@ -120,7 +123,7 @@ class Audit:
             return
         bounds = self.bounds(run)
         present, readable = self._present.get(run.run_id, {}), self._readable.get(run.run_id, {})
-        self._connection.execute(
+        self.connection.execute(
             "CREATE OR REPLACE TEMP TABLE listed AS SELECT uri, etag, file_row_number AS line FROM "
             f"read_parquet({sql_text(duckdb_path(manifest_uri))}, file_row_number = true, hive_partitioning = false)"
         )
@@ -138,9 +141,10 @@ class Audit:
         if missing or set(readable) != set(present):
             return
         own = read_parts_sql(list(readable.values()))
-        without_row = f"listed l ANTI JOIN {own} r ON l.uri = r.image_uri AND l.etag = r.listed_etag"
+        asked = f"(FROM listed WHERE NOT {_STANDS_IN})"
+        without_row = f"{asked} l ANTI JOIN {own} r ON l.uri = r.image_uri AND l.etag = r.listed_etag"
         not_listed = f"{own} r ANTI JOIN listed l ON l.uri = r.image_uri AND l.etag = r.listed_etag"
-        unanswered, example = self._connection.execute(f"SELECT count(*), min(uri) FROM {without_row}").fetchone()
+        unanswered, example = self.connection.execute(f"SELECT count(*), min(uri) FROM {without_row}").fetchone()
         strangers = self._number(f"SELECT count(*) FROM {not_listed}")
         rows = self._number(f"SELECT count(*) FROM {own}")
         done = run.outcome is not None and run.outcome["state"] == "done"
@@ -158,7 +162,7 @@ class Audit:
                     "compare its Parts with a backup: one of them was changed",
                 )  # fmt: skip
         else:
-            self._check_counts(run, present)
+            self._check_counts(run, present, self._number(f"SELECT count(*) FROM listed WHERE {_STANDS_IN}"))
 
     def _check_missing(self, run: RunFiles, missing: Sequence[int]) -> None:
         """Parts that are gone are a loss as long as images of theirs have no row at all."""
@@ -171,8 +175,8 @@ class Audit:
             if "removed.parquet" in one.names and not why_unreadable(self.storage, self.run_uri(one, "removed.parquet"))
         ]
         without = f"ANTI JOIN read_parquet([{', '.join(gone)}]) g ON l.uri = g.image_uri" if gone else ""
-        lost, example = self._connection.execute(
-            f"""SELECT count(*), min(uri) FROM (SELECT uri, etag FROM listed WHERE {ranges}) l
+        lost, example = self.connection.execute(
+            f"""SELECT count(*), min(uri) FROM (SELECT uri, etag FROM listed WHERE ({ranges}) AND NOT {_STANDS_IN}) l
             ANTI JOIN (SELECT image_uri, settings_digest, model_version FROM {rows}) r
                 ON l.uri = r.image_uri AND r.model_version = {sql_text(run.plan["model_version"])}
                 AND r.settings_digest = {sql_text(run.plan["settings_digest"])} {without}"""
@@ -195,7 +199,8 @@ class Audit:
             f"restore them from a backup; or give the command again: {self.command(run)}, which processes these images",
         )  # fmt: skip
 
-    def _check_counts(self, run: RunFiles, present: Mapping[int, str]) -> None:
+    def _check_counts(self, run: RunFiles, present: Mapping[int, str], forgotten: int) -> None:
+        """`forgotten`: images of its list that were taken out since; their rows may be in its record still."""
         seen = [self._seen[uri] for uri in present.values()]
         kinds = sum((one.rows for one in seen), Counter[str]())
         ok = kinds.pop("ok", 0)
@@ -215,6 +220,8 @@ class Audit:
             for name in _COUNTS
             if recorded.get(name) != counted[name]
         ]
+        if forgotten and _only_fewer(recorded, counted, forgotten):
+            return
         if wrong:
             self.add(
                 "wrong_counts", self.run_uri(run, "run.json"),
@@ -227,7 +234,7 @@ class Audit:
         return [uri for parts in self._readable.values() for uri in parts.values()]
 
     def _number(self, sql: str) -> int:
-        return int(self._connection.execute(sql).fetchone()[0])
+        return int(self.connection.execute(sql).fetchone()[0])
 
     # ── what a run says of itself ────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,3 +267,16 @@ class Audit:
             "restore it from a backup; or move it out of DEST/segments and give the command again: "
             f"{self.command(run)}, which processes its images anew"
         )
+
+
+def _only_fewer(recorded: Mapping[str, Any], counted: Mapping[str, Any], forgotten: int) -> bool:
+    """Whether these counts are those of the record, but for the rows of so many images that were forgotten since."""
+    kinds, now = recorded["errors_by_kind"], counted["errors_by_kind"]
+    fewer = recorded["ok"] + recorded["errors"] - counted["ok"] - counted["errors"]
+    return (
+        recorded["parts"] == counted["parts"]
+        and (fewer == forgotten or (recorded["state"] == "abandoned" and 0 <= fewer <= forgotten))
+        and counted["ok"] <= recorded["ok"]
+        and counted["instances"] <= recorded["instances"]
+        and all(number <= kinds.get(kind, 0) for kind, number in now.items())
+    )

@@ -8,13 +8,17 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import join_uri, normalize_uri, open_storage
 from pipeline.table.audit import Audit, Finding
 from pipeline.table.catalog import files_below, open_duckdb
+from pipeline.table.forgotten import read_forgotten
 from pipeline.table.inspection import Inspected, inspect_part, why_unreadable
-from pipeline.table.runs import RunFiles, read_runs
+from pipeline.table.prune import leftovers
+from pipeline.table.runs import PRUNED_NAME, RunFiles, read_runs
 from pipeline.table.schema import parse_part_name
+from pipeline.table.traces import find_traces, list_files
+from pipeline.wording import counted
 
 #: Files in memory at once, where they are remote.
 _REMOTE_AT_ONCE = 2
@@ -46,8 +50,11 @@ def verify(dest: str, deep: bool = False, *, profile: str | None = None) -> list
             _check_records(audit)
             _check_parts(audit, deep)
             audit.check_repeats()
+            waiting = _check_forgotten(audit)
             for run in runs:
-                if run.outcome and not run.damage:
+                if run.pruned:
+                    _check_pruned(audit, run)
+                elif run.outcome and not run.damage and run.run_id not in waiting:
                     audit.check_run(run)
             return sorted(audit.findings)
         finally:
@@ -75,6 +82,40 @@ def _check_records(audit: Audit) -> None:
             audit.add("unreadable_file", uri, why, f"restore it from a backup; or delete it: {then}")
 
 
+def _check_forgotten(audit: Audit) -> frozenset[str]:
+    """No file names an image that was to be forgotten. Gives the runs whose files do: they do not add up until then."""
+    try:
+        forgotten = read_forgotten(audit.storage, audit.dest)
+    except InfrastructureError as error:
+        if isinstance(error, StorageError):
+            raise
+        audit.add("unreadable_file", join_uri(audit.dest, "runs", "_forgotten"), str(error), "restore it from a backup")
+        return frozenset()
+    damaged = {finding.uri for finding in audit.findings if finding.kind == "unreadable_file"}
+    traces = find_traces(
+        audit.connection, list_files(audit.storage, audit.dest, without=damaged), list(audit.runs.values()), forgotten,
+        audit.dest,
+    )  # fmt: skip
+    for trace in traces.found:
+        what = counted(trace.images, "row") + " of images" if trace.images else "pictures of images"
+        audit.add(
+            "not_forgotten", trace.uri, f"it has {what} that were to be forgotten",
+            f"give `maskmill forget {audit.dest}`, which takes them out; of an open run, once it is closed",
+        )  # fmt: skip
+    return frozenset(trace.run_id for trace in traces.found)
+
+
+def _check_pruned(audit: Audit, run: RunFiles) -> None:
+    """Nothing is left of what `prune` was to delete."""
+    parts = [uri for uri in audit.files if (parse_part_name(uri.rpartition("/")[2]) or ("",))[0] == run.run_id]
+    if left := leftovers(run, parts):
+        audit.add(
+            "half_pruned", audit.run_uri(run, PRUNED_NAME),
+            f"run {run.run_id} was to be pruned, and {counted(len(left), 'file')} of it are there, such as {left[0]}",
+            f"give `maskmill prune {audit.dest} --keep-versions N` again, with any N: it finishes what was begun",
+        )  # fmt: skip
+
+
 def _check_parts(audit: Audit, deep: bool) -> None:
     """Every file below `segments`: those that are Parts in their place are read."""
     jobs: list[tuple[str, RunFiles, int]] = []
@@ -92,8 +133,8 @@ def _check_parts(audit: Audit, deep: bool) -> None:
                 f"restore DEST/runs/{parsed[0]} from a backup (what was in `plan.json` is in `run.json`, too, under "
                 "`plan`); or move the file out of DEST/segments: its images are processed again",
             )  # fmt: skip
-        elif run.damage:
-            continue  # said already
+        elif run.damage or run.pruned:
+            continue  # said already, or to be said
         elif uri != audit.part_uri(run, parsed[1]) or parsed[1] >= len(audit.bounds(run)):
             audit.add(
                 "misplaced_part", uri,
