@@ -3,7 +3,9 @@ retries, and the keys that obstore cannot name. Must not know: other stores, or 
 
 obstore names keys as they are, except those with an empty, `.` or `..` segment or a control character,
 which it refuses, and it fails a whole listing that contains one. Such keys, and such listings, go through
-boto3 here (S3 only)."""
+boto3 here (S3 only).
+
+Longer than most modules: every call goes either way, and all of them share what is tried again."""
 
 from __future__ import annotations
 
