@@ -1,0 +1,136 @@
+"""URIs: what names what, and what is kept secret."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import StorageError, UsageError
+from pipeline.storage import (
+    check_web_address,
+    clean_etag,
+    duckdb_path,
+    file_uri,
+    join_uri,
+    local_path,
+    normalize_uri,
+    open_storage,
+    recorded_uri,
+    uri_name,
+    uri_scheme,
+    without_secrets,
+)
+
+
+class TestUris:
+    def test_paths_become_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", "/home/someone")
+        assert normalize_uri("./a b%20#") == f"file://{tmp_path}/a b%20#"
+        assert normalize_uri("/x/../y/") == "file:///y"
+        assert normalize_uri("~/x") == "file:///home/someone/x"
+        assert normalize_uri("file:/x") == "file:///x"
+
+    @pytest.mark.parametrize(
+        "uri", ["s3://b/k%20 #?", "s3://b//k/", "file:///a b", "https://h/x?y=%2F", "abfs://c@a.b/x"]
+    )
+    def test_uris_stay(self, uri: str) -> None:
+        assert normalize_uri(uri) == uri
+
+    @pytest.mark.parametrize("text", ["", "file://relative/x"])
+    def test_nonsense_is_refused(self, text: str) -> None:
+        with pytest.raises(UsageError):
+            normalize_uri(text)
+
+    def test_parts(self) -> None:
+        assert uri_scheme("S3://b/k") == "s3"
+        assert uri_name("s3://b/a/c d.jpg") == "c d.jpg"
+        assert uri_name("s3://b/a/") == "a"
+        assert join_uri("s3://b/a/", "x", "y.jpg") == "s3://b/a/x/y.jpg"
+        assert local_path("file:///a%20b") == duckdb_path("file:///a%20b") == "/a%20b"
+        assert duckdb_path("s3://b/k") == "s3://b/k"
+        with pytest.raises(UsageError):
+            local_path("s3://b/k")
+        with pytest.raises(UsageError):
+            uri_scheme("/x")
+
+    @pytest.mark.parametrize(
+        ("etag", "clean"),
+        [('"abc"', "abc"), ('W/"abc"', "abc"), ("abc", "abc"), ("", ""), (None, ""), ('"a-2"', "a-2")],
+    )
+    def test_etags(self, etag: str | None, clean: str) -> None:
+        assert clean_etag(etag) == clean
+
+    @given(
+        name=st.one_of(
+            st.binary(min_size=1), st.text(min_size=1, alphabet="a\u00e9\uef7f\uef80\uefff\uf000").map(str.encode)
+        )
+    )
+    def test_every_path_has_a_uri_that_leads_back_to_it(self, name: bytes) -> None:
+        path = os.fsdecode(b"/" + name.replace(b"/", b"").replace(b"\0", b""))
+        uri = file_uri(path)
+        assert uri.encode().decode() == uri
+        assert os.fsencode(local_path(uri)) == os.fsencode(path)
+        assert normalize_uri(uri) == uri
+        written = b"".join(
+            bytes([ord(c) - 0xEF00]) if 0xEF80 <= ord(c) <= 0xEFFF else c.encode() for c in uri.removeprefix("file://")
+        )
+        assert written == os.fsencode(path)
+
+    def test_escapes_are_as_documented(self) -> None:
+        assert file_uri(os.fsdecode(b"/caf\xe9")) == "file:///caf\uefe9"
+        assert file_uri("/\uef80") == "file:///\uefee\uefbe\uef80"
+        assert normalize_uri(os.fsdecode(b"file:///caf\xe9")) == normalize_uri(os.fsdecode(b"/caf\xe9"))
+        with pytest.raises(UsageError, match="not UTF-8"):
+            duckdb_path("file:///caf\uefe9")
+
+    @pytest.mark.parametrize(
+        ("uri", "shown"),
+        [
+            ("https://user:pass@host/a.csv?X-Amz-Signature=1&b=2", "https://host/a.csv?…"),
+            ("https://token@host/a.csv", "https://host/a.csv"),
+            ("sftp://user:pass@host/a", "sftp://user@host/a"),
+            ("abfs://container@account.dfs.core.windows.net/a b", "abfs://container@account.dfs.core.windows.net/a b"),
+            ("s3://b/k?x=1@y", "s3://b/k?x=1@y"),
+            ("file:///a?b@c", "file:///a?b@c"),
+        ],
+    )
+    def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
+        assert without_secrets(uri) == shown
+
+    def test_an_address_that_is_signed_anew_is_recorded_alike(self) -> None:
+        plain = "https://host/list.csv"
+        aws = plain + "?X-Amz-Credential=AKIA%2F2026&X-Amz-Date={0}&X-Amz-Expires=60&X-Amz-Signature={0}"
+        azure = plain + "?sv=2025&sr=b&sp=r&se={0}&sig={0}"
+        for signed in (aws, azure, plain + "?AWSAccessKeyId=A&Expires={0}&Signature={0}", plain + "?token={0}"):
+            assert recorded_uri(signed.format("one")) == recorded_uri(signed.format("two")) == plain + "?…"
+        asked = [recorded_uri(f"{plain}?id={n}&X-Amz-Signature={secret}") for n in (1, 2) for secret in ("abc", "def")]
+        assert asked[0] == asked[1] != asked[2] == asked[3]
+        assert asked[0].startswith(plain + "?…") and "abc" not in asked[0]
+        for uri in ("s3://b/k?token=1", "file:///a?token=1", plain):
+            assert recorded_uri(uri) == uri
+
+    @pytest.mark.parametrize(
+        "uri", ["http:///", "https://", "http:///a.jpg", "http://h:99999/a", "http://[::1/a", "http://:80/a"]
+    )
+    def test_what_is_no_web_address(self, uri: str) -> None:
+        with pytest.raises(UsageError):
+            check_web_address(uri)
+        with pytest.raises(UsageError):
+            open_storage("https://host").get(uri.replace("http:", "https:"))
+
+    def test_an_unknown_scheme_says_what_to_do(self) -> None:
+        with pytest.raises(UsageError, match=r"'nosuch'.*install"):
+            open_storage("nosuch://x/y")
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of fsspec's destructor
+    def test_a_scheme_that_needs_a_host_takes_it_from_the_uri(self) -> None:
+        with pytest.raises(StorageError, match=r"could not reach 'ftp://127\.0\.0\.1:1/a\.jpg'") as caught:
+            open_storage("ftp://127.0.0.1:1/a.jpg")  # where nobody listens
+        assert caught.value.kind == "fetch_failed"
+        with pytest.raises(UsageError, match="does not say enough"):
+            open_storage("ftp:///a.jpg")
