@@ -9,6 +9,7 @@ store gives a digest; whoever asks for all of it at once gets one GET and its ch
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from pipeline.storage.blob import ObjectInfo
 WHOLE_BYTES = 1 << 20
 _KEPT_BYTES = 64 << 20
 _CHUNK_BYTES = 256 << 10
+#: A wild card as a character of a name.
+_ESCAPED = re.compile(r"\[([*?\[])\]")
 
 
 class Folder(NamedTuple):
@@ -84,6 +87,13 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         entries += [{"name": self._strip(u).rstrip("/"), "size": 0, "type": "directory"} for u in folders]
         return entries if detail else [entry["name"] for entry in entries]
 
+    def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
+        """Names that match `path`. One in which every wild card is escaped is asked for, and no bucket is listed."""
+        if set("*?[") & set(_ESCAPED.sub("", path)):
+            return super().glob(path, maxdepth=maxdepth, **options)
+        name = _ESCAPED.sub(r"\1", path)
+        return [self._strip(name)] if self.exists(name) else []
+
     def open(self, path: str, mode: str = "rb", **_: Any) -> ObjectFile:
         """A file to read."""
         if mode != "rb":
@@ -110,6 +120,8 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
 
     def _info(self, path: str) -> ObjectInfo:
         uri = self._uri(path)
+        if "/" not in self._strip(uri).rstrip("/"):  # the bucket itself
+            raise FileNotFoundError(uri)
         with self._lock:
             found = self._infos.get(uri)
         if found is None:

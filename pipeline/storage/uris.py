@@ -90,10 +90,13 @@ def path_text(text: str) -> str:
 
 
 def duckdb_path(uri: str) -> str:
-    """What DuckDB is to be given for this URI: local files by their path, everything else unchanged. Raises UsageError
-    for a path that is not UTF-8."""
-    if not uri.startswith("file://"):
+    """What DuckDB is to be given for this URI, so that it takes it as one name: local files by their path, of which the
+    literal name wins over a glob by itself; everything else with its wild cards escaped, but for web addresses, which
+    have none. Raises UsageError for a path that is not UTF-8."""
+    if uri.startswith(("http://", "https://")):
         return uri
+    if not uri.startswith("file://"):
+        return re.sub(r"([*?\[])", r"[\1]", uri)
     path = local_path(uri)
     if _SURROGATES.search(path):
         raise UsageError(f"{uri!r}: DuckDB cannot read a path that is not UTF-8; rename the folder")

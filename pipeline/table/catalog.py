@@ -75,7 +75,7 @@ def read_parts_sql(uris: Sequence[str], *, hive: bool = False, filename: bool = 
     """
     if not uris:
         return _no_rows(hive)
-    listed = ", ".join(sql_text(_literal(duckdb_path(uri))) for uri in uris)
+    listed = ", ".join(sql_text(duckdb_path(uri)) for uri in uris)
     if not hive:
         also = (", filename = true" if filename else "") + (", file_row_number = true" if row_number else "")
         return f"read_parquet([{listed}], hive_partitioning = false{also})"
@@ -110,16 +110,12 @@ def _duckdb_type(arrow: pa.DataType) -> str:
     return _DUCKDB_TYPES[str(arrow)]
 
 
-def _literal(path: str) -> str:
-    """`path` so that DuckDB takes it as one name. On a disk the literal name wins over a glob by itself."""
-    return re.sub(r"([*?\[])", r"[\1]", path) if "://" in path else path
-
-
 def unreadable(dest: str, error: duckdb.Error) -> InfrastructureError:
     """What DuckDB says of a table that it cannot read, in one sentence and without the SQL."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    # What a store raises reaches us as the text of a traceback: its last line says what happened.
-    why = lines[-1] if "Traceback" in lines[0] else lines[0]
+    # What a store raises reaches us as the text of a traceback: its last line says what happened. The SQL may follow.
+    said = next((index for index, line in enumerate(lines) if index and line.startswith("LINE ")), len(lines))
+    why = lines[said - 1] if "Traceback" in lines[0] else lines[0]
     return InfrastructureError(f"the table at {dest} could not be read: {why}")
 
 
@@ -274,7 +270,7 @@ def _create_events(connection: Any, dest: str, runs: Sequence[RunFiles]) -> bool
     for name, etag in (("removed.parquet", "NULL::VARCHAR"), ("returned.parquet", "image_etag")):
         paths = [duckdb_path(join_uri(dest, "runs", run.run_id, name)) for run in runs if name in run.names]
         if paths:
-            listed = ", ".join(sql_text(_literal(path)) for path in paths)
+            listed = ", ".join(sql_text(path) for path in paths)
             selects.append(
                 f"SELECT image_uri, {etag} AS image_etag, "
                 f"regexp_extract(filename, '.*/runs/([^/]+)/{name}$', 1) AS run_id "
@@ -291,7 +287,7 @@ def _create_events(connection: Any, dest: str, runs: Sequence[RunFiles]) -> bool
 def _evaluations_sql(uris: Sequence[str]) -> str:
     if not uris:
         return "(SELECT NULL::VARCHAR AS model, NULL::VARCHAR AS model_version WHERE false)"
-    listed = ", ".join(sql_text(_literal(duckdb_path(uri))) for uri in uris)
+    listed = ", ".join(sql_text(duckdb_path(uri)) for uri in uris)
     return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
 

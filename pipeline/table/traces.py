@@ -131,7 +131,7 @@ def _count(connection: Any, uris: Sequence[str], condition: str, dest: str) -> t
     """(URI and rows that fulfil the condition, where there are any; files that cannot be read)."""
     if not uris:
         return [], []
-    uri_of = {duckdb_path(uri): uri for uri in uris}
+    uri_of = {duckdb_path(uri) if uri.startswith("file://") else uri: uri for uri in uris}
     try:
         counted = connection.execute(
             f"SELECT filename, count(*) FROM {read_parts_sql(uris, filename=True)} WHERE {condition} "

@@ -36,7 +36,7 @@ class Place:
         self._storage = open_storage(self.uri, profile=profile)
 
     def __str__(self) -> str:
-        return duckdb_path(self.uri)
+        return duckdb_path(self.uri) if self.uri.startswith("file://") else self.uri
 
     def read(self, name: str) -> bytes:
         """The bytes of one file. Raises StorageError."""

@@ -53,6 +53,8 @@ class TestUris:
         assert join_uri("s3://b/a/", "x", "y.jpg") == "s3://b/a/x/y.jpg"
         assert local_path("file:///a%20b") == duckdb_path("file:///a%20b") == "/a%20b"
         assert duckdb_path("s3://b/k") == "s3://b/k"
+        assert duckdb_path("s3://b/a[1]*?") == "s3://b/a[[]1][*][?]"
+        assert duckdb_path("https://host/k?version=1") == "https://host/k?version=1"
         with pytest.raises(UsageError):
             local_path("s3://b/k")
         with pytest.raises(UsageError):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from tables import HOUR, Table
 
 from pipeline.errors import BYTES_KINDS, WORLD_KINDS, InfrastructureError, UsageError
 from pipeline.storage import join_uri, local_path, normalize_uri
-from pipeline.table.catalog import TERMINAL, connect, part_sizes
+from pipeline.table.catalog import TERMINAL, connect, part_sizes, unreadable
 
 
 @pytest.fixture
@@ -131,6 +132,12 @@ def test_wild_cards_in_a_remote_dest_are_only_names(memory_folder: str) -> None:
     assert table.ask("SELECT image_uri FROM images") == [("it's",)]
 
 
+def test_what_a_store_says_is_said_without_the_sql() -> None:
+    traceback = 'Traceback (most recent call last):\n  File "a.py", line 1, in head\nStorageError: denied'
+    error = duckdb.IOException(f"{traceback}\n\nLINE 1: FROM x\n   ^^^^")
+    assert str(unreadable("s3://b/k", error)) == "the table at s3://b/k could not be read: StorageError: denied"
+
+
 def test_foreign_parquet_and_debris_are_left_alone(table: Table) -> None:
     plan = table.run(make_row("a", "e1"))
     folder = Path(local_path(plan.part_uri(0))).parent
@@ -160,8 +167,9 @@ def test_no_table_is_a_usage_error(tmp_path: Path, make: Any) -> None:
 
 
 @pytest.mark.s3
-def test_views_on_s3(s3_bucket: str) -> None:
-    table = Table(f"{s3_bucket}/deep/it's here")
+@pytest.mark.parametrize("name", ["deep/it's here", "right below the bucket [1]*?"])
+def test_views_on_s3(s3_bucket: str, name: str) -> None:
+    table = Table(f"{s3_bucket}/{name}")
     table.run(make_row("s3://photos/a b.jpg", "e1"), make_row("s3://photos/c.jpg", "e1", "corrupt"))
     table.run(make_row("s3://photos/a b.jpg", "e2"), changed=1)
     assert sorted(table.ask("SELECT image_uri, image_etag, model FROM images WHERE date = DATE '2026-01-02'")) == [

@@ -370,7 +370,7 @@ def test_abandoned_runs(table: Table, plan: Plan) -> None:
 
 @pytest.mark.s3
 def test_on_s3(s3_bucket: str) -> None:
-    table = Table(f"{s3_bucket}/deep/it's here")
+    table = Table(f"{s3_bucket}/it's h[e]re*")
     plan = table.run(whole_row("s3://photos/a.jpg"), whole_row("s3://photos/b.jpg"), shard_size=1, at=CREATED_AT + HOUR)
     assert verify(table.dest, deep=True) == []
     table.ledger.storage.delete(plan.part_uri(0))
