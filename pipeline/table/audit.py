@@ -6,12 +6,15 @@ Must not know: what is inside a Part beyond its flat columns, how runs are made.
 from __future__ import annotations
 
 import datetime as dt
+import json
+import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
 
+from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.storage import Storage, duckdb_path, join_uri
 from pipeline.table.catalog import TERMINAL, read_parts_sql, sql_text
 from pipeline.table.forgotten import STAND_IN
@@ -226,8 +229,8 @@ class Audit:
             self.add(
                 "wrong_counts", self.run_uri(run, "run.json"),
                 "the rows are all there, but it says " + "; ".join(wrong),
-                f"restore it from a backup; or delete it and give the command again: {self.command(run)}, which counts "
-                "the Parts and closes the run",
+                "restore it from a backup; or delete it and give the command again: "
+                f"{self.command(run, itself=True)}, which counts the Parts and closes the run",
             )  # fmt: skip
 
     def _all_readable(self) -> list[str]:
@@ -256,10 +259,25 @@ class Audit:
         """The one place of Part `ordinal`."""
         return join_uri(self.dest, self.folder(run), part_name(run.run_id, ordinal))
 
-    def command(self, run: RunFiles) -> str:
-        """What processes again what the run has lost."""
-        model = f"{run.plan['model_name']}@{run.plan['model_version']}"
-        return f"`maskmill segment {run.plan['command']['source']} {self.dest} --model {model}`"
+    def command(self, run: RunFiles, *, itself: bool = False) -> str:
+        """What processes again what the run has lost: the same question, to be pasted into a shell. `itself`: with what
+        else makes it the run's own command."""
+        asked = run.plan["command"]
+        words = ["maskmill", "segment", asked["source"], self.dest]
+        words += ["--model", f"{run.plan['model_name']}@{run.plan['model_version']}"]
+        if asked["precision"] != "auto":
+            words += ["--precision", asked["precision"]]
+        if asked["max_pixels"] != SegmentConfig.model_fields["max_pixels"].default:
+            words += ["--max-pixels", str(asked["max_pixels"])]
+        for key, value in _leaves(asked.get("settings") or {}):
+            words += ["--set", f"{key}={json.dumps(value)}"]
+        words += ["--compile"] if asked.get("compile") else []
+        if sorted(asked["suffixes"]) != sorted(DEFAULT_SUFFIXES):
+            words += [word for suffix in asked["suffixes"] for word in ("--suffix", suffix)]
+        if itself:
+            words += ["--limit", str(asked["limit"])] if asked["limit"] else []
+            words += [f"--{name.replace('_', '-')}" for name in ("force", "retry_errors") if asked[name]]
+        return f"`{shlex.join(words)}` (where no registry has the model, the path of its file)"
 
     def replacement(self, run: RunFiles) -> str:
         """How a Part that cannot be trusted is replaced."""
@@ -280,3 +298,12 @@ def _only_fewer(recorded: Mapping[str, Any], counted: Mapping[str, Any], forgott
         and counted["instances"] <= recorded["instances"]
         and all(number <= kinds.get(kind, 0) for kind, number in now.items())
     )
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as `--set` takes them: dotted keys, and their values."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

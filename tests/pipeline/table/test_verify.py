@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from tables import HOUR, PALETTE, Table, whole_row
 
 import pipeline
 from models.masks import encode_mask_png, encode_rle
+from models.overrides import parse_settings
 from pipeline.engine.ledger import Plan
 from pipeline.errors import UsageError
 from pipeline.storage import join_uri, local_path, normalize_uri
@@ -219,6 +221,28 @@ def test_a_deleted_part_is_mended_by_the_same_command(
     assert kinds(verify(dest)) == ["missing_part"]
     assert segment(**command).ok == 2
     assert verify(dest, deep=True) == []
+
+
+def test_the_command_that_mends_is_of_the_same_question(tmp_path: Path) -> None:
+    """Word by word as a shell hands it to the command line; with other settings it would process everything else."""
+    table = Table(normalize_uri(str(tmp_path / "dest")))
+    settings = {"tile_above_pixels": 5, "postprocessing": {"min_area_px": 40}, "augmentation": {"flips": ["vertical"]}}
+    plan = table.run(whole_row("s3://photos/a.jpg"))
+    command = plan.command.model_copy(update={"source": "s3://my photos/*.jpg", "settings": settings, "limit": 7})
+    for name in ("plan.json", "run.json"):
+        path = Path(local_path(table.ledger.uri(plan.run_id, name)))
+        body = json.loads(path.read_text())
+        (body.get("plan") or body)["command"] = command.model_dump(mode="json")
+        path.write_text(json.dumps(body))
+    path_of(plan, 0).unlink()
+    (found,) = verify(table.dest)
+    words = shlex.split(found.mend.split("`")[1])
+    assert words[:4] == ["maskmill", "segment", "s3://my photos/*.jpg", table.dest]
+    said = dict(zip(words[4::2], words[5::2], strict=True))
+    assert said["--model"] == f"{plan.model_name}@{plan.model_version}"
+    assert (said["--max-pixels"], said["--suffix"]) == ("1000", ".jpg")
+    assert "--limit" not in words and "--precision" not in words
+    assert parse_settings(words[at + 1] for at, word in enumerate(words) if word == "--set") == settings
 
 
 def test_wrong_counts_are_mended_by_counting_anew(
