@@ -185,6 +185,17 @@ def test_the_question_has_its_answer(heading: str, ask: Any) -> None:
         check(heading, rows, ANSWERS[number])
 
 
+@pytest.mark.parametrize("number", ["6", "17"])
+def test_two_models_are_not_taken_for_two_versions(number: str, tmp_path: Path) -> None:
+    table = Table(normalize_uri(str(tmp_path / "masks")))
+    for model, version, car_px in (("street", BEFORE, 10), ("street", NOW, 10), ("forest", "a" * 12, 90)):
+        at = MONDAYS[table.runs]
+        table.run(image(N1, car_px, 0, at=at, second=0), at=at, model_name=model, model_version=version)
+    text = next(text for heading, text in QUESTIONS.items() if heading.startswith(f"{number}."))
+    (sql,) = re.findall(r"^```sql\n(.*?)^```$", text, re.M | re.S)
+    assert table.ask(sql) == []
+
+
 def python_blocks() -> list[tuple[str, str]]:
     return [
         (heading, code)

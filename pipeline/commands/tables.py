@@ -35,7 +35,7 @@ def query(
     ] = "table",
     dest_profile: DestProfile = None,
 ) -> None:
-    """Run SQL over the views segments, images, classes, instances, errors and runs of DEST.
+    """Run SQL over the views segments, images, classes, instances, errors, runs and evaluations of DEST.
 
     Example: maskmill query masks "SELECT image_uri, foreground_fraction FROM images ORDER BY 2 DESC LIMIT 9"
     """
