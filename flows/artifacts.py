@@ -153,7 +153,7 @@ def show_drift(config: SegmentConfig, outcome: Outcome) -> None:
     if outcome.state != "done" or not outcome.run_id:
         return
     try:
-        found = drift(config.dest, outcome.run_id, profile=config.dest_profile)
+        found = drift(config.dest, outcome.run_id, config.drift, profile=config.dest_profile)
     except MaskmillError as error:
         log.warning("no comparison with earlier runs: %s", error)
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.config import SegmentConfig
+    from pipeline.config import DriftConfig, SegmentConfig
     from pipeline.engine.outcome import Outcome, Preview
     from pipeline.insight.export.job import ExportOutcome
     from pipeline.learning.assessment import Assessment
@@ -78,7 +78,7 @@ def _leave_reports(config: SegmentConfig, outcome: Outcome, listen: Any) -> None
 
     warn = (lambda text: listen(Event("warning", text))) if listen else None
     gallery = GalleryConfig(source_profile=config.source_profile)
-    wanted = ReportConfig(gallery=gallery, dest_profile=config.dest_profile)
+    wanted = ReportConfig(gallery=gallery, drift=config.drift, dest_profile=config.dest_profile)
     for uri in leave_behind(config.dest, outcome.runs, wanted, warn=warn):
         if listen:
             listen(Event("note", f"report: {uri}"))
@@ -171,16 +171,19 @@ def report(
     run_id: str | None = None,
     *,
     out: str | Path = "report.html",
+    drift: DriftConfig | None = None,
     source_profile: str | None = None,
     dest_profile: str | None = None,
 ) -> Any:
     """A run of `dest` as one HTML page at `out`, a path or URL; default: the newest finished run that has rows. See
     `pipeline.insight.report.write_report`; its `ReportConfig` says what is shown, and how much of it."""
+    from pipeline import config as settings
     from pipeline.insight.gallery import GalleryConfig
     from pipeline.insight.report import ReportConfig, write_report
 
     gallery = GalleryConfig(source_profile=source_profile)
-    return write_report(dest, run_id, out=out, config=ReportConfig(gallery=gallery, dest_profile=dest_profile))
+    config = ReportConfig(gallery=gallery, drift=drift or settings.DriftConfig(), dest_profile=dest_profile)
+    return write_report(dest, run_id, out=out, config=config)
 
 
 def export(config: Any = None, /, **settings: Any) -> ExportOutcome:

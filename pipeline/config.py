@@ -16,6 +16,22 @@ Engine = Literal["auto", "local", "ray"]
 DEFAULT_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+class DriftConfig(BaseModel):
+    """When a run counts as drifted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: int = Field(7, ge=1, description="Compare with this many comparable runs before, at most.")
+    psi_threshold: float = Field(0.2, gt=0, description="A smaller PSI is no drift. 0.1 is small, above 0.25 large.")
+    ks_threshold: float = Field(0.15, gt=0, lt=1, description="A smaller KS statistic is no drift.")
+    alpha: float = Field(
+        0.001, gt=0, lt=1, description="Chance of a false alarm for a whole run of the same distribution, at most."
+    )
+    bins: int = Field(10, ge=2, description="Bins of the PSI, of equal share in the earlier runs.")
+    least_images: int = Field(50, ge=10, description="With fewer images on either side nothing is said.")
+    sample_images: int = Field(100_000, ge=1000, description="About so many images a side are looked at.")
+
+
 class SegmentConfig(BaseModel):
     """One `maskmill segment` command. Holds no secret: credentials come from the environment and named profiles."""
 
@@ -52,6 +68,9 @@ class SegmentConfig(BaseModel):
     force: bool = Field(False, description="Process every image of SOURCE again.")
     max_error_rate: float = Field(0.05, ge=0, le=1, description="Above this share of errors the exit status is 3.")
     report: bool = Field(True, description="Leave an HTML report beside the record of every run that is closed.")
+    drift: DriftConfig = Field(
+        DriftConfig(), description="When a run counts as unlike those before it, in its report and for whoever is told."
+    )
     wait: bool = Field(False, description="Wait for a run that another live driver holds, instead of giving up.")
     ray_address: str | None = Field(None, description="Address of a running Ray cluster.")
     source_profile: str | None = Field(None, description="AWS profile for SOURCE.")

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from models.overrides import parse_settings
+from pipeline.config import DriftConfig
 from pipeline.errors import UsageError
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, KEPT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -90,6 +91,30 @@ RayAddress = Annotated[str | None, option("A running Ray cluster.", panel=WHERE,
 SharedFilesystem = Annotated[
     bool, option("Local paths mean the same on every node.", "--shared-filesystem", panel=WHERE)
 ]
+
+
+DriftChanges = Annotated[
+    list[str] | None,
+    option(
+        "When a run counts as unlike those before it: psi_threshold=0.3, ks_threshold=0.2, runs=14; may be repeated.",
+        "--drift",
+        metavar="KEY=VALUE",
+    ),
+]
+
+
+def drift_config(lines: list[str] | None) -> DriftConfig:
+    """What `--drift` asks for. Raises UsageError."""
+    try:
+        return DriftConfig(**parse_settings(lines or ()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(DriftConfig.model_fields)
+        raise UsageError(
+            f"--drift {'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}; known are {known}"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--drift: {error}") from error
 
 
 def card_changes(lines: list[str] | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import Dest, DestProfile, Json
+from pipeline.commands.options import Dest, DestProfile, DriftChanges, Json, drift_config
 
 
 def report(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
@@ -23,6 +23,7 @@ def report(  # noqa: PLR0917 - typer's way: every option of the command is a par
     source_profile: Annotated[
         str | None, typer.Option("--source-profile", metavar="NAME", help="AWS profile for the images.")
     ] = None,
+    drift: DriftChanges = None,
     dest_profile: DestProfile = None,
     as_json: Json = False,
 ) -> None:
@@ -30,7 +31,9 @@ def report(  # noqa: PLR0917 - typer's way: every option of the command is a par
 
     The page holds all that it shows, and opens anywhere, offline too.
     """
-    made = pipeline.report(dest, run, out=out, source_profile=source_profile, dest_profile=dest_profile)
+    made = pipeline.report(
+        dest, run, out=out, drift=drift_config(drift), source_profile=source_profile, dest_profile=dest_profile
+    )
     if as_json:
         print(json.dumps({"run_id": made.run_id, "out": out, "size_bytes": made.size_bytes}))
     else:

@@ -22,6 +22,7 @@ from pipeline.commands.options import (
     Changes,
     Compiled,
     Dest,
+    DriftChanges,
     Engine,
     GpusPerActor,
     MaxPixels,
@@ -36,6 +37,7 @@ from pipeline.commands.options import (
     Threads,
     Wait,
     card_changes,
+    drift_config,
     interruptible,
     option,
 )
@@ -55,6 +57,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     dry_run: Annotated[bool, option("Only print the plan.", "--dry-run")] = False,
     wait: Wait = False,
     report: Annotated[bool, option("Leave an HTML report beside the run's record.", "--report/--no-report")] = True,
+    drift: DriftChanges = None,
     as_json: OneObject = False,
     limit: Annotated[
         int | None, option("At most this many of the images that are left.", panel=_WHICH, metavar="N")
@@ -115,7 +118,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
-        settings=card_changes(change), compile=compiled, report=report,
+        settings=card_changes(change), compile=compiled, report=report, drift=drift_config(drift),
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, Json
+from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, DriftChanges, Json, drift_config
 from pipeline.errors import UsageError
 
 
@@ -90,6 +90,7 @@ def drift(
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the newest finished run.")
     ] = None,
+    limits: DriftChanges = None,
     dest_profile: DestProfile = None,
     as_json: Json = False,
 ) -> None:
@@ -97,7 +98,7 @@ def drift(
 
     Exit status: 0 alike, or nothing to compare with; 4 something has drifted.
     """
-    report = pipeline.drift(dest, run, profile=dest_profile)
+    report = pipeline.drift(dest, run, drift_config(limits), profile=dest_profile)
     if as_json:
         print(json.dumps(report.model_dump(mode="json") | {"drifted": report.drifted}))
     else:

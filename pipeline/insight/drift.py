@@ -15,30 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from pipeline.config import DriftConfig
 from pipeline.errors import UsageError
 from pipeline.storage import normalize_uri, open_storage
 from pipeline.table.catalog import open_table, sql_text
 
 _MEASURES = ("mean_confidence", "mean_entropy", "foreground_fraction", "brightness", "contrast")
-
-
-class DriftConfig(BaseModel):
-    """When a run counts as drifted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    runs: int = Field(7, ge=1, description="Compare with this many comparable runs before, at most.")
-    psi_threshold: float = Field(0.2, gt=0, description="A smaller PSI is no drift. 0.1 is small, above 0.25 large.")
-    ks_threshold: float = Field(0.15, gt=0, lt=1, description="A smaller KS statistic is no drift.")
-    alpha: float = Field(
-        0.001, gt=0, lt=1, description="Chance of a false alarm for a whole run of the same distribution, at most."
-    )
-    bins: int = Field(10, ge=2, description="Bins of the PSI, of equal share in the earlier runs.")
-    least_images: int = Field(50, ge=10, description="With fewer images on either side nothing is said.")
-    sample_images: int = Field(100_000, ge=1000, description="About so many images a side are looked at.")
 
 
 class Shift(BaseModel):

@@ -21,10 +21,11 @@ import jinja2
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config import DriftConfig
 from pipeline.errors import StorageError, UsageError
 from pipeline.insight import cards, facts
 from pipeline.insight.cards import Card, count_text, visible
-from pipeline.insight.drift import DriftConfig, DriftReport, drift_seen_by
+from pipeline.insight.drift import DriftReport, drift_seen_by
 from pipeline.insight.gallery import GalleryConfig, Picture, make_pictures
 from pipeline.insight.questions import Answer, Asked, Questions, choose_run
 from pipeline.storage import join_uri, normalize_uri, open_storage, uri_name

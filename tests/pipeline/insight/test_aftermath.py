@@ -11,6 +11,7 @@ import pytest
 from pictured_table import PicturedTable
 
 import pipeline
+from pipeline.config import DriftConfig
 from pipeline.engine import placement
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.outcome import Event
@@ -80,6 +81,20 @@ def test_a_run_leaves_its_report_unless_it_is_told_not_to(segment: Callable[...,
     outcome, _ = segment(report=False)
     assert outcome.ok == 1 and not (files(tmp_path / "dest", outcome.run_id) / "report.html").exists()
     assert pipeline.verify(str(tmp_path / "dest"), deep=True) == []
+
+
+def test_the_limits_of_drift_are_those_of_the_command(segment: Callable[..., Any], tmp_path: Path) -> None:
+    asked: list[ReportConfig] = []
+
+    def looked_at(dest: str, run_id: str, config: ReportConfig) -> Any:
+        asked.append(config)
+        return make_report(dest, run_id, config)
+
+    make_report = aftermath.make_report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aftermath, "make_report", looked_at)
+        segment(drift=DriftConfig(psi_threshold=0.5, runs=3))
+    assert [one.drift for one in asked] == [DriftConfig(psi_threshold=0.5, runs=3)]
 
 
 def test_a_run_whose_report_fails_is_done_all_the_same(

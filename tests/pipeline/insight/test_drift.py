@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from tables import Table
 
+from pipeline.config import DriftConfig
 from pipeline.errors import UsageError
-from pipeline.insight.drift import DriftConfig, DriftReport, compare, drift, population_stability_index
+from pipeline.insight.drift import DriftReport, compare, drift, population_stability_index
 from pipeline.storage import normalize_uri
 
 CONFIG = DriftConfig()
