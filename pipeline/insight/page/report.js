@@ -54,13 +54,20 @@
     tip.style.top = Math.max(8, top) + "px";
   };
 
+  // A finger moves nowhere and is gone at once: what it touched is told until the next touch.
+  const pointed = (element, says) => {
+    element.addEventListener("pointermove", (event) => tell(says(event), event));
+    element.addEventListener("pointerdown", (event) => { if (event.pointerType === "touch") tell(says(event), event); });
+    element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") tell("", event); });
+  };
+  document.addEventListener("pointerdown", () => { tip.hidden = true; }, true);
+
   // Charts: Vega has written what each mark says into its aria-label.
   for (const chart of document.querySelectorAll("svg.chart")) {
-    chart.addEventListener("pointermove", (event) => {
+    pointed(chart, (event) => {
       const mark = event.target.closest("[role=graphics-symbol][aria-label]:not([aria-roledescription=axis]):not([aria-roledescription=legend])");
-      tell(mark ? mark.getAttribute("aria-label") : "", event);
+      return mark ? mark.getAttribute("aria-label") : "";
     });
-    chart.addEventListener("pointerleave", (event) => tell("", event));
   }
 
   // Pictures: the label map says what lies under the pointer.
@@ -101,8 +108,7 @@
   };
   const follow = (element, key) => {
     element.addEventListener("pointerenter", () => labelMap(key()));
-    element.addEventListener("pointermove", (event) => tell(under(key(), element.querySelector(".photo"), event), event));
-    element.addEventListener("pointerleave", (event) => tell("", event));
+    pointed(element, (event) => under(key(), element.querySelector(".photo"), event));
   };
   for (const tile of tiles) follow(tile, () => tile.dataset.picture);
 

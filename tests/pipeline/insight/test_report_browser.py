@@ -187,7 +187,14 @@ def test_it_fits_a_phone(browser: Any, report_path: Path) -> None:
     assert smallest >= 9, "px of the smallest label"
     phone.locator("button.picture").first.tap()
     assert phone.is_visible("#viewer")
+    phone.wait_for_timeout(200)
+    box = phone.locator("#big").bounding_box()
+    phone.touchscreen.tap(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.72)
+    assert phone.inner_text("#tip") == "car · 0.75", "there is no hovering with a finger"
     phone.tap("#close")
+    assert phone.is_hidden("#tip")
+    phone.locator("#chart-coverage [role=graphics-symbol][aria-roledescription=bar]").first.tap()
+    assert phone.inner_text("#tip").startswith("background: ")
     KEPT.mkdir(exist_ok=True)
     phone.screenshot(path=KEPT / "report-phone.png")
     phone.close()
