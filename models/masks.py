@@ -14,7 +14,7 @@ import cc3d
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -77,10 +77,13 @@ def decode_mask_png(data: bytes) -> NDArray[np.uint8]:
     """Class ids uint8 [h, w] of a palette or gray PNG. Raises ValueError for other modes, OSError if it is no
     image.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"a mask PNG has 8 bits a pixel (mode P or L), got mode {image.mode}")
-        return np.array(image, dtype=np.uint8)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in ("P", "L"):
+                raise ValueError(f"a mask PNG has 8 bits a pixel (mode P or L), got mode {image.mode}")
+            return np.array(image, dtype=np.uint8)
+    except UnidentifiedImageError as error:  # its text is of an object in memory
+        raise OSError(f"{len(data)} bytes of no image") from error
 
 
 def mask_crc32(class_ids: NDArray[np.uint8], rles: Iterable[Mapping[str, Any]] = ()) -> int:

@@ -86,7 +86,7 @@ def test_null_gives_null(ask: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ("decode_mask('abc'::BLOB)", "not a mask"),
+        ("decode_mask('abc'::BLOB)", "not a mask of Maskmill's: 3 bytes of no image;"),
         ("mask_iou($1, $2)", "different sizes"),
         (f"decode_rle({{'size': [5, 7], 'counts': 'zz'::BLOB}}::{RLE})", "no run lengths"),
         (f"decode_rle({{'size': [5], 'counts': '0'::BLOB}}::{RLE})", "no run lengths"),
