@@ -121,7 +121,8 @@ def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str
         try:
             chosen = _hashes(connection, "segments", where, known, salt)
         except _OF_THE_CONDITION as error:
-            raise UsageError(f"--where {where!r}: {error}") from error
+            said = str(error).partition("\n\nLINE ")[0]  # and not the SQL that it was said of
+            raise UsageError(f"--where {where!r}: {said}") from error
         except duckdb.Error as error:
             raise unreadable(dest, error) from error
         finally:
@@ -130,7 +131,7 @@ def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str
         connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=folder)
         try:
             # The other files know no more of an image than its URI.
-            connection.execute(f"SELECT 1 FROM (SELECT '' AS image_uri) WHERE ({where})")
+            connection.execute(f"SELECT 1 FROM (SELECT '' AS image_uri) WHERE ({where}\n)")
             for uris, column in ((files.lists, "uri"), (files.events, "image_uri"), (files.evaluations, "image_uri")):
                 if uris:
                     named = f"(SELECT {column} AS image_uri FROM {read_parts_sql(uris)})"

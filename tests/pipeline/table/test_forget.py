@@ -172,6 +172,7 @@ def test_an_image_without_a_row_is_found_by_its_name(table: Table) -> None:
     Path(local_path(run.part_uri(0))).unlink()
     abandon(table.ledger, run, ttl_s=1.0)
     assert forget(table.dest, f"image_uri = '{JANE}9.jpg'").images == 1
+    assert forget(table.dest, f"image_uri = '{JANE}9.jpg' -- her wish of May").images == 1
     assert forget(table.dest, f"image_uri = '{JANE}9.jpg'", yes=True).rows == 0
     assert f"{JANE}9.jpg" not in str(contents(table.ledger.storage, table.dest))
     assert verify(table.dest) == []
@@ -182,8 +183,9 @@ def test_an_image_without_a_row_is_found_by_its_name(table: Table) -> None:
     [("", "is empty"), ("nonsense = 1", "nonsense"), ("1 = 1)); DROP TABLE x; SELECT ((1", "more than a condition")],
 )
 def test_a_condition_that_is_none(table: Table, where: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=says) as refused:
         forget(table.dest, where, yes=True)
+    assert "SELECT DISTINCT" not in str(refused.value)
 
 
 def test_an_open_run_that_holds_such_an_image_is_in_the_way(table: Table) -> None:
