@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import InfrastructureError, UsageError
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage
 from pipeline.table.catalog import files_below, open_duckdb, open_table, read_parts_sql, sql_text, unreadable
+from pipeline.table.conditions import check_condition, told
 from pipeline.table.forgotten import STAND_IN, Forgotten, hash_sql, read_forgotten, write_forgotten
 from pipeline.table.runs import RunFiles, read_runs
 from pipeline.table.takeout import take_out
@@ -119,10 +120,10 @@ def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str
     with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
         connection = open_table(storage, dest, memory_bytes=_MEMORY_BYTES, temp_path=folder)
         try:
+            check_condition(connection, where)
             chosen = _hashes(connection, "segments", where, known, salt)
         except _OF_THE_CONDITION as error:
-            said = str(error).partition("\n\nLINE ")[0]  # and not the SQL that it was said of
-            raise UsageError(f"--where {where!r}: {said}") from error
+            raise UsageError(f"--where {where!r}: {told(error)}") from error
         except duckdb.Error as error:
             raise unreadable(dest, error) from error
         finally:
@@ -151,8 +152,6 @@ def _hashes(connection: Any, relation: str, where: str, known: Forgotten, salt: 
         f"(SELECT DISTINCT image_uri FROM {relation} WHERE ({where}\n)) "
         f"WHERE NOT starts_with(image_uri, {sql_text(STAND_IN)}) AND NOT {known.condition(connection, 'image_uri')}"
     )
-    if len(connection.extract_statements(sql)) != 1:
-        raise UsageError(f"--where {where!r} is more than a condition")
     return frozenset(connection.execute(sql).fetchnumpy()["digest"].tolist())
 
 

@@ -16,6 +16,7 @@ from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.insight.export.shape import ClassInfo, Subject
 from pipeline.storage import Storage, join_uri, uri_name
 from pipeline.table.catalog import connect, part_sizes, read_parts_sql, sql_text, unreadable
+from pipeline.table.conditions import check_condition, told
 from pipeline.table.schema import parse_part_name
 
 
@@ -75,15 +76,7 @@ def _pick(connection: Any, where: str | None) -> None:
     """The table `_picked`: which rows of `images` the condition is true for, by what tells rows apart."""
     chosen = "true"
     if where is not None:
-        # Twice, so that what is taken as a condition inside brackets is one outside of them too.
-        for sql in (f"SELECT 1 WHERE {where}\n", f"SELECT ({where}\n)"):
-            try:
-                count = len(connection.extract_statements(sql))
-            except duckdb.Error as error:
-                why = "give one condition, without a semicolon" if ";" in where else _reason(error)
-                raise UsageError(f"--where {where!r} is no condition: {why}") from error
-            if count != 1:
-                raise UsageError(f"--where {where!r} is {count} statements: give one condition, without a semicolon")
+        check_condition(connection, where)
         chosen = where
     try:
         connection.execute(
@@ -93,14 +86,7 @@ def _pick(connection: Any, where: str | None) -> None:
     except (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError) as error:
         if where is None:
             raise
-        raise UsageError(f"--where {where!r} cannot be asked of the view images: {_reason(error)}") from error
-
-
-def _reason(error: duckdb.Error) -> str:
-    """What DuckDB says, in a line, without the SQL that it says it of."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("LINE ", "^"))]
-    return " ".join(kept)
+        raise UsageError(f"--where {where!r} cannot be asked of the view images: {told(error)}") from error
 
 
 def _place(connection: Any, storage: Storage, dest: str, list_path: Path, *, images: int, with_images: bool) -> None:

@@ -180,7 +180,12 @@ def test_an_image_without_a_row_is_found_by_its_name(table: Table) -> None:
 
 @pytest.mark.parametrize(
     ("where", "says"),
-    [("", "is empty"), ("nonsense = 1", "nonsense"), ("1 = 1)); DROP TABLE x; SELECT ((1", "more than a condition")],
+    [
+        ("", "is empty"),
+        ("nonsense = 1", "nonsense"),
+        ("1 = 1)); DROP TABLE x; SELECT ((1", "without a semicolon"),
+        ("false) OR (true", "is no condition"),
+    ],
 )
 def test_a_condition_that_is_none(table: Table, where: str, says: str) -> None:
     with pytest.raises(UsageError, match=says) as refused:
