@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import SHAPE, Case, actors_on, kill_all, own_processes, part_count, terminal_rows, wait_until
-from prefect_site import Site, client_of, site, stop
+from prefect_site import FINAL, Site, client_of, site, stop
 from ray_site import RaySite, ray_site
 
 __all__ = ["ray_site", "site"]
@@ -43,7 +44,10 @@ def under_way(site: Site, case: Case, dest: Path, **changes: Any) -> str:
     """A run of the ad hoc deployment in the middle of its work."""
     run_id = site.begin("adhoc", **asked(case, dest) | changes)
     before = part_count(dest)
-    wait_until(lambda: part_count(dest) >= before + 3, timeout_s=400, what="three Parts", poll_s=0.05)
+    begun_s = time.monotonic()
+    while part_count(dest) < before + 3:
+        assert site.state(run_id)[0] not in FINAL and time.monotonic() < begun_s + 400, site.logs(run_id)
+        time.sleep(0.1)
     return run_id
 
 
