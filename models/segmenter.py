@@ -165,7 +165,7 @@ class Segmenter:
                 inputs = normalize(images, statistics, self.card.preprocessing, dtype=self._dtype)
                 logits_NCHW = self._refined(inputs, images, sizes)
                 if tiles:
-                    results = {"probabilities": pixel_softmax(logits_NCHW).to(torch.float16)}
+                    results = {"probabilities": pixel_softmax(_marked(logits_NCHW)).to(torch.float16)}
                 else:
                     results = self._reduce(logits_NCHW, sizes, sizes_N2, image_sizes)
             return Pending(*self._transfer.download(results), image_sizes)
@@ -209,7 +209,7 @@ class Segmenter:
             logits_NCHW = self._logits(inputs_NCHW)
         else:
             averaged_NCHW = average_probabilities(
-                self._logits,
+                lambda view_NCHW: _marked(self._logits(view_NCHW)),
                 inputs_NCHW,
                 card.augmentation,
                 canvas_multiple=card.canvas_multiple,
@@ -217,7 +217,7 @@ class Segmenter:
             )
             logits_NCHW = averaged_NCHW.clamp_min_(_LEAST_PROBABILITY).log_()
         if card.crf is not None:
-            refined_NCHW = refine(logits_NCHW, images_NHWC, card.crf, sizes_N2=sizes_N2)
+            refined_NCHW = refine(_marked(logits_NCHW), images_NHWC, card.crf, sizes_N2=sizes_N2)
             logits_NCHW = refined_NCHW.clamp_min_(_LEAST_PROBABILITY).log_()
         return logits_NCHW
 
@@ -282,6 +282,11 @@ class Segmenter:
         inputs = normalize(images, statistics, self.card.preprocessing, dtype=torch.float32)
         wanted = [bool(height > 0) for height in image_sizes_N2[:, 0]]
         return detect(self._module, inputs, self.postprocessing, wanted=wanted, dtype=self._dtype)
+
+
+def _marked(logits_NCHW: torch.Tensor) -> torch.Tensor:
+    """The same, minus infinity made NaN in place: a softmax hides it, as it does no other value that is not finite."""
+    return logits_NCHW.masked_fill_(logits_NCHW == -torch.inf, torch.nan)
 
 
 def _lower(network: Any, card: Card, dtype: torch.dtype) -> None:

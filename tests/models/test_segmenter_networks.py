@@ -161,6 +161,35 @@ def test_an_answer_that_is_not_finite_is_no_answer(value: float) -> None:
         assert np.isnan(prediction.mean_entropy)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"augmentation": {"flips": ["horizontal"]}},
+        {"augmentation": {"scales": [1.0, 2.0]}},
+        {"crf": {"iterations": 1, "window_px": 3}},
+        {"size_policy": {"kind": "tile", "tile_px": 32}},
+    ],
+)
+def test_probabilities_hide_no_answer_that_is_not_finite(fields: dict[str, Any], value: float) -> None:
+    card = small_card("unet", **fields)
+    network = distinct_network(card)
+    with torch.no_grad():
+        network.segmentation_head[0].bias[2] = value
+    segmenter = Segmenter(network, card, device="cpu", precision="fp32")
+    image = make_image(32, 64, seed=1)
+    mosaic = segmenter.mosaic(32, 64)
+    if mosaic is None:
+        prediction = run(segmenter, [image])[0]
+    else:
+        for window in mosaic.grid.windows():
+            pixels = image[:, window.x : window.x + window.width]
+            answer = segmenter.submit(pixels[None], np.full((1, 2), 32, np.int32), np.ones((1, 2), np.float32), tiles=True)
+            mosaic.add(window, segmenter.finish(answer)[0])
+        prediction = segmenter.assemble(mosaic)
+    assert np.isnan(prediction.mean_confidence)
+
+
 def test_a_resizing_card_needs_the_images_own_sizes() -> None:
     card = small_card("unet", size_policy={"kind": "resize", "short_side_px": 32})
     segmenter = Segmenter(build(card), card, device="cpu", precision="fp32")
