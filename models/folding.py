@@ -54,13 +54,14 @@ def fold_batch_norms(network: torch.nn.Module, input_shape: tuple[int, int, int,
 def _pairs(network: torch.nn.Module, input_shape: tuple[int, int, int, int]) -> Mapping[Any, Any]:
     watch = _Watch()
     partners: dict[torch.nn.Module, set[torch.nn.Module | None]] = {}
-    calls: list[tuple[torch.nn.Module, int]] = []
+    # Kept as tensors: of one that is gone the next may have the identity.
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
 
     def note_output(part: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         watch.outputs[id(output)] = (part, output)
 
     def note_input(part: torch.nn.Module, inputs: Any) -> None:
-        calls.append((part, id(inputs[0])))
+        calls.append((part, inputs[0]))
 
     hooks = []
     for part in network.modules():
@@ -86,14 +87,14 @@ def _pairs(network: torch.nn.Module, input_shape: tuple[int, int, int, int]) -> 
     for leaf in tree_leaves(answer):
         watch.reads[id(leaf)] = watch.reads.get(id(leaf), 0) + 1
     read_by = dict.fromkeys(watch.outputs)
-    for norm, source in calls:
-        if watch.reads.get(source) == 1:
-            read_by[source] = norm
+    for norm, given in calls:
+        if watch.reads.get(id(given)) == 1:
+            read_by[id(given)] = norm
     for source, (convolution, _) in watch.outputs.items():
         partners.setdefault(convolution, set()).add(read_by[source])
-    for norm, source in calls:
+    for norm, given in calls:
         # A norm that also serves someone else stays.
-        if source not in watch.outputs:
+        if id(given) not in watch.outputs:
             partners = {one: {None} if norm in norms else norms for one, norms in partners.items()}
     single = {one: next(iter(norms)) for one, norms in partners.items() if len(norms) == 1 and None not in norms}
     owners = list(single.values())

@@ -84,6 +84,29 @@ def test_what_someone_else_reads_stays(use: Any) -> None:
     torch.testing.assert_close(answers(network), before, rtol=0, atol=0)
 
 
+class Preactivated(nn.Module):
+    """Norms before their convolutions, of tensors that nobody keeps: Python gives their place to what comes next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(norm(3) for _ in range(12))
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for one, convolution in zip(self.norms, self.convolutions, strict=True):
+            x = torch.relu(convolution(one(x * 2)).abs())
+        return x
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_norms_of_what_is_gone_stay(seed: int) -> None:
+    torch.manual_seed(seed)
+    network = Preactivated().eval()
+    before = answers(network)
+    assert fold_batch_norms(network, SHAPE) == 0
+    torch.testing.assert_close(answers(network), before, rtol=0, atol=0)
+
+
 def test_pairs_are_folded_whatever_they_are_called() -> None:
     torch.manual_seed(0)
     frozen = FrozenBatchNorm2d(4)
