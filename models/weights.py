@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise WeightsError(f"{path} is not a safetensors file: {error}") from error
     else:
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # Of old protocols, to those who would change torch.
+                warnings.simplefilter("ignore", UserWarning)
+                data = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"{path} is not read: it holds more than weights, and a pickle can run any code "
@@ -106,6 +110,6 @@ def reason(error: Exception) -> str:
     """What an exception of a library says, in one line."""
     text = str(error) or type(error).__name__
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
-    # Torch opens with a paragraph of advice; the finding follows it.
-    finding = [line for line in sentences if "WeightsUnpickler error" in line or "Unsupported" in line]
-    return (finding or sentences or [type(error).__name__])[0].rstrip(".")[:200]
+    # Torch opens with a paragraph of advice, such as to load it all the same; the finding follows it.
+    finding = [line.rpartition("WeightsUnpickler error: ")[2] for line in sentences if "unsupported" in line.lower()]
+    return (finding or sentences or [type(error).__name__])[0].partition(". Please")[0].rstrip(".")[:200]

@@ -29,6 +29,8 @@ def import_model(out: str | os.PathLike[str], **settings: Any) -> Model:
     path = Path(out)
     if path.suffix != ".safetensors":
         raise ModelError(f"{path} must end in .safetensors: that is what the file will be")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path} cannot be written: there is no folder {path.parent}")
     try:
         card, state_dict = import_model(ImportConfig(**settings))
         save_model(path, state_dict, card)
@@ -37,11 +39,13 @@ def import_model(out: str | os.PathLike[str], **settings: Any) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":
+            raise ModelError(first["msg"].removeprefix("Value error, ")) from error
         raise ModelError(f"{where} is {first['input']!r}: {first['msg']}") from error
     except ValueError as error:
         raise ModelError(str(error)) from error
-    except FileNotFoundError as error:
-        raise ModelError(f"{error.filename} is not there: {error.strerror}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
     except OSError as error:
         raise InfrastructureError(f"{path} could not be made: {error}") from error
     return read_model(normalize_uri(str(path)))

@@ -181,7 +181,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1), "more": Malicious(tmp_path / "ran")}, tmp_path / "new.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran"), protocol=2))
     for name in ("new.pth", "old.pth"):
-        with pytest.raises(WeightsError, match="a pickle can run any code"):
+        # What torch found, and not its advice to load the file all the same.
+        with pytest.raises(WeightsError, match=r"(?i)can run any code \([^()]*unsupported global[^()]*\); save"):
             read_weights(tmp_path / name)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "new.pth", weights_only=False)
