@@ -184,8 +184,9 @@ def test_probabilities_hide_no_answer_that_is_not_finite(fields: dict[str, Any],
     else:
         for window in mosaic.grid.windows():
             pixels = image[:, window.x : window.x + window.width]
-            answer = segmenter.submit(pixels[None], np.full((1, 2), 32, np.int32), np.ones((1, 2), np.float32), tiles=True)
-            mosaic.add(window, segmenter.finish(answer)[0])
+            sizes, statistics = np.full((1, 2), 32, np.int32), np.ones((1, 2), np.float32)
+            answer = segmenter.finish(segmenter.submit(pixels[None], sizes, statistics, tiles=True))[0]
+            mosaic.add(window, answer)
         prediction = segmenter.assemble(mosaic)
     assert np.isnan(prediction.mean_confidence)
 

@@ -508,8 +508,10 @@ def test_models_import(maskmill: Maskmill, tmp_path: Path, monkeypatch: pytest.M
         (("models", "import", "smp:unet/resnet18", "--out", out, "--weights-file", tmp_path), "Is a directory"),
         (("models", "import", "smp:unet/resnet18", "--out", out, "--random", "--task", "x"), "task is 'x'"),
         ((*common, "decoder_channels=[16,8,8]", "--random", "--classes", "a,a"), "error: class ids and names must be"),
-        (("models", "import", "smp:unet/resnet18", "--out", tmp_path / "no" / "x.safetensors", "--random"),
-         f"there is no folder {tmp_path / 'no'}\n"),
+        (
+            ("models", "import", "smp:unet/resnet18", "--out", tmp_path / "no" / "x.safetensors", "--random"),
+            f"there is no folder {tmp_path / 'no'}\n",
+        ),
     ]:
         said = maskmill(*arguments)
         assert (said.status, said.out) == (2, "")
