@@ -70,9 +70,10 @@ def with_settings(card: Card, settings: Mapping[str, JsonValue]) -> Card:
         if first["type"] == "extra_forbidden" and names:
             hint = _nearest(names[-1], _known(card, names[:-1]))
         message = "there is no such setting" if hint else first["msg"].removeprefix("Value error, ")
-        raise ValueError(
-            f"{'.'.join(names) or 'the settings'} does not fit model {card.name!r}: {message}{hint}"
-        ) from error
+        if first["type"] == "missing":
+            message = "it has to be set too"
+        subject = f"{'.'.join(names)} does" if names else "the settings do"
+        raise ValueError(f"{subject} not fit model {card.name!r}: {message}{hint}") from error
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,9 +93,9 @@ def _same_kind(before: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
 
 def _kinds(card: Card, settings: Mapping[str, Any]) -> set[str]:
     chosen = {card.size_policy.kind, card.postprocessing.kind}
-    return chosen | {
-        str(value["kind"]) for value in settings.values() if isinstance(value, Mapping) and "kind" in value
-    }
+    named = {str(value["kind"]) for value in settings.values() if isinstance(value, Mapping) and "kind" in value}
+    # A size policy may be a bare name.
+    return chosen | named | {value for value in settings.values() if isinstance(value, str)}
 
 
 def _known(card: Card, names: list[str]) -> list[str]:
