@@ -35,7 +35,7 @@ from pipeline.learning.measurement import Measurer
 from pipeline.learning.question import Masks, Question, ask
 from pipeline.learning.scores import Scores, score
 from pipeline.learning.slices import Slice, slices_of
-from pipeline.learning.tallies import MAX_DETECTIONS
+from pipeline.learning.tallies import MAX_DETECTIONS, chosen_rows
 from pipeline.registry import Model, registry_uri, resolve
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage, recorded_uri, uri_name
 from pipeline.table.catalog import files_below
@@ -292,8 +292,6 @@ def _scored(config: EvaluateConfig, found: Assessment, table: pa.Table, images: 
             f"{found.folder} has {table.num_rows} rows for {images} images: remove it, and give the command again"
         )
     failed = table.filter(pc.not_equal(table["status"], "ok"))
-    kinds = {one["values"]: one["counts"] for one in failed["error_kind"].value_counts().to_pylist()}
-    found = found.model_copy(update={"failed_by_kind": kinds})
     if failed.num_rows == table.num_rows:
         raise InfrastructureError(
             f"none of {images} images could be measured: {failed['error_message'][0].as_py()} (and others in "
@@ -303,9 +301,13 @@ def _scored(config: EvaluateConfig, found: Assessment, table: pa.Table, images: 
         "resamples": config.resamples, "confidence": config.confidence, "seed": config.seed,
         "max_detections": config.max_detections,
     }  # fmt: skip
+    # Failures and slices are of the rows that are scored, as the scores are.
+    chosen = chosen_rows(table, config.where)
+    kinds = chosen.filter(pc.not_equal(chosen["status"], "ok"))["error_kind"].value_counts().to_pylist()
     return found.model_copy(
         update={
+            "failed_by_kind": {one["values"]: one["counts"] for one in kinds},
             "scores": score(table, where=config.where, **settings),
-            "slices": {by: slices_of(table, by, **settings) for by in config.slices},
+            "slices": {by: slices_of(chosen, by, **settings) for by in config.slices},
         }
     )

@@ -109,7 +109,7 @@ def _most_objects(dataset: Dataset) -> int:
 
 def _random_weights(card: Card, seed: int) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % (1 << 63))
         return {name: tensor.detach().clone() for name, tensor in build(card).state_dict().items()}
 
 

@@ -252,7 +252,9 @@ class Loop:
     ) -> tuple[dict[str, torch.Tensor], list[str], float]:
         """One step of the optimiser: its figures (tensors, so as not to wait for the device), the images, the wait."""
         config = self._config
-        torch.manual_seed((config.seed * _SEED_STRIDE + step) * _SEED_STRIDE + self._peers.rank)
+        seed = (config.seed * _SEED_STRIDE + step) * _SEED_STRIDE + self._peers.rank
+        # torch takes no more than 63 bits; a date as a seed is more.
+        torch.manual_seed(seed % (1 << 63))
         self._optimizer.zero_grad(set_to_none=True)
         figures: dict[str, torch.Tensor] = {}
         names: list[str] = []

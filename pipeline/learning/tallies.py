@@ -172,7 +172,7 @@ def tally(
         if CLASSES_KEY not in metadata:
             raise UsageError("the table does not name its classes: give class_names")
         class_names = json.loads(metadata[CLASSES_KEY])
-    chosen = _chosen(table, where) if where else table
+    chosen = chosen_rows(table, where)
     measured = chosen.filter(pc.equal(chosen["status"], "ok"))
     if not measured.num_rows:
         raise UsageError(f"no image was measured{' where ' + where if where else ''}: there is nothing to score")
@@ -199,7 +199,12 @@ def tally(
     )
 
 
-def _chosen(table: pa.Table, where: str) -> pa.Table:
+def chosen_rows(table: pa.Table, where: str | None) -> pa.Table:
+    """The rows for which the SQL condition `where` holds; None: all. Raises UsageError for one that cannot be
+    evaluated.
+    """
+    if where is None:
+        return table
     plain = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     numbered = table.select(plain).append_column("_number", pa.array(range(table.num_rows), pa.int64()))
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:

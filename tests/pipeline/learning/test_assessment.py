@@ -219,6 +219,16 @@ def test_pieces(evaluate: Run, squares: Path, semantic_model: Path) -> None:
         evaluate(squares, semantic_model, slices=("(SELECT 1 FROM read_csv('/etc/passwd'))",))
 
 
+def test_a_condition_holds_for_slices_and_failures_too(evaluate: Run, squares: Path, semantic_model: Path) -> None:
+    (squares / "images" / "night" / "0.png").write_bytes(b"no image")
+    found = evaluate(squares, semantic_model, where="image_name LIKE 'day/%'", slices=("prefix",))
+    assert [(one.value, one.images, one.failed) for one in found.slices["prefix"]] == [("day", 2, 0)]
+    assert found.failed_by_kind == {}
+    assert found.error_rate == 0
+    found = evaluate(squares, semantic_model, where="image_name LIKE 'night/%'")
+    assert (found.failed_by_kind, found.error_rate) == ({"not_an_image": 1}, 0.5)
+
+
 def test_what_is_refused_before_any_work(evaluate: Run, discs: Path, instance_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--map MODEL_CLASS=DATASET_CLASS"):
         evaluate(discs, instance_model)

@@ -236,6 +236,11 @@ def test_stops_early(folder: Path, tmp_path: Path) -> None:
     assert outcome.epochs < 5
 
 
+@pytest.mark.parametrize("seed", [20_261_120, 2**70])
+def test_any_whole_number_is_a_seed(folder: Path, tmp_path: Path, seed: int) -> None:
+    assert train(tiny(folder, tmp_path, seed=seed, steps=1, val_split=None)).steps == 1
+
+
 def test_minutes_end_a_run(folder: Path, tmp_path: Path) -> None:
     outcome = train(tiny(folder, tmp_path, minutes=0.01))
     assert outcome.steps >= 1
