@@ -35,18 +35,33 @@ class Runs(NamedTuple):
 
 
 def decode_runs(rle: Mapping[str, Any]) -> Runs:
-    """The runs of COCO compressed run lengths {"size": [h, w], "counts": bytes}.
+    """The runs of COCO compressed run lengths {"size": [h, w], "counts": bytes}. Raises ValueError for counts that are
+    cut, or do not fit the size.
+    """
+    height, width = (int(side) for side in rle["size"])
+    counts = run_lengths(rle["counts"])
+    if not counts.size:
+        return Runs(np.empty(0, np.int64), np.empty(0, np.int64), height)
+    edges = np.cumsum(counts)
+    if edges[-1] > height * width or (counts < 0).any():
+        raise ValueError(f"the run lengths do not fit a mask of {width}×{height}")
+    starts, ends = edges[0::2], edges[1::2]
+    starts = starts[: len(ends)]
+    kept = ends > starts
+    return Runs(starts[kept], ends[kept], height)
+
+
+def run_lengths(text: bytes | str) -> NDArray[np.int64]:
+    """int64 [n] of COCO compressed run lengths: pixels outside and inside in turns, outside first.
 
     The encoding is that of `rleToString` in COCO's maskApi.c: 5 bits a character, low ones first, bit 5 says that more
     follow; from the third number on, differences to the one before the last. Raises ValueError for counts that are cut.
     """
-    height, width = (int(side) for side in rle["size"])
-    text = rle["counts"]
     codes = (
         np.frombuffer(text.encode("ascii") if isinstance(text, str) else bytes(text), np.uint8).astype(np.int64) - 48
     )
     if not codes.size:
-        return Runs(np.empty(0, np.int64), np.empty(0, np.int64), height)
+        return codes
     last = (codes & 0x20) == 0
     if not last[-1]:
         raise ValueError("the run lengths end in the middle of a number")
@@ -62,13 +77,7 @@ def decode_runs(rle: Mapping[str, Any]) -> Runs:
     counts = values.copy()
     counts[1::2] = np.cumsum(values[1::2])
     counts[2::2] = np.cumsum(values[2::2])
-    edges = np.cumsum(counts)
-    if edges[-1] > height * width or (counts < 0).any():
-        raise ValueError(f"the run lengths do not fit a mask of {width}×{height}")
-    starts, ends = edges[0::2], edges[1::2]
-    starts = starts[: len(ends)]
-    kept = ends > starts
-    return Runs(starts[kept], ends[kept], height)
+    return counts
 
 
 def crop_mask(rle: Mapping[str, Any], *, margin_px: int = 0) -> tuple[NDArray[np.bool_], int, int]:

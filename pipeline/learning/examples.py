@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from models.masks import decode_rle
 from models.preprocessing import image_statistics, normalize, select_bands
 from pipeline.errors import UsageError
 from pipeline.learning import augmentation as views
-from pipeline.learning.dataset import Dataset, Item
+from pipeline.learning.dataset import Dataset, Item, LabelledObject, Labels
 from pipeline.learning.labels.place import in_order
 from pipeline.learning.recipe import AugmentationConfig, SamplingConfig
 from pipeline.learning.sampling import class_weights, epoch_order, image_chances
@@ -190,16 +190,17 @@ class Examples:
 
     def pixels_of_classes(self) -> NDArray[np.int64]:
         """int64 [images, network channels]: pixels of each channel's targets in the images as they are. Reads all
-        labels, once. Raises ValueError for networks that detect, which have no classes of pixels.
+        labels, once.
         """
-        if self.kind == "detection":
-            raise ValueError(f"{self.card.architecture} has no classes of pixels to be counted")
         if self._pixels_of_classes is None:
             channels = self.card.network_channels
 
             def counted(item: Item) -> NDArray[np.int64]:
-                (labels,), _ = self._maps(item)
-                ids = labels if self.kind == "classes" else boundary_targets(labels)[0]
+                if self.kind == "boundaries":
+                    (numbers,), _ = self._maps(item)
+                    ids: NDArray[Any] = boundary_targets(numbers)[0]
+                else:
+                    ids = self._channels[self.dataset.class_ids(item)]
                 return np.bincount(ids.ravel(), minlength=256)[:channels]
 
             self._pixels_of_classes = np.stack(list(in_order(counted, self.dataset.items)))
@@ -281,10 +282,18 @@ class Examples:
             return self._channels[labels.class_ids()][None], ()
         if self.kind == "boundaries":
             return np.where(labels.ignored(), np.int32(-1), labels.instance_labels())[None], ()
-        objects = [one for one in labels.objects or () if not one.is_crowd]
+        objects = [one for one in self._objects(item, labels) if not one.is_crowd]
         layers = object_layers([decode_rle(one.rle) for one in objects], (item.height, item.width))
         maps = np.concatenate([labels.ignored()[None].astype(np.int32), layers])
         return maps, tuple(int(self._channels[one.class_id]) for one in objects)
+
+    def _objects(self, item: Item, labels: Labels) -> tuple[LabelledObject, ...]:
+        if labels.objects is None:
+            raise UsageError(
+                f"the label of {item.name} tells no objects apart, as those of other images of "
+                f"{self.dataset.source.title} do: what is there would be learnt as nothing. Leave it out of the split"
+            )
+        return labels.objects
 
 
 def _single_threaded(threads: int) -> ThreadPoolExecutor:

@@ -82,9 +82,10 @@ class Measurer:
             return row
         try:
             class_ids = self._alignment.class_ids(decode_mask_png(segmented["mask"]["bytes"]))
-            return row | measure_image(
-                class_ids, self._instances(segmented), self._source.labels(item), min_score=self._min_score
-            )
+            truth = self._source.labels(item)
+            if self._has_instances and self._source.has_objects and truth.objects is None:
+                raise UsageError("the label tells no objects apart, as those of other images do")
+            return row | measure_image(class_ids, self._instances(segmented), truth, min_score=self._min_score)
         except (UsageError, StorageError) as error:
             if isinstance(error, StorageError) and error.kind != "missing":
                 raise

@@ -95,7 +95,7 @@ def _labels(values: list[Any]) -> list[str]:
     if len(numbers) and len(set(numbers.tolist())) > _VALUES_AS_THEY_ARE:
         edges = np.unique(np.quantile(numbers, (0, 0.25, 0.5, 0.75, 1)))
         return [_quarter(value, edges) for value in values]
-    return ["null" if value is None else str(value) for value in values]
+    return ["null" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
 
 
 def _quarter(value: Any, edges: NDArray[np.float64]) -> str:

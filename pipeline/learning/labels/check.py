@@ -120,7 +120,8 @@ def check_labels(
     Errors: an image that is missing or cannot be decoded; a label that is missing where a split names its image, or
     where every image should have one; sizes that differ; ids that are no class; one image, by its bytes, in two
     splits. Warnings: images without a label that no split names, labels with nothing in them, one image twice in a
-    split. Raises UsageError where it is no data set at all, StorageError where storage fails.
+    split, labels that tell no objects apart where others do. Raises UsageError where it is no data set at all,
+    StorageError where storage fails.
     """
     if isinstance(source, str | Path):
         source = open_labels(source, layout=layout, splitting=splitting, model=model, profile=profile)
@@ -186,6 +187,10 @@ def _look_at(source: LabelSource, entry: Entry) -> _Finding:
     ignored, pixels = int(counts[IGNORE_ID]), counts[:classes]
     for one in labels.objects or ():
         objects[one.class_id] += not one.is_crowd
+    if source.has_objects and labels.objects is None:
+        report(
+            "missing_label", "its classes are labelled, and not its objects, as those of other images are", "warning"
+        )
     empty = _emptiness(source, labels, pixels)
     if empty and not labels.unknown:
         report("empty_mask", empty, "warning")

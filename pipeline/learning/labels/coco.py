@@ -15,11 +15,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from models.runs import run_lengths
 from pipeline.errors import UsageError
 from pipeline.learning.labels.place import Place
 from pipeline.learning.labels.source import Gap
 from pipeline.learning.labels.splits import Entry, Splitting, choose_splits
 from pipeline.learning.labels.truth import Item, LabelError, LabelledObject, Labels
+
+#: What has to be there, and as what.
+_NEEDED: dict[str, dict[str, type]] = {
+    "categories": {"id": int, "name": str},
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {"image_id": int, "category_id": int},
+}
 
 
 class _Annotated(NamedTuple):
@@ -97,6 +105,9 @@ class CocoLabels:
         absent = [key for key in ("images", "annotations", "categories") if key not in annotations]
         if absent:
             raise UsageError(f"{self.title}/{file} is not COCO's: it has no {absent[0]!r}")
+        for kind, keys in _NEEDED.items():
+            for number, entry in enumerate(annotations[kind]):
+                self._check(f"{file}: number {number} of {kind!r}", entry, keys)
         categories = sorted(annotations["categories"], key=lambda category: category["id"])
         names = ("background", *(str(category["name"]) for category in categories))
         if self.class_names and names != self.class_names:
@@ -123,6 +134,13 @@ class CocoLabels:
                 )
             else:
                 self._images[owner].objects.append(annotation)
+
+    def _check(self, what: str, entry: Any, keys: Mapping[str, type]) -> None:
+        for key, kind in keys.items():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(value, kind):
+                wanted = "a whole number" if kind is int else "a text"
+                raise UsageError(f"{self.title}/{what} has {key} {value!r}: it must be {wanted}")
 
 
 def _published(place: Place) -> dict[str, tuple[str, ...]]:
@@ -152,6 +170,8 @@ def _rle(annotation: Mapping[str, Any], item: Item) -> dict[str, Any]:
                 "size": list(segmentation["size"]),
                 "counts": counts.encode("ascii") if isinstance(counts, str) else counts,
             }
+        if not isinstance(segmentation, list):
+            _check_lengths(rle)
     except Exception as error:
         raise LabelError(f"{what} has no segmentation that can be read: {error}", kind="unreadable") from error
     if list(rle["size"]) != [item.height, item.width]:
@@ -159,3 +179,13 @@ def _rle(annotation: Mapping[str, Any], item: Item) -> dict[str, Any]:
             f"{what} has size {list(rle['size'])}, the image is {item.height} x {item.width}", kind="size_mismatch"
         )
     return rle
+
+
+def _check_lengths(rle: Mapping[str, Any]) -> None:
+    """Raises ValueError where the run lengths are not those of the whole mask: what lies beyond them would be whatever
+    was in memory.
+    """
+    height, width = rle["size"]
+    lengths = run_lengths(rle["counts"])
+    if lengths.sum() != height * width or (lengths < 0).any():
+        raise ValueError(f"its run lengths are of {lengths.sum()} pixels, its size of {height * width}")

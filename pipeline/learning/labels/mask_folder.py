@@ -64,15 +64,17 @@ class MaskFolderLabels:
         images = place.files("images")
         masks = set(place.files("masks"))
         self.entries: dict[str, Entry] = {}
-        gaps = []
+        gaps, taken = [], set[str]()
         for name in images:
             mask = mask_name(name)
             if mask in masks:
                 folder = str(PurePosixPath(name).parent)
                 self.entries[name] = Entry(name, group="" if folder == "." else folder)
                 masks.discard(mask)
+                taken.add(mask)
             else:
-                gaps.append(Gap(name, "label", f"there is no masks/{mask}"))
+                theirs = "is of another image of that name" if mask in taken else "is not there"
+                gaps.append(Gap(name, "label", f"masks/{mask} {theirs}"))
         gaps += [Gap(mask, "image", f"masks/{mask} has no image of its name in images/") for mask in sorted(masks)]
         self.gaps = tuple(gaps)
         self.splits = choose_splits(place, self.entries.values(), splitting)

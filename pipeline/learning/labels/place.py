@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from pipeline.storage import duckdb_path, join_uri, normalize_uri, open_storage
 T = TypeVar("T")
 R = TypeVar("R")
 
+#: What systems leave in folders: hidden files, and two of Windows'.
+_FOREIGN = re.compile(r"(^|/)(\.[^/]*|Thumbs\.db|desktop\.ini)(/|$)")
 #: Files that are read at once.
 READERS = 16
 
@@ -66,14 +69,15 @@ class Place:
         return next(self._listed(name), None) is not None
 
     def files(self, folder: str) -> list[str]:
-        """Names below `folder`, relative to it, sorted; none where it is not there."""
+        """Names below `folder`, relative to it, sorted, hidden files left out; none where it is not there."""
         return sorted(self._listed(folder))
 
     def _listed(self, folder: str) -> Iterator[str]:
         prefix = join_uri(self.uri, folder) + "/"
         try:
             for batch in self._storage.list(prefix.rstrip("/")):
-                yield from (uri.removeprefix(prefix) for uri in batch["uri"].to_pylist())
+                names = (uri.removeprefix(prefix) for uri in batch["uri"].to_pylist())
+                yield from (name for name in names if not _FOREIGN.search(name))
         except StorageError as error:
             if error.kind != "missing":
                 raise

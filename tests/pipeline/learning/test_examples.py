@@ -21,6 +21,8 @@ from pipeline.learning.examples import Batch, Examples
 from pipeline.learning.recipe import AugmentationConfig, SamplingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "labels"))
+from small_datasets import write_voc
 from tiny_nuclei import write_dataset
 
 #: Views are the images themselves, normalised.
@@ -280,14 +282,35 @@ def test_an_epoch_shows_every_image(street: Dataset) -> None:
     assert {name for step in (0, 1) for name in made.batch(step).names} == {item.name for item in street.items}
 
 
-def test_what_cannot_be_taught_is_refused(street: Dataset, discs: Dataset) -> None:
+def test_rare_objects_are_seen_more_often(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "discs", images=8)
+    content = json.loads((folder / "annotations.json").read_text())
+    rare = content["images"][0]
+    content["categories"].append({"id": 99, "name": "rare"})
+    for one in content["annotations"]:
+        if one["image_id"] == rare["id"]:
+            one["category_id"] = 99
+    (folder / "annotations.json").write_text(json.dumps(content))
+    dataset = Dataset(folder, "train")
+    card = detector_card(dataset.class_names)
+    made = examples(dataset, card, sampling=SamplingConfig(rare_image_share=0.9))
+    chances = dict(zip([item.name for item in dataset.items], made.chances.tolist(), strict=True))
+    assert chances.pop(rare["file_name"]) > 1.5 * max(chances.values())
+
+
+def test_objects_that_nobody_told_apart_are_not_learnt_as_nothing(tmp_path: Path) -> None:
+    dataset = Dataset(write_voc(tmp_path), "val")
+    card = detector_card(dataset.class_names)
+    with pytest.raises(UsageError, match=r"2007_3\.jpg tells no objects apart"):
+        examples(dataset, card, batch_size=1).batch(0)
+
+
+def test_what_cannot_be_taught_is_refused(street: Dataset) -> None:
     with pytest.raises(UsageError, match="has labels of classes only, and unet is to tell objects apart"):
         examples(street, instance_card())
     sixteen = semantic_card().model_copy(update={"preprocessing": Preprocessing(dtype="uint16")})
     with pytest.raises(ValueError, match="data sets are read as 8-bit RGB"):
         examples(street, sixteen)
-    with pytest.raises(ValueError, match="has no classes of pixels"):
-        examples(discs, detector_card()).pixels_of_classes()
 
 
 def test_one_band(street: Dataset) -> None:

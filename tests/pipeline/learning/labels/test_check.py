@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.errors import UsageError
 from pipeline.learning.labels.check import check_labels
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -105,6 +106,54 @@ def test_everything_is_wrong_with_coco(tmp_path: Path) -> None:
         ("missing_image", "error", "5.png"),
         ("empty_mask", "warning", "5.png"),
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("images", {"height": None}, "number 1 of 'images' has height None: it must be a whole number"),
+        ("images", {"file_name": 3}, "number 1 of 'images' has file_name 3: it must be a text"),
+        ("annotations", {"category_id": "dog"}, "number 1 of 'annotations' has category_id 'dog'"),
+        ("categories", {"id": None}, "number 1 of 'categories' has id None"),
+    ],
+)
+def test_coco_that_lacks_what_is_needed_is_told_in_a_sentence(
+    tmp_path: Path, kind: str, change: dict[str, object], message: str
+) -> None:
+    folder = write_coco(tmp_path, count=2)
+    content = json.loads((folder / "annotations.json").read_text())
+    content[kind][1] |= change
+    save_json(folder / "annotations.json", content)
+    with pytest.raises(UsageError, match=message):
+        check_labels(folder)
+
+
+@pytest.mark.parametrize("counts", [[10, 20], [0, 24 * 32 + 1], "", "0", "zz", "\x60"])
+def test_run_lengths_of_another_mask_are_unreadable(tmp_path: Path, counts: object) -> None:
+    folder = write_coco(tmp_path, count=1)
+    content = json.loads((folder / "annotations.json").read_text())
+    content["annotations"][0]["segmentation"] = {"size": list(SIZE), "counts": counts}
+    save_json(folder / "annotations.json", content)
+    assert [(one.kind, one.name) for one in check_labels(folder).problems] == [("unreadable", "0.png")]
+
+
+def test_what_systems_leave_in_folders_is_no_image(tmp_path: Path) -> None:
+    folder = write_mask_folder(tmp_path)
+    for name in ("images/.DS_Store", "images/._0.png", "masks/Thumbs.db", "images/desktop.ini"):
+        (folder / name).write_bytes(b"x")
+    assert check_labels(folder).problems == ()
+
+
+def test_two_images_of_one_mask(tmp_path: Path) -> None:
+    folder = write_mask_folder(tmp_path)
+    save(folder / "images" / "0.bmp", picture(7))
+    assert [one.detail for one in check_labels(folder).problems][-1] == "masks/0.png is of another image of that name"
+
+
+def test_an_image_whose_objects_nobody_told_apart(tmp_path: Path) -> None:
+    report = check_labels(write_voc(tmp_path))
+    assert report.ok
+    assert [(one.kind, one.name) for one in report.problems] == [("missing_label", "2007_3.jpg")]
 
 
 def test_long_lists_are_cut_short(tmp_path: Path) -> None:
