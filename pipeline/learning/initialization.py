@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from models.architectures import architecture, build, card_for
 from models.card import Card, ClassInfo, DetectionsPostprocessing, Preprocessing
@@ -50,6 +51,9 @@ def begin(config: TrainConfig, dataset: Dataset) -> Beginning:
         return Beginning(card, _random_weights(card, config.seed), {"initial_weights": "random"})
     except DownloadError as error:
         raise InfrastructureError(str(error)) from error
+    except ValidationError as error:
+        # Of the card: pydantic's own text is of several lines, with an address.
+        raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
 

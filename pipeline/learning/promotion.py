@@ -17,7 +17,7 @@ from pipeline.learning.comparison import Comparison, Metric, compare
 from pipeline.registry.changes import change_champion, registry_warnings
 from pipeline.registry.history import CHALLENGER
 from pipeline.registry.shelf import Model, Shelf, parse_reference, read_shelf, required_registry, resolve
-from pipeline.storage import join_uri
+from pipeline.storage import join_uri, normalize_uri, recorded_uri
 from pipeline.table.evaluations import read_evaluations
 
 
@@ -199,9 +199,11 @@ def _evaluated(
 
 def _kept(config: PromoteConfig, verdict: _Verdict) -> dict[str, Any]:
     """What the history keeps: the rule, what was found, what followed."""
-    asked = config.model_dump(mode="json", include={"confidence", "max_class_drop", "seed", "dataset", "split"})
+    asked = config.model_dump(mode="json", include={"confidence", "max_class_drop", "seed", "split"})
     return {
         **asked,
+        # Histories are read by many: no signature of an address is among it, and no path that means nothing elsewhere.
+        "dataset": recorded_uri(normalize_uri(config.dataset)) if config.dataset else None,
         "promoted": verdict.promoted,
         "forced": verdict.forced,
         "why": verdict.why,

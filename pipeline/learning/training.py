@@ -94,7 +94,8 @@ def train(
     digests = _digests(config, source, say)
     initial = None
     if config.init:
-        initial = resolve(config.init, registry=config.registry, profile=config.registry_profile).version
+        first = resolve(config.init, registry=config.registry, profile=config.registry_profile)
+        initial = first.version
     key = run_key(config, initial=initial, **digests)
     uri = _folder(config, key)
     folder = CheckpointFolder(uri, profile=config.registry_profile)
@@ -112,7 +113,9 @@ def train(
         report = check_labels(source)
         if not report.ok:
             raise BrokenLabelsError(report)
-    job = Job(config=config, key=key, folder=uri, train_sha256=digests[config.train_split])
+    # By its file: an alias may come to mean another version while this runs.
+    fixed = config.model_copy(update={"init": first.origin}) if config.init else config
+    job = Job(config=fixed, key=key, folder=uri, train_sha256=digests[config.train_split])
     summary = _do(job, say, stop)
     return _outcome("trained", config, key, uri, summary)
 

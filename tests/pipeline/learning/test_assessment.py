@@ -25,6 +25,8 @@ from pipeline.registry import resolve
 from pipeline.table.evaluations import read_evaluations
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "labels"))
+from small_datasets import write_voc
 from tiny_nuclei import write_dataset
 
 Run = Callable[..., Assessment]
@@ -227,6 +229,15 @@ def test_a_condition_holds_for_slices_and_failures_too(evaluate: Run, squares: P
     assert found.error_rate == 0
     found = evaluate(squares, semantic_model, where="image_name LIKE 'night/%'")
     assert (found.failed_by_kind, found.error_rate) == ({"not_an_image": 1}, 0.5)
+
+
+def test_objects_that_nobody_told_apart_leave_the_scores_of_the_others(
+    evaluate: Run, instance_model: Path, tmp_path: Path
+) -> None:
+    found = evaluate(write_voc(tmp_path / "voc"), instance_model, renamed={"object": "bird"})
+    assert found.failed_by_kind == {"bad_label": 1}
+    assert found.scores is not None
+    assert (found.scores.images, found.scores.pq is None) == (3, False)
 
 
 def test_what_is_refused_before_any_work(evaluate: Run, discs: Path, instance_model: Path, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from torchvision.models import mobilenet_v3_large
 from models.architectures import build, card_for
 from models.card import DetectionsPostprocessing
 from models.file import save_model
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedError, UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
+from pipeline.learning.loop import EpochEvent
 from pipeline.learning.optimization import Frozen, make_optimizer
-from pipeline.registry import push_model
+from pipeline.learning.training import Note, train
+from pipeline.registry import push_model, resolve, set_alias
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nuclei import write_dataset, write_json
@@ -72,6 +74,38 @@ def test_a_model_of_the_registry_that_is_trained_into(folder: Path, tmp_path: Pa
     _, weights, origin = begin(config, Dataset(folder, "train"))
     assert origin == {"initial_weights": f"other@{pushed.version}", "new_tensors": []}
     assert torch.equal(weights["encoder.conv1.weight"], given["encoder.conv1.weight"])
+
+
+def test_an_alias_that_moves_means_what_it_meant_at_the_start(folder: Path, tmp_path: Path) -> None:
+    registry = str(tmp_path / "models")
+    versions = []
+    for alias in ("challenger", "next"):
+        saved(tmp_path / "other.safetensors", ("background", "disc"))
+        versions.append(push_model(str(tmp_path / "other.safetensors"), registry, alias=alias).version)
+    config = tiny(
+        folder, tmp_path / "models", init="other@challenger", arch=None, task="semantic", args={}, epochs=2,
+        val_split=None,
+    )  # fmt: skip
+    seen: list[object] = []
+    with pytest.raises(StoppedError):
+        train(config, listen=seen.append, should_stop=lambda: any(isinstance(one, EpochEvent) for one in seen))
+
+    def move(event: object) -> None:
+        if isinstance(event, Note) and event.text.startswith("continues"):
+            set_alias(f"other@{versions[1]}", "challenger", registry=registry)
+
+    outcome = train(config, listen=move)
+    assert outcome.resumed_step > 0
+    assert resolve(outcome.uri).card.provenance["initial_weights"] == f"other@{versions[0]}"
+
+
+def test_a_watershed_of_several_classes_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "discs")
+    truth = json.loads((folder / "annotations.json").read_text())
+    truth["categories"].append({"id": 9, "name": "square"})
+    write_json(folder / "annotations.json", truth)
+    with pytest.raises(UsageError, match=r"\Aan instance model by watershed has exactly two classes[^\n]*\Z"):
+        begin(tiny(folder, tmp_path, task="instance"), Dataset(folder, "train"))
 
 
 def test_an_init_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:

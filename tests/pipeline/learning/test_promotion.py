@@ -180,6 +180,7 @@ def test_both_are_measured_where_a_data_set_is_given(place: Place, tmp_path: Pat
     assert done.comparison is not None
     assert (done.comparison.candidate, done.comparison.images) == (1.0, 6) and done.comparison.baseline < 1
     assert any(event.kind == "note" for event in told)
+    assert place.told()[-1].decision["dataset"] == Path(truth).as_uri()
     kept = [
         path.parent.name for path in Path(place.registry, "_evaluations").glob("street/*/evaluations/*/*/*/*.parquet")
     ]

@@ -39,6 +39,11 @@ def test_few_numbers_are_values_in_their_order() -> None:
     assert [one.value for one in sizes] == ["72", "480", "2400"]
 
 
+def test_fractions_are_short() -> None:
+    rows = [row | {"brightness": 0.32514744997024536} for row in semantic_rows(0.2, images=3)]
+    assert [one.value for one in slices_of(table_of(rows), "brightness", resamples=0)] == ["0.325147"]
+
+
 def test_failures_are_counted_and_a_piece_of_them_has_no_scores() -> None:
     rows = semantic_rows(0.2, images=4)
     rows += [{"image_uri": "z", "status": "error", "error_kind": "corrupt"}]
