@@ -129,9 +129,11 @@ class CheckpointFolder:
         listed = self._listed()
         steps = sorted(step for kind, step in listed if kind == "checkpoint" and step <= progress.step)
         kept = set(steps[-_KEPT:])
+        # The best that the checkpoint before names is needed where this one is damaged, or not yet seen everywhere.
+        before = max((step for kind, step in listed if kind == "best" and step <= min(kept)), default=None)
         for kind, step in listed:
-            # The best that the checkpoint before names may be needed while this one is not yet seen everywhere.
-            old = step not in kept if kind == "checkpoint" else step < min(kept) and step != progress.best_step
+            named = step >= min(kept) or step in (before, progress.best_step)
+            old = step not in kept if kind == "checkpoint" else not named
             if old and step < progress.step:
                 self._storage.delete(self._uri(kind, step))
 
