@@ -8,6 +8,7 @@ Modules: `configuration` what is asked for; `job` what each worker does, with `i
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -113,9 +114,11 @@ def train(
         report = check_labels(source)
         if not report.ok:
             raise BrokenLabelsError(report)
-    # By its file: an alias may come to mean another version while this runs.
-    fixed = config.model_copy(update={"init": first.origin}) if config.init else config
-    job = Job(config=fixed, key=key, folder=uri, train_sha256=digests[config.train_split])
+    placed = _placed(config)
+    if config.init:
+        # By its file: an alias may come to mean another version while this runs.
+        placed = placed.model_copy(update={"init": first.origin})
+    job = Job(config=placed, key=key, folder=uri, train_sha256=digests[config.train_split])
     summary = _do(job, say, stop)
     return _outcome("trained", config, key, uri, summary)
 
@@ -184,6 +187,15 @@ def _outcome(
     state: Literal["trained", "already"], config: TrainConfig, key: str, uri: str, summary: Summary
 ) -> TrainOutcome:
     return TrainOutcome(state=state, name=config.name, key=key, folder=uri, **summary._asdict())
+
+
+def _placed(config: TrainConfig) -> TrainConfig:
+    """The same with absolute addresses: workers of Ray have another working folder."""
+    places = {name: getattr(config, name) for name in ("dataset", "registry", "out", "checkpoints")}
+    found = {name: normalize_uri(place) for name, place in places.items() if place}
+    if config.backbone_weights and Path(config.backbone_weights).is_file():
+        found["backbone_weights"] = str(Path(config.backbone_weights).resolve())
+    return config.model_copy(update=found)
 
 
 def _folder(config: TrainConfig, key: str) -> str:

@@ -46,8 +46,13 @@ def kill_a_worker() -> None:
     raise AssertionError("no worker is there to be killed")
 
 
-def test_a_worker_is_killed_and_the_weights_are_those_of_an_undisturbed_run(folder: Path, tmp_path: Path) -> None:
-    undisturbed = train(tiny(folder, tmp_path / "local", epochs=30, val_split=None))
+def test_a_worker_is_killed_and_the_weights_are_those_of_an_undisturbed_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With relative paths: workers have another working folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(os.path.relpath(folder))
+    undisturbed = train(tiny(folder, Path("local"), epochs=30, val_split=None))
     killed = threading.Event()
     steps: list[int] = []
 
@@ -58,7 +63,7 @@ def test_a_worker_is_killed_and_the_weights_are_those_of_an_undisturbed_run(fold
             killed.set()
             kill_a_worker()
 
-    outcome = train(tiny(folder, tmp_path / "ray", epochs=30, val_split=None, engine="ray"), listen=listen)
+    outcome = train(tiny(folder, Path("ray"), epochs=30, val_split=None, engine="ray"), listen=listen)
     assert killed.is_set()
     assert outcome.resumed_step > 0
     assert equal(weights(outcome.uri), weights(undisturbed.uri))
