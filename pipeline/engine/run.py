@@ -421,10 +421,10 @@ class _Segmentation:
 
     def _the_crew(self) -> Crew:
         if self._crew is None:
-            if not self._config.dry_run:
-                self._check_dest()  # workers take longer to come than this
             engine, why = choose_engine(self._config, self._source, self._dest)
             self._crew = open_crew(self._config, engine, self._source, self._dest)
+            if not self._config.dry_run:
+                self._check_dest()  # workers take longer to come than this
             self._note(f"engine {engine} ({why}), {counted(self._wanted_actors(), 'actor')} at most")
         return self._crew
 

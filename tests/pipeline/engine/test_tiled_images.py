@@ -197,7 +197,8 @@ def compare_tiles(
     monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=offset))
     shifted = rows_of(nuclei_model(**settings), paths)
     for name, row in tiled.items():
-        assert row["mask"] != whole[name]["mask"] or row["mask"] != shifted[name]["mask"], "it was in tiles"
+        sure = {one[name]["mean_entropy"] for one in (whole, tiled, shifted)}
+        assert len(sure) > 1, "it was in tiles"
         assert np.mean(label_image(row) != label_image(shifted[name])) < 0.005, name
         assert np.mean(label_image(row) != label_image(whole[name])) < 0.005, name
         counts = [len(one[name]["instances"]) for one in (whole, tiled, shifted)]
