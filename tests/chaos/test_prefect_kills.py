@@ -46,7 +46,7 @@ def under_way(site: Site, case: Case, dest: Path, **changes: Any) -> str:
     before = part_count(dest)
     begun_s = time.monotonic()
     while part_count(dest) < before + 3:
-        assert site.state(run_id)[0] not in FINAL and time.monotonic() < begun_s + 400, site.logs(run_id)
+        assert site.state(run_id)[0] not in FINAL and time.monotonic() < begun_s + 400, "\n".join(site.logs(run_id))
         time.sleep(0.1)
     return run_id
 
