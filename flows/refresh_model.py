@@ -53,6 +53,8 @@ def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
     pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
     # Measured on the split that was not trained on, however that was drawn.
     same = training.model_dump(mode="json", include={"layout", "labels_of", "splitting"}, exclude_none=True)
+    if training.dataset_profile:
+        same["source_profile"] = training.dataset_profile
     asked = PromoteConfig(
         **gate.model_dump() | {"evaluation": same | gate.evaluation}, model=f"{pushed.name}@{pushed.version}",
         registry=training.registry, dataset=training.dataset, profile=profile,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,8 @@ from pipeline.learning.trace import EpochTally, finite, trace_name, trace_parque
 State = dict[str, torch.Tensor]
 #: Keeps random numbers of steps and workers apart, whatever the seed.
 _SEED_STRIDE = 1_000_003
+#: More threads of one process would wait for each other: part of making a batch holds the interpreter's lock.
+_MOST_READERS = 4
 #: Steps after which several workers ask each other whether to go on.
 _AGREE_STEPS = 10
 
@@ -211,7 +214,9 @@ class Loop:
         config, step, watch = self._config, progress.step, self._watch
         Frozen.at(progress.epoch, config).apply(self._module)
         network = self._wrapped()
-        batches: Any = self._examples.stream(step * config.accumulate, self._peers.rank, self._peers.world)
+        batches: Any = self._examples.stream(
+            step * config.accumulate, self._peers.rank, self._peers.world, threads=self._readers()
+        )
         with contextlib.closing(batches):
             entered_s = time.monotonic()
             share = self._share(step, began_s)
@@ -292,6 +297,12 @@ class Loop:
             return trainee
         devices = [torch.device(self._peers.device)] if self._peers.device.startswith("cuda") else None
         return DistributedDataParallel(trainee, device_ids=devices, find_unused_parameters=True)
+
+    def _readers(self) -> int:
+        """Threads that make batches. On a CPU the step wants all cores for itself; beside a GPU they are idle."""
+        if not self._peers.device.startswith("cuda"):
+            return 1
+        return max(1, min(_MOST_READERS, (os.cpu_count() or 2) // self._peers.world - 1))
 
     def _mixed(self) -> AbstractContextManager[Any]:
         kind = torch.device(self._peers.device).type
