@@ -108,6 +108,10 @@ def check_sizes(card: Card, network: torch.nn.Module) -> None:
     found = architecture(card.architecture)
     stride = found.stride(network)
     _check_sizes(card, stride)
+    if found.detects and isinstance(card.size_policy, TilePolicy):
+        least_px = int(network.transform.size_divisible)  # type: ignore[union-attr,arg-type]
+        if card.size_policy.tile_px < least_px:
+            raise ValueError(f"tile_px {card.size_policy.tile_px} is smaller than the network's stride {least_px}")
     pools = True if found.detects else _pools_whole_image(card, network, stride)
     if pools and card.pools_whole_image is False:
         raise ValueError(f"{card.architecture} pools over the whole image, the card says that it does not")

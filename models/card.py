@@ -112,7 +112,9 @@ class LetterboxPolicy(_Frozen):
 
 
 class TilePolicy(_Frozen):
-    """Images are cut into square tiles that overlap; smaller images are padded to one tile."""
+    """Images are cut into square tiles that overlap; smaller images are padded to one tile, but for models of
+    detections, which take each tile as it is and resize it by themselves, as an image of its size.
+    """
 
     kind: Literal["tile"] = "tile"
     tile_px: int = Field(ge=1)
@@ -242,10 +244,15 @@ class Card(_Frozen):
                 raise ValueError("crf and augmentation refine probabilities of pixels, which detections have not")
             if self.background_id != self.classes[0].id or len(self.classes) < 2:
                 raise ValueError("a model of detections has the background as its first class, and at least one more")
-            if self.size_policy.kind != "native":
+            if self.size_policy.kind not in ("native", "tile"):
                 raise ValueError(
                     f"a model of detections resizes by itself (min_size_px and max_size_px of its architecture): its "
-                    f"size_policy is 'native', not {self.size_policy.kind!r}"
+                    f"size_policy is 'native' or 'tile', not {self.size_policy.kind!r}"
+                )
+            if isinstance(self.size_policy, TilePolicy) and not self.size_policy.overlap_px:
+                raise ValueError(
+                    "objects that lie across a seam are put together where tiles overlap: a model of detections needs "
+                    "an overlap_px, best one that is larger than most of its objects"
                 )
         return self
 

@@ -3,7 +3,8 @@ tile's objects into the image, and what counts as the same object. Must not know
 
 A detector sees an object at a seam twice, as a rule once whole and once cut off. Two findings are compared where both
 tiles looked: there they should agree whatever either tile sees beyond. (Comparing whole masks would keep the halves of
-a large object apart, because neither contains much of the other.)
+a large object apart, because neither contains much of the other.) Of a sliver at its edge a tile knows little, and its
+box and mask may be anything: the tile that sees the place whole decides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from pycocotools import mask as coco_mask
 from models.masks import Instance
 from models.seams import encode_runs
 from models.tiling import Window
+
+#: A finding that comes so near to the edge of its tile may be cut off there: boxes are not exact. Pixels, or a share of
+#: the tile where that is more.
+_EDGE_PX = 2
+_EDGE_SHARE = 1 / 64
 
 
 class TileDetections(NamedTuple):
@@ -51,13 +57,16 @@ def merge_detections(
     min_iou: float = 0.5,
     min_containment: float = 0.8,
 ) -> list[Instance]:
-    """All objects of an image of height × width, in order of their box's top, then left; each once.
+    """All objects of an image of height × width, in order of their box's top, then left; each once. `tiles`: all of
+    them, also where nothing was found.
 
     Two findings of one class in two tiles are the same object where, in the overlap of the tiles, their masks have an
     intersection over union of at least `min_iou`; or, if one of them ends where its tile does, at least
     `min_containment` of the smaller lies in the other. Each finding has at most one partner in another tile, the best;
-    findings of one tile are never merged with each other directly. A merged object has the union of the masks and the
-    highest score. The result does not depend on the order of `tiles`.
+    findings of one tile are never merged with each other directly. A merged object is the finding of the highest
+    score where all have it inside their tile, else the union of the masks with the highest score. A finding that ends
+    where its tile does counts for nothing where another tile has its place inside: that one has seen more of it, or
+    has seen that there is none. The result does not depend on the order of `tiles`.
     """
     tiles = sorted(tiles, key=lambda tile: (tile.window.row, tile.window.column))
     first = np.cumsum([0, *(len(tile.instances) for tile in tiles)])
@@ -74,16 +83,25 @@ def merge_detections(
         ):
             low, high = sorted((root(int(first[one]) + a), root(int(first[other]) + b)))
             parent[high] = low
-    groups: dict[int, list[Instance]] = {}
-    for node, instance in enumerate(instance for tile in tiles for instance in tile.instances):
-        groups.setdefault(root(node), []).append(instance)
+    groups: dict[int, list[tuple[Instance, bool]]] = {}
+    places = _places(tiles)
+    nodes = ((instance, tile.window) for tile in tiles for instance in tile.instances)
+    for node, (instance, window) in enumerate(nodes):
+        cut = _ends_with_tile(instance, window, height, width)
+        if not (cut and _is_within(instance, places, height, width).any()):
+            groups.setdefault(root(node), []).append((instance, cut))
     merged = [_merged(group) for group in groups.values()]
     return sorted(merged, key=lambda one: (one.bbox[1], one.bbox[0], one.class_id, -one.score))
 
 
+def _places(tiles: Sequence[TileDetections]) -> NDArray[np.int64]:
+    """Top, left, bottom, right of each tile, [n, 4]."""
+    return np.array([(w.y, w.x, w.y + w.height, w.x + w.width) for w, _ in tiles], np.int64).reshape(-1, 4)
+
+
 def _overlapping(tiles: Sequence[TileDetections]) -> Iterator[tuple[int, int]]:
     """Pairs of tiles that overlap and both found something, in order."""
-    boxes = np.array([(w.y, w.x, w.y + w.height, w.x + w.width) for w, _ in tiles]).reshape(-1, 4)
+    boxes = _places(tiles)
     found = np.array([len(tile.instances) > 0 for tile in tiles], np.bool_)
     for one in np.flatnonzero(found):
         later = boxes[one + 1 :]
@@ -147,19 +165,25 @@ def _boxes_meet(bbox: tuple[float, float, float, float], corners: tuple[float, f
 
 def _ends_with_tile(instance: Instance, window: Window, height: int, width: int) -> bool:
     """Whether the finding reaches an edge of its tile that is not the image's edge too."""
+    place = np.array([(window.y, window.x, window.y + window.height, window.x + window.width)])
+    return not _is_within(instance, place, height, width)[0]
+
+
+def _is_within(instance: Instance, places_N4: NDArray[np.int64], height: int, width: int) -> NDArray[np.bool_]:
+    """bool [N]: in which tiles its box ends before all edges that are not the image's edge too."""
     x, y, w, h = instance.bbox
-    return (
-        (window.y > 0 and y <= window.y)
-        or (window.x > 0 and x <= window.x)
-        or (window.y + window.height < height and y + h >= window.y + window.height)
-        or (window.x + window.width < width and x + w >= window.x + window.width)
-    )
+    edge_px = np.maximum(_EDGE_PX, _EDGE_SHARE * (places_N4[:, 2:] - places_N4[:, :2]).max(axis=1))
+    before = places_N4[:, :2] + np.where(places_N4[:, :2] > 0, edge_px[:, None], -np.inf)
+    after = places_N4[:, 2:] - np.where(places_N4[:, 2:] < (height, width), edge_px[:, None], -np.inf)
+    corners_N4 = np.concatenate([before - (y, x), (y + h, x + w) - after], axis=1)
+    return np.asarray((corners_N4 <= 0).all(axis=1))
 
 
-def _merged(group: Sequence[Instance]) -> Instance:
-    if len(group) == 1:
-        return group[0]
-    rle: dict[str, Any] = coco_mask.merge([instance.rle for instance in group])
+def _merged(group: Sequence[tuple[Instance, bool]]) -> Instance:
+    """Of findings that are one object, each with whether it ends with its tile."""
+    best = max((instance for instance, _ in group), key=lambda one: one.score)
+    if len(group) == 1 or not any(cut for _, cut in group):
+        return best
+    rle: dict[str, Any] = coco_mask.merge([instance.rle for instance, _ in group])
     x, y, w, h = (float(value) for value in coco_mask.toBbox(rle))
-    score = max(instance.score for instance in group)
-    return Instance(group[0].class_id, score, (x, y, w, h), int(coco_mask.area(rle)), rle)
+    return Instance(best.class_id, best.score, (x, y, w, h), int(coco_mask.area(rle)), rle)

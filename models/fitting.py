@@ -49,7 +49,8 @@ def fit_size(card: Card, height: int, width: int) -> Fit:
             raise ValueError(
                 f"{height} x {width} pixels are more than one tile of {policy.tile_px}: cut the image into tiles first"
             )
-        return Fit(height, width, policy.tile_px, policy.tile_px)
+        if card.postprocessing.kind != "detections":
+            return Fit(height, width, policy.tile_px, policy.tile_px)
     inner = (height, width)
     if isinstance(policy, ResizePolicy):
         inner = _resized(policy, height, width)

@@ -232,7 +232,8 @@ class Segmenter:
         if sizes_N2.shape != (count, 2) or statistics_N2.shape != (count, 2):
             raise ValueError(f"{count} images need sizes and statistics of shape ({count}, 2)")
         policy, step = self.card.size_policy, self.card.canvas_multiple
-        if policy.kind in ("native", "resize"):
+        detects = self.postprocessing.kind == "detections"
+        if policy.kind in ("native", "resize") or detects:
             fits, where = not height % step and not width % step, f"multiples of {step}"
         else:
             fixed = self.canvas(1, 1)
@@ -247,7 +248,7 @@ class Segmenter:
         if image_sizes_N2 is not None and image_sizes_N2.shape != (count, 2):
             raise ValueError(f"{count} images need image sizes of shape ({count}, 2), got {image_sizes_N2.shape}")
         used = sizes_N2[sizes_N2[:, 0] > 0]
-        if self.postprocessing.kind == "detections" and not bool((used == (height, width)).all()):
+        if detects and not bool((used == (height, width)).all()):
             raise ValueError(f"model {self.card.name!r} takes images without padding, in batches of one size")
 
     def _reduce(

@@ -144,6 +144,13 @@ def test_fixed_sizes_must_fit_the_stride(policy: dict[str, object], message: str
     build(small_card("unet", size_policy={"kind": "tile", "tile_px": 64, "overlap_px": 16}))
 
 
+def test_detectors_take_tiles_no_smaller_than_their_stride() -> None:
+    policy = {"kind": "tile", "tile_px": 31, "overlap_px": 8}
+    with pytest.raises(ValueError, match="tile_px 31 is smaller than the network's stride 32"):
+        build(small_card("maskrcnn_mobilenet_v3_large_fpn", size_policy=policy), blank=True)
+    build(small_card("maskrcnn_mobilenet_v3_large_fpn", size_policy=policy | {"tile_px": 33}), blank=True)
+
+
 @pytest.mark.slow
 def test_a_network_of_one_size_needs_a_policy_of_one_size() -> None:
     args = {"encoder": "tu-swin_s3_tiny_224", "decoder_channels": 16}

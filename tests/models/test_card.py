@@ -142,5 +142,8 @@ def test_detections_have_any_number_of_classes() -> None:
         Card.model_validate(body | {"task": "semantic"})
     with pytest.raises(ValidationError, match="background as its first class"):
         Card.model_validate(body | {"background_id": 2})
-    with pytest.raises(ValidationError, match="its size_policy is 'native', not 'resize'"):
+    with pytest.raises(ValidationError, match="its size_policy is 'native' or 'tile', not 'resize'"):
         Card.model_validate(body | {"size_policy": {"kind": "resize", "short_side_px": 9}})
+    with pytest.raises(ValidationError, match="a model of detections needs an overlap_px"):
+        Card.model_validate(body | {"size_policy": {"kind": "tile", "tile_px": 256}})
+    Card.model_validate(body | {"size_policy": {"kind": "tile", "tile_px": 256, "overlap_px": 64}})

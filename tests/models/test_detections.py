@@ -103,6 +103,27 @@ def test_a_poor_fragment_at_the_edge_joins_the_whole_object() -> None:
     assert len(merge([TileDetections(first, [inside]), TileDetections(second, [complete])])) == 2
 
 
+def test_the_tile_that_sees_a_place_whole_decides() -> None:
+    """At the edge of a tile there may be slivers that are nothing, or no more than the rest of something."""
+    first, second = GRID.windows()[:2]
+    assert first.x + first.width == 50 and second.x == 30
+    sliver, other = np.zeros((2, HEIGHT, WIDTH), bool)
+    sliver[20:27, 45:49] = True
+    other[10:40, 20:48] = True
+    cut = seen(first, sliver, score=0.6)
+    assert cut is not None
+    assert merge([TileDetections(first, [cut]), TileDetections(second, [])]) == []
+    # Where it is inside its own tile, or inside no other, nobody knows better.
+    assert merge([TileDetections(second, [cut]), TileDetections(first, [])]) == [cut]
+    large = seen(first, other)
+    assert large is not None
+    assert merge([TileDetections(first, [large]), TileDetections(second, [])]) == [large]
+    # Of what one tile sees whole the other's part adds nothing, however poor it is.
+    whole = seen(second, disc(24, 46, 7))
+    assert whole is not None
+    assert merge([TileDetections(first, [cut]), TileDetections(second, [whole])]) == [whole]
+
+
 def test_nothing_found() -> None:
     assert merge([]) == []
     assert merge([TileDetections(window, []) for window in GRID.windows()]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import struct
 import zlib
@@ -15,6 +16,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from small_detector import SIDE_PX, detector_card, disc_detector, draw_discs
 from small_networks import distinct_network, small_card
 
 from models import segmenter as segmenter_module
@@ -346,19 +348,77 @@ def test_what_comes_after_the_network_changes_the_mask_and_only_it(
         )
 
 
+def disc_model(**settings: Any) -> Segmenter:
+    card = with_settings(detector_card(), settings)
+    return Segmenter(copy.deepcopy(disc_detector()), card, device="cpu", precision="fp32")
+
+
+def agree_on_discs(rows: list[dict[str, Any]], masks: list[np.ndarray]) -> None:
+    """Each disc is found once, and all of it."""
+    for row in rows:
+        assert row["status"] == "ok", row["error_message"]
+        found = [decode_rle(one["rle"]) for one in row["instances"]]
+        assert len(found) == len(masks)
+        for mask in masks:
+            overlaps = [np.count_nonzero(one & mask) / np.count_nonzero(one | mask) for one in found]
+            assert max(overlaps) > 0.75
+    pictures = [decode_mask_png(row["mask"]["bytes"]) for row in rows]
+    for picture in pictures[1:]:
+        assert np.mean(picture != pictures[0]) < 0.005
+
+
+@pytest.mark.parametrize("tile_px", [96, 128])
+def test_objects_are_found_whole_in_tiles_wherever_these_lie(
+    tile_px: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a strip as high as the network looks, so that whole and in tiles it is looked at in one scale."""
+    pixels, masks = draw_discs(SIDE_PX, 500, 18, seed=1)
+    Image.fromarray(pixels).save(tmp_path / "strip.png")
+    whole = rows_of(disc_model(), [tmp_path / "strip.png"])["strip.png"]
+    policy = {"size_policy": {"kind": "tile", "tile_px": tile_px, "overlap_px": 40}}
+    tiled = rows_of(disc_model(**policy), [tmp_path / "strip.png"], batch_size=2)["strip.png"]
+    grid = segmenter_module.TileGrid
+    monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=(0, 23)))
+    shifted = rows_of(disc_model(**policy), [tmp_path / "strip.png"])["strip.png"]
+    assert len({row["mean_confidence"] for row in (whole, tiled, shifted)}) == 3, "they were in other tiles"
+    agree_on_discs([whole, tiled, shifted], masks)
+
+
+def test_a_field_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corners, where four tiles see one object; `top_k` is of the image."""
+    pixels, masks = draw_discs(300, 260, 30, seed=2)
+    tifffile.imwrite(tmp_path / "field.tif", pixels, tile=(32, 32), photometric="rgb")
+    policy = {"size_policy": {"kind": "tile", "tile_px": SIDE_PX, "overlap_px": 40}}
+    model = disc_model(**policy)
+    tiled = rows_of(model, [tmp_path / "field.tif"], batch_size=4)["field.tif"]
+    best = rows_of(disc_model(**policy, postprocessing={"top_k": 7}), [tmp_path / "field.tif"])["field.tif"]
+    assert best["instances"] == tiled["instances"][:7]
+    grid = segmenter_module.TileGrid
+    monkeypatch.setattr(segmenter_module, "TileGrid", functools.partial(grid, offset=(31, 17)))
+    shifted = rows_of(model, [tmp_path / "field.tif"])["field.tif"]
+    agree_on_discs([tiled, shifted], masks)
+
+
+def test_detectors_take_what_fits_into_a_tile_as_it_is(tmp_path: Path) -> None:
+    """Padded to a tile it would be another image."""
+    pixels, _ = draw_discs(80, 96, 6, seed=3)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    policy = {"size_policy": {"kind": "tile", "tile_px": 96, "overlap_px": 40}}
+    rows = [rows_of(model, [tmp_path / "small.png"])["small.png"] for model in (disc_model(), disc_model(**policy))]
+    assert len(rows[0]["instances"]) == 6
+    assert rows[0]["instances"] == rows[1]["instances"] and rows[0]["mask_crc32"] == rows[1]["mask_crc32"]
+
+
 def test_detections_in_tiles(tmp_path: Path) -> None:
     """Mask R-CNN with weights that find much: objects of all tiles, each inside the image, one class map over them."""
     card = with_settings(
         small_card("maskrcnn_mobilenet_v3_large_fpn"),
-        {"size_policy": {"kind": "native"}, "tile_above_pixels": 9_000, "postprocessing": {"top_k": 8}},
+        {"size_policy": {"kind": "tile", "tile_px": 96, "overlap_px": 32}, "postprocessing": {"top_k": 8}},
     )
     model = Segmenter(distinct_network(card), card, device="cpu", precision="fp32")
-    monkeyed = TilePolicy(tile_px=96, overlap_px=32)
     for index, size in enumerate([(100, 150), (64, 96)]):
         Image.fromarray(smooth(*size, seed=index)).save(tmp_path / f"{index}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmenter_module, "tile_policy", lambda card, h, w: monkeyed if h * w > 9_000 else None)
-        rows = rows_of(model, [tmp_path / "0.png", tmp_path / "1.png"])
+    rows = rows_of(model, [tmp_path / "0.png", tmp_path / "1.png"])
     large, small = rows["0.png"], rows["1.png"]
     assert large["status"] == small["status"] == "ok", large["error_message"]
     assert len(large["instances"]) == 8, "top_k of all tiles together"
