@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos check bench up down clean
+.PHONY: help demo test chaos soak fuzz check bench up down clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -19,6 +19,12 @@ test: .venv/.dev ## the tests; more for pytest in ARGS="..."
 
 chaos: .venv/.dev ## kills and faults at random moments: long
 	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows tests/infra tests/pipeline/engine/test_jobs.py tests/pipeline/table/test_forget.py $(ARGS)
+
+soak: .venv/.dev ## half an hour of faults, kills and arrivals, then what was lost; ARGS="--minutes 3"
+	$(BIN)/python tests/chaos/soak.py $(ARGS)
+
+fuzz: .venv/.dev ## ten minutes for everything that reads foreign bytes; ARGS="--seconds 60 decode"
+	$(BIN)/python tests/fuzz $(ARGS)
 
 check: .venv/.dev ## lint, format, types, direction of imports
 	$(BIN)/ruff check .
@@ -36,7 +42,7 @@ down: ## end exactly those
 	@$(BIN)/python infra/local_site.py down
 
 clean: ## remove what the demo and the tools wrote; .venv stays
-	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis fuzz-findings
 
 .venv/.demo: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	$(INSTALL) -e '.[ray]'

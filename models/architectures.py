@@ -5,6 +5,7 @@ Must not know: weights' origin, files, devices; how each library builds its netw
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -77,9 +78,10 @@ def architecture(name: str) -> Architecture:
     return found
 
 
-def build(card: Card, *, blank: bool = False) -> torch.nn.Module:
+def build(card: Card, *, blank: bool = False, most_bytes: int | None = None) -> torch.nn.Module:
     """The card's network with random weights (from torch's global generator), float32, on the CPU, in eval
     mode. `blank`: with whatever was in memory, faster by seconds; every weight is then to be overwritten.
+    `most_bytes`: of weights and tables; a card that asks for more is refused before the memory is taken.
 
     It maps float [N, card.input_channels, H, W], with H and W multiples of `card.canvas_multiple` or as the size policy
     fixes them, to logits [N, card.network_channels, H, W] (torchvision's: in a dict, as `out`; those of Mask R-CNN are
@@ -97,7 +99,7 @@ def build(card: Card, *, blank: bool = False) -> torch.nn.Module:
             f"{card.architecture} {'finds' if found.detects else 'finds no'} instances by itself: "
             f"its postprocessing cannot be {card.postprocessing.kind!r}"
         )
-    with _NoRandomNumbers() if blank else nullcontext():
+    with _NoRandomNumbers() if blank else nullcontext(), _Budget(card, most_bytes) if most_bytes else nullcontext():
         network = found.make(args, input_channels=card.input_channels).eval()
     check_sizes(card, network)
     return network
@@ -233,6 +235,29 @@ class _NoRandomNumbers(TorchDispatchMode):
         if str(func) in ("aten.uniform_.default", "aten.normal_.default", "aten.erfinv_.default"):
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+class _Budget(TorchDispatchMode):
+    """Refuses tensors once those that were made need more than `most_bytes`. Of this thread alone."""
+
+    def __init__(self, card: Card, most_bytes: int) -> None:
+        super().__init__()
+        self._card = card
+        self._most_bytes = most_bytes
+        self._bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) in _MAKING:
+            self._bytes += math.prod(args[0]) * 4
+            if self._bytes > self._most_bytes:
+                raise ValueError(
+                    f"the {self._card.architecture} of its card needs more than {self._most_bytes:,} bytes, which is "
+                    "far more than the weights that are there"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+_MAKING = frozenset(f"aten.{name}" for name in ("empty.memory_format", "zeros.default", "ones.default", "full.default"))
 
 
 class _PoolingWatch(TorchDispatchMode):

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 CARD_KEY = "maskmill_card"
 #: The format's own limit on the header, in bytes.
 MAX_HEADER_BYTES = 100_000_000
+#: A network in float32 may need so many bytes for each byte of its file, whose weights may be of 8 bits, and so many
+#: beyond: tables that are no weights. A card that asks for more is damaged or hostile.
+_NETWORK_BYTES_PER_BYTE = 5
+_NETWORK_BYTES = 256 << 20
 
 
 class ModelFileError(ValueError):
@@ -72,7 +76,7 @@ def load_module(data: bytes) -> tuple[Card, torch.nn.Module]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ModelFileError(f"the weights of model {card.name!r} cannot be read: {error}") from error
     try:
-        module = build(card, blank=True)
+        module = build(card, blank=True, most_bytes=_NETWORK_BYTES_PER_BYTE * len(data) + _NETWORK_BYTES)
     except ValueError as error:
         raise ModelFileError(f"model {card.name!r} cannot be built: {error}") from error
     _check_fit(card, module.state_dict(), state)
@@ -126,7 +130,7 @@ def _parse_header(prefix: bytes, rest: bytes, *, size_bytes: int) -> dict[str, o
         )
     try:
         header = json.loads(rest[:header_bytes])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError("not a model file: its safetensors header is not JSON") from error
     if not isinstance(header, dict):
         raise ModelFileError("not a model file: its safetensors header is not a JSON object")

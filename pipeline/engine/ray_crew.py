@@ -4,9 +4,11 @@ Must not know: shards' order, retries, planning.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,6 +19,8 @@ from pipeline.errors import InfrastructureError, UsageError
 log = logging.getLogger(__name__)
 
 _KNOCK_TIMEOUT_S = 10.0
+_LOOPBACK = "127.0.0.1"
+_CLUSTERS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class RayMember:
@@ -121,16 +125,10 @@ class RayCrew:
 
     def _connect(self, address: str | None) -> None:
         ray = self._ray
-        # Workers' logs stay in Ray's own files: the driver's stdout belongs to results.
-        quiet = {"configure_logging": False, "log_to_driver": False}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             if address:
                 _knock(address)
-                ray.init(address=address, **quiet)
-            else:
-                # "local": never join what a killed run may have left on this machine.
-                ray.init(address="local", include_dashboard=False, num_cpus=cores(), **quiet)
+            join_cluster(ray, address)
         except (OSError, RuntimeError, ValueError) as error:
             where = f"at {address!r}" if address else "on this machine"
             raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
@@ -149,6 +147,41 @@ class RayCrew:
 def ray_address(given: str | None) -> str | None:
     """The cluster that the command or the environment names."""
     return given or os.environ.get("RAY_ADDRESS") or None
+
+
+def join_cluster(ray: Any, address: str | None) -> None:
+    """Connects to the cluster at `address`; None: starts one on this machine, which ends with `ray.shutdown` and
+    listens on 127.0.0.1 only. Raises what `ray.init` raises.
+    """
+    # Workers' logs stay in Ray's own files: the driver's stdout belongs to results.
+    quiet: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    with _own_machine_only(ray):
+        # "local": never join what a killed run may have left on this machine.
+        ray.init(
+            address="local", include_dashboard=False, num_cpus=cores(), _node_ip_address=_LOOPBACK, **quiet
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _own_machine_only(ray: Any) -> Iterator[None]:
+    """Otherwise Ray takes 127.0.0.1 for a slip, and listens on every address that this machine has. What it is told so
+    by is read when it is imported, and by the processes that it starts.
+    """
+    constants, before = ray._private.ray_constants, os.environ.get(_CLUSTERS_VARIABLE)
+    was_enabled = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER, os.environ[_CLUSTERS_VARIABLE] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = was_enabled
+        if before is None:
+            del os.environ[_CLUSTERS_VARIABLE]
+        else:
+            os.environ[_CLUSTERS_VARIABLE] = before
 
 
 def check_address(address: str) -> None:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.engine.crew import cores
-from pipeline.engine.ray_crew import check_address, ray_address
+from pipeline.engine.ray_crew import check_address, join_cluster, ray_address
 from pipeline.engine.worker import code_digest
 from pipeline.errors import InfrastructureError, MaskmillError, StoppedError, UsageError
 from pipeline.learning.job import Job, Summary, do_job
@@ -210,14 +209,10 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"configure_logging": False, "log_to_driver": False}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address:
             check_address(address)
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, num_cpus=cores(), **quiet)
+        join_cluster(ray, address)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"at {address!r}" if address else "on this machine"
         raise InfrastructureError(f"no Ray cluster {where}: {_gist(error)}") from error

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from chaos.ceph import CephStore, missing_programs
 from chaos.faultproxy import FaultProxy
+from chaos.faulty_store import FAULTS, proxy_environment
 from harness import SHAPE_FLAGS, Case, Command, own_processes, part_count, seeded_chance, terminal_rows, upload
 
 import pipeline
@@ -44,20 +45,6 @@ SHARD_SIZE = 2
 SHARDS = IMAGES // SHARD_SIZE
 KILLS = 6
 FLAGS = ("--engine", "local", *SHAPE_FLAGS, "--shard-size", str(SHARD_SIZE), "--lease-ttl", "6")
-TIMEOUT_S = 3
-#: Where a digest can tell a flipped byte: whole objects, and bodies that the client signs.
-_WHOLE_OBJECTS = r"GET /[^?]*/(photos|masks/runs)/"
-FAULTS: list[tuple[Any, dict[str, Any]]] = [
-    ("unavailable", {"probability": 0.06}),
-    ("error", {"probability": 0.02}),
-    ("reset_before", {"probability": 0.04}),
-    ("reset_after", {"probability": 0.04}),
-    ("truncate", {"probability": 0.03}),
-    ("stall", {"probability": 0.01, "seconds": TIMEOUT_S * 3}),
-    ("stall_body", {"probability": 0.01, "seconds": TIMEOUT_S * 3}),
-    ("flip", {"probability": 0.05, "match": _WHOLE_OBJECTS}),
-    ("flip_request", {"probability": 0.05, "match": r"PUT .*/masks/"}),
-]
 
 
 class Place(NamedTuple):
@@ -107,15 +94,7 @@ def place(ceph: CephStore, case: Case, tmp_path: Path, monkeypatch: pytest.Monke
     with FaultProxy(ceph.port, seed=chance.getrandbits(32)) as proxy:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-            "AWS_ACCESS_KEY_ID": ceph.ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": ceph.SECRET_KEY,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "MASKMILL_STORAGE_TIMEOUT_S": str(TIMEOUT_S),
-        }
+        environment = proxy_environment(proxy.port, ceph.ACCESS_KEY, ceph.SECRET_KEY)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with own_processes():

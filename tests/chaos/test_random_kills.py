@@ -12,17 +12,15 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from chaos.machines import Machines
 from harness import (
     SHAPE_FLAGS,
     Case,
     Command,
-    actors_on,
     kill_all,
     marked,
     own_processes,
@@ -159,49 +157,6 @@ def test_drivers_and_workers(case: Case, tmp_path: Path, chance: random.Random, 
     finish(case, dest, moments, flags, command)
     assert set(moments.kills) == {"driver", "worker"}
     wait_until(lambda: not marked(mark), what="the end of all processes", poll_s=0.05)
-
-
-class Machines:
-    """A Ray cluster: a head without a GPU, and two nodes with a pretend GPU each, where all actors live."""
-
-    def __init__(self, mark: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._mark = mark
-        # With exit hooks a node could be added by the main thread only, where it would hold up the next kill.
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False},
-            shutdown_at_exit=False,
-        )
-        self._pool = ThreadPoolExecutor(1)
-        self._add()
-        self._coming: Future[Any] = self._pool.submit(self._add)
-        self._coming.result()
-
-    @property
-    def address(self) -> str:
-        return str(self._cluster.address)
-
-    def at_work(self) -> list[Any]:
-        """The nodes that host an actor. Waits for one that is just being added."""
-        self._coming.result()
-        return [node for node in self._cluster.worker_nodes if actors_on(node, self._mark)]
-
-    def kill(self, node: Any) -> None:
-        """A node dies, and another one comes in the background."""
-        self._cluster.remove_node(node, allow_graceful=False)
-        self._coming = self._pool.submit(self._add)
-
-    def close(self) -> None:
-        import ray
-
-        self._pool.shutdown()
-        ray.shutdown()
-        self._cluster.shutdown()
-
-    def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, num_gpus=1)
 
 
 @pytest.fixture

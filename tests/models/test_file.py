@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save
 
 from models.architectures import build, untrained_card
@@ -152,3 +153,18 @@ def test_failed_write_leaves_the_old_file(
         save_model(path, build(card).state_dict(), card)
     assert path.read_bytes() == data
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_header_nested_beyond_all_measure_is_a_sentence(data: bytes) -> None:
+    header = b'{"a": ' + b"[" * 100_000
+    with pytest.raises(ModelFileError, match="not JSON"):
+        read_card(len(header).to_bytes(8, "little") + header)
+
+
+def test_a_card_that_asks_for_a_huge_network_takes_no_memory_for_it(card: Card, data: bytes) -> None:
+    """Whatever the card says, the file's weights are as many as they are."""
+    arguments = card.architecture_args | {"decoder_channels": [20_000, 20_000, 8]}  # 14 GB
+    hostile = card.model_copy(update={"architecture_args": arguments})
+    file = save(load_safetensors(data), metadata={CARD_KEY: hostile.model_dump_json()})
+    with pytest.raises(ModelFileError, match="needs more than"):
+        load_module(file)

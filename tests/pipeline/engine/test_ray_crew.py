@@ -3,9 +3,11 @@ test_kills."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 from awkward_corpus import make_awkward_corpus
 from handmade import answers_of
@@ -52,11 +54,12 @@ def test_ray_and_local_processes_give_the_same_answers_bit_for_bit(tmp_path: Pat
     batch."""
     expected = make_awkward_corpus(tmp_path / "awkward")
     model = write_tiny_model(tmp_path / "tiny.safetensors", task="instance")
-    answers = {}
+    answers, listening = {}, set[str]()
     for engine, shard_size in (("local", 7), ("ray", 5)):
         outcome = pipeline.segment(
             source=str(tmp_path / "awkward"), dest=str(tmp_path / engine), model=str(model), engine=engine,
             actors=1, shard_size=shard_size, max_pixels=100_000_000, max_error_rate=1.0, **SHAPE,
+            listen=lambda _: listening.update(listening_addresses()),
         )  # fmt: skip
         assert outcome.engine == {"local": "local processes", "ray": "Ray"}[engine]
         answers[engine] = answers_of(tmp_path / engine)
@@ -64,3 +67,15 @@ def test_ray_and_local_processes_give_the_same_answers_bit_for_bit(tmp_path: Pat
     assert len(answers["local"]) == len(expected)
     assert sum(status == "ok" for status, *_ in answers["local"].values()) == ok
     assert answers["ray"] == answers["local"]
+    # Of Ray's processes, on a cluster that the run has started for itself.
+    assert listening == {"127.0.0.1"}
+
+
+def listening_addresses() -> set[str]:
+    """Where this process and those below it listen."""
+    found = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections("inet")
+            found |= {one.laddr.ip.rpartition(":")[2] for one in sockets if one.status == psutil.CONN_LISTEN}
+    return found
