@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from models.file import ModelFileError, load_module
 from pipeline.errors import ChampionChangedError, InfrastructureError, ModelError, UsageError
-from pipeline.registry.history import CHALLENGER, CHAMPION, Entry, append
+from pipeline.registry.history import CHALLENGER, CHAMPION, Entry, append, read_entry
 from pipeline.registry.shelf import (
     Model,
     Shelf,
@@ -72,7 +72,7 @@ def push_model(
         state, champion = shelf.state, shelf.champion()
         given = {alias: found.version} if alias and found.version != champion else {}
         aliases = {**state.aliases, **given}
-        if aliases == state.aliases and state.number and not new:
+        if aliases == state.aliases and not new and _is_told(shelf, found.version):
             return None
         return state.followed_by("push", found.version, champion_before=champion, aliases=aliases, reason=reason)
 
@@ -212,6 +212,11 @@ def _put(storage: Storage, folder_uri: str, model: Model) -> tuple[str, bool]:
             "away and push again"
         )
     return uri, new
+
+
+def _is_told(shelf: Shelf, version: str) -> bool:
+    """Whether the history has an entry about a version. A push that was killed half-way has left its file alone."""
+    return any(read_entry(shelf.storage, shelf.uri, number).version == version for number in reversed(shelf.entries))
 
 
 def _check_there(shelf: Shelf, version: str) -> None:

@@ -102,6 +102,17 @@ def test_aliases_of_any_name(registry: Path, street: list[Path]) -> None:
     assert len(listings(registry=str(registry))) == 2 + 1
 
 
+def test_a_push_that_was_killed_before_its_entry_is_told_by_the_next(registry: Path, street: list[Path]) -> None:
+    """Also where it gave no alias, so that nothing else would tell that the version came."""
+    a, b, *_ = versions_of(street)
+    push_model(street[0], str(registry))
+    (registry / "street" / f"{b}.safetensors").write_bytes(street[1].read_bytes())
+    for _ in range(2):
+        assert not push_model(street[1], str(registry), alias=None).new
+        told = [(one.action, one.version) for one in model_history("street", registry=str(registry))]
+        assert told == [("push", a), ("push", b)]
+
+
 def test_what_cannot_be_pushed(registry: Path, street: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no registry is named: give --registry"):
         push_model(street[0])
