@@ -8,6 +8,7 @@ Must not know: anything else of the project.
     │   └── HeldError         another live driver holds the run
     ├── InfrastructureError   the world failed: storage, workers, disk (exit 1; committed Parts are kept)
     │   ├── StorageError      one storage call; carries `kind`
+    │   │   └── ExpiredCredentialsError   the store takes our credentials no more: no object's own fault
     │   ├── DeviceLostError   a worker's device answers nothing any more
     │   ├── WorldFailingError more than half of the last images failed for reasons outside them
     │   ├── SupersededError   another driver took this run over
@@ -78,11 +79,22 @@ class StorageError(InfrastructureError):
         return StorageError(sentence, kind=self.kind) if self.kind == "fetch_failed" else usage(sentence)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_storage_error, (str(self), self.kind))
+        return (_storage_error, (type(self), str(self), self.kind))
 
 
-def _storage_error(message: str, kind: str) -> StorageError:
-    return StorageError(message, kind=kind)
+class ExpiredCredentialsError(StorageError):
+    """The store takes our credentials no more, and looking them up anew gave none that it takes. `kind` is `denied`.
+
+    It says nothing of the object that was asked for: so a run stops, and makes no row of it.
+    """
+
+    def told(self, sentence: str, usage: type[UsageError] = UsageError) -> MaskmillError:
+        """The same in the words of `sentence`: renewed credentials make the same command work."""
+        return ExpiredCredentialsError(sentence, kind=self.kind)
+
+
+def _storage_error(error: type[StorageError], message: str, kind: str) -> StorageError:
+    return error(message, kind=kind)
 
 
 class DeviceLostError(InfrastructureError):

@@ -33,7 +33,7 @@ from pipeline.engine.breaker import WINDOW_IMAGES, Breaker, world_kinds
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
 from pipeline.engine.intake import Tiles, check_size, check_tiles, place_image, size_of
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.errors import ImageError, MaskmillError, StorageError, WorldFailingError
+from pipeline.errors import ExpiredCredentialsError, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
@@ -346,6 +346,8 @@ class Stream:
                     statistics=(placed.mean, placed.std),
                 )
             return
+        except ExpiredCredentialsError:
+            raise
         except (ImageError, StorageError) as error:
             failure = (error.kind, str(error))
         except MemoryError as error:

@@ -10,7 +10,9 @@ Longer than most modules: every call goes either way, and all of them share what
 from __future__ import annotations
 
 import json
+import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +43,7 @@ from pipeline.storage.blob import (
 )
 from pipeline.storage.bucket_files import BucketFiles, Folder, Reads
 from pipeline.storage.bucket_listing import NOT_FOR_OBSTORE, BucketListing, KeyRange
-from pipeline.storage.failures import failure, is_cut_off, is_refusal, kind_of
+from pipeline.storage.failures import failure, is_cut_off, is_refusal, kind_of, may_be_expired
 from pipeline.storage.parallel import Jobs, spread
 from pipeline.storage.uris import clean_etag, join_uri
 
@@ -55,6 +57,7 @@ _RETRIES_PER_REQUEST = 8
 _STREAM_CHUNK_BYTES = 16 << 20  # S3 takes 10,000 of them: 160 GB
 _STREAM_AT_ONCE = 2
 _UPLOAD_BYTES_PER_S = 500_000  # slower uploads than this count as stalled
+_RENEW_EVERY_S = 10.0
 
 
 class BucketStorage:
@@ -80,6 +83,9 @@ class BucketStorage:
         self._access = AwsAccess(profile=self._profile, timeout_s=self._timeout_s) if self._scheme == "s3" else None
         self._stores: dict[tuple[str, int], Any] = {}
         self._digests = DigestCheck()
+        self._lock = threading.Lock()
+        self._renewals = 0
+        self._renewed_s = -math.inf
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("root", "create_only_is_atomic", "_profile", "_timeout_s", "_scheme")
@@ -150,6 +156,7 @@ class BucketStorage:
             self.put(uri, data)
             return True
         for attempt in range(_ATTEMPTS):
+            renewals = self._renewals
             try:
                 if NOT_FOR_OBSTORE.search(key):
                     self._aws(uri).put(bucket, key, data, new=True)
@@ -158,6 +165,8 @@ class BucketStorage:
                     obstore.put(store, key, data, mode="create", use_multipart=False)
                 return True
             except (BaseError, OSError, ValueError) as error:
+                if attempt + 1 < _ATTEMPTS and self._renew(error, renewals):
+                    continue
                 kind = kind_of(error)
                 if kind != "fetch_failed" or isinstance(error, NotSupportedError):
                     raise failure("write", uri, error) from error
@@ -229,10 +238,13 @@ class BucketStorage:
                 return True
             if self._scheme == "s3" and attempt % 2 == 0:
                 version["e_tag"] = etag  # Ceph wants it bare, others take it both ways
+            renewals = self._renewals
             try:
                 obstore.put(self._store(bucket, upload_bytes=len(data)), key, data, mode=version, use_multipart=False)
                 return True
             except (BaseError, OSError, ValueError) as error:
+                if attempt + 1 < _ATTEMPTS and self._renew(error, renewals):
+                    continue
                 collided = isinstance(error, AlreadyExistsError | PreconditionError)
                 if kind_of(error) == "denied" or (is_refusal(error) and not collided) or attempt + 1 == _ATTEMPTS:
                     raise failure("replace", uri, error) from error
@@ -282,7 +294,9 @@ class BucketStorage:
         def odd(prefix: str, after: str) -> Iterator[pa.RecordBatch]:
             return self._aws(f"{self._scheme}://{bucket}/{prefix}").list(bucket, prefix, start_after=after)
 
-        listing = BucketListing(f"{self._scheme}://{bucket}/", partial(self._store, bucket), odd, self.exists)
+        listing = BucketListing(
+            f"{self._scheme}://{bucket}/", partial(self._store, bucket), odd, self.exists, self._renewing
+        )
         return spread(Jobs([KeyRange(prefix)], readers=parallel), listing.read, parallel=parallel)
 
     # -- access for others
@@ -334,18 +348,21 @@ class BucketStorage:
 
     def _call(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
         """`first` through obstore, or `odd` through boto3 for a key that obstore cannot name; errors
-        mapped.
+        mapped. Once more where credentials had expired and were looked up anew.
         """
-        try:
-            if NOT_FOR_OBSTORE.search(key) is None:
-                try:
-                    return first()
-                except (ValueError, InvalidPathError) as error:
-                    if isinstance(error, UsageError):
-                        raise
-            return odd()
-        except (BaseError, OSError) as error:
-            raise failure(what, uri, error) from error
+        while True:
+            renewals = self._renewals
+            try:
+                if NOT_FOR_OBSTORE.search(key) is None:
+                    try:
+                        return first()
+                    except (ValueError, InvalidPathError) as error:
+                        if isinstance(error, UsageError):
+                            raise
+                return odd()
+            except (BaseError, OSError) as error:
+                if not self._renew(error, renewals):
+                    raise failure(what, uri, error) from error
 
     def _reread(self, what: str, uri: str, key: str, first: Callable[[], T], odd: Callable[[], T]) -> T:
         """`_call`, again where obstore does not repeat a read that broke off."""
@@ -377,6 +394,26 @@ class BucketStorage:
             wait_before_retry(attempt)
         raise AssertionError("unreachable")
 
+    def _renew(self, error: BaseException, renewals: int) -> bool:
+        """Whether to ask again, with credentials that were looked up anew since the call began at `renewals`: where
+        `error` says that those of then have expired. What a profile, its process or an attached role gives may be good
+        again; so it is looked up at most every ten seconds, for all threads together.
+        """
+        if self._access is None or not may_be_expired(error):
+            return False
+        with self._lock:
+            if renewals == self._renewals:
+                if time.monotonic() - self._renewed_s < _RENEW_EVERY_S:
+                    return False
+                self._renewals, self._renewed_s = renewals + 1, time.monotonic()
+                self._access = AwsAccess(profile=self._profile, timeout_s=self._timeout_s)
+                self._stores = {}
+            return True
+
+    def _renewing(self, error: BaseException) -> bool:
+        """`_renew`, for a listing, which goes on after its last key and has few pages to lose."""
+        return self._renew(error, self._renewals)
+
     def _store(self, bucket: str, *, upload_bytes: int = 0) -> Any:
         """The client for a bucket. Uploads get clients of their own: the read timeout also runs while a
         body is being sent.
@@ -384,7 +421,8 @@ class BucketStorage:
         upload_s = 0
         if upload_bytes:
             upload_s = 1 << int(self._timeout_s + upload_bytes / _UPLOAD_BYTES_PER_S).bit_length()
-        found = self._stores.get((bucket, upload_s))
+        stores, access = self._stores, self._access  # both of them are replaced where credentials are renewed
+        found = stores.get((bucket, upload_s))
         if found is not None:
             return found
         client: Any = {"connect_timeout": timedelta(seconds=5)}
@@ -403,12 +441,12 @@ class BucketStorage:
         }
         started_s = time.monotonic()
         try:
-            if self._access is None:
+            if access is None:
                 emulator = _gcs_emulator()
                 client["allow_http"] = bool(emulator)
                 store: Any = GCSStore(bucket, client_options=client, retry_config=retry, **emulator)
             else:
-                arguments = self._access.store_arguments(bucket)
+                arguments = access.store_arguments(bucket)
                 client["allow_http"] = arguments.pop("allow_http")
                 # Bulk deletion needs another right and is not everywhere; what is deleted here is single.
                 arguments["disable_bulk_delete"] = True
@@ -416,7 +454,7 @@ class BucketStorage:
         except BaseError as error:
             why = f"{failure_text(error)} (after {time.monotonic() - started_s:.0f} s)"
             raise failed("open", f"{self._scheme}://{bucket}", why, kind=kind_of(error)) from error
-        return self._stores.setdefault((bucket, upload_s), store)
+        return stores.setdefault((bucket, upload_s), store)
 
 
 def _gcs_emulator() -> dict[str, Any]:

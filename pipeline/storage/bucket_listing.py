@@ -49,12 +49,14 @@ class KeyRange(NamedTuple):
 
 class BucketListing(NamedTuple):
     """How to list a bucket. `base`: `scheme://bucket/`. `store`: gives the obstore client, or raises StorageError.
-    `odd`: lists (prefix, from behind a key) where obstore cannot. `is_object`: whether a URI is an object."""
+    `odd`: lists (prefix, from behind a key) where obstore cannot. `is_object`: whether a URI is an object. `renewed`:
+    whether an error was about credentials that are renewed now."""
 
     base: str
     store: Callable[[], Any]
     odd: Callable[[str, str], Iterator[pa.RecordBatch]]
     is_object: Callable[[str], bool]
+    renewed: Callable[[BaseException], bool] = lambda error: False
 
     def read(self, jobs: Jobs[KeyRange]) -> Iterator[pa.RecordBatch]:
         """Batches of LISTING_SCHEMA with the objects of `jobs`, to which it adds. Folder markers are left out. Raises
@@ -98,6 +100,8 @@ class BucketListing(NamedTuple):
                 break
             except (BaseError, OSError) as error:
                 failures += 1
+                if failures < _ATTEMPTS and self.renewed(error):
+                    continue
                 if failures == _ATTEMPTS or kind_of(error) != "fetch_failed" or not is_cut_off(error):
                     raise failure("list", self.base + prefix, error) from error
                 wait_before_retry(failures)

@@ -8,14 +8,17 @@ import re
 
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-from pipeline.errors import StorageError
+from pipeline.errors import ExpiredCredentialsError, StorageError
 from pipeline.storage.blob import failed, failure_text
+from pipeline.storage.uris import without_secrets
 
 _STATUS_CODE = re.compile(r"status code: (\d\d\d)")
 _DENIED_TEXT = re.compile(
-    r"<Code>(?:AccessDenied|ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)</Code>"
+    r"<Code>(?:AccessDenied|ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)</Code>"
     r"|http://169\.254\.169\.254/|Unable to locate credentials|CredentialRetrievalError|redentials failed"
 )
+# Of credentials that were good once. As boto3's errors say it, too, which have the code alone.
+_EXPIRED_TEXT = re.compile(r"\b(?:ExpiredToken|TokenRefreshRequired)\b")
 
 # Refusals (status 400) of what arrived, not of what was asked: a body that was damaged, cut off or too slow on its way.
 _DAMAGED_TEXT = re.compile(r"XAmzContentSHA256Mismatch|BadDigest|IncompleteBody|RequestTimeout\b")
@@ -53,10 +56,25 @@ def kind_of(error: BaseException) -> str:
     return "denied" if _DENIED_TEXT.search(str(error)) else "fetch_failed"
 
 
+def is_expired(error: BaseException) -> bool:
+    """Whether the store says that the credentials were good once."""
+    return _EXPIRED_TEXT.search(str(error)) is not None
+
+
+def may_be_expired(error: BaseException) -> bool:
+    """Whether that may be it. To a HEAD the store answers with the status alone."""
+    return is_expired(error) or (status_of(error) == 400 and "<Code>" not in str(error))
+
+
 def failure(what: str, uri: str, error: BaseException) -> StorageError:
     """The StorageError for a client's `error`, with what to do about it."""
     kind = kind_of(error)
     why = failure_text(error)
+    if is_expired(error):
+        told = (
+            f"could not {what} {without_secrets(uri)!r}: {why}; renew the credentials and give the same command again"
+        )
+        return ExpiredCredentialsError(told, kind="denied")
     if kind == "missing" and "NoSuch" not in why:
         why = "no such object"  # a HEAD has no body that would say more
     elif kind == "denied":

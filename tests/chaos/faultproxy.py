@@ -33,6 +33,7 @@ Kind = Literal[
     "refuse",  # the connection is reset before anything is read
     "unavailable",  # 503 SlowDown, the store never hears of it
     "error",  # 500 InternalError, the store never hears of it
+    "expired",  # 400 ExpiredToken, as AWS says of session credentials that were good once; see `key`
     "reset_before",  # reset after the request was read, the store never hears of it
     "reset_after",  # the store did the work, the client never hears of it
     "stall",  # nothing is answered for `seconds`, then a reset; the store never hears of it
@@ -44,18 +45,25 @@ Kind = Literal[
 ]
 
 _ERROR_XML = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message></Error>"
-_STATUS = {"unavailable": (503, b"SlowDown"), "error": (500, b"InternalError")}
+_STATUS = {
+    "unavailable": (503, b"SlowDown"),
+    "error": (500, b"InternalError"),
+    "expired": (400, b"ExpiredToken"),
+}
 
 
 @dataclass
 class Fault:
-    """One rule: what happens to requests whose `METHOD /path` matches, how likely, and how often at most."""
+    """One rule: what happens to requests whose `METHOD /path` matches, how likely, and how often at most. With `key`
+    to those alone that are signed by that access key.
+    """
 
     kind: Kind
     probability: float = 1.0
     limit: int | None = None
     match: str = ""
     seconds: float = 0.0
+    key: str = ""
     hits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -107,10 +115,11 @@ class FaultProxy:
         limit: int | None = None,
         match: str = "",
         seconds: float = 0.0,
+        key: str = "",
     ) -> None:
         """Add a rule. `match` is a regular expression searched in `METHOD /path?query`."""
         with self._lock:
-            self._faults.append(Fault(kind, probability, limit, match, seconds))
+            self._faults.append(Fault(kind, probability, limit, match, seconds, key))
 
     def clear(self) -> None:
         """Drop all rules, counts and the list of requests."""
@@ -119,10 +128,12 @@ class FaultProxy:
             self.hits.clear()
             self.requests.clear()
 
-    def _strikes(self, request: str, *kinds: Kind) -> Fault | None:
+    def _strikes(self, request: str, *kinds: Kind, key: str = "") -> Fault | None:
         with self._lock:
             for fault in self._faults:
                 if fault.kind not in kinds or (fault.limit is not None and fault.hits >= fault.limit):
+                    continue
+                if fault.key and fault.key != key:
                     continue
                 if re.search(fault.match, request) and self._random.random() < fault.probability:
                     fault.hits += 1
@@ -165,7 +176,9 @@ class FaultProxy:
         self.requests.append(request)
         if late := self._strikes(request, "latency"):
             await asyncio.sleep(late.seconds)
-        fault = self._strikes(request, "unavailable", "error", "reset_before", "stall")
+        signed = re.search(rb"Credential=([^/]*)/", head)
+        key = signed[1].decode("latin-1") if signed else ""
+        fault = self._strikes(request, "unavailable", "error", "expired", "reset_before", "stall", key=key)
         if fault is not None and fault.kind in _STATUS:
             status, code = _STATUS[fault.kind]
             xml = _ERROR_XML % code

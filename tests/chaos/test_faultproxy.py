@@ -7,6 +7,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from chaos.faultproxy import FaultProxy
@@ -48,11 +49,11 @@ def proxy() -> Iterator[FaultProxy]:
     server.server_close()
 
 
-def ask(port: int | None, method: str = "GET", body: str | None = None) -> tuple[int, bytes]:
+def ask(port: int | None, method: str = "GET", body: str | None = None, **more: Any) -> tuple[int, bytes]:
     assert port is not None
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request(method, "/x", body=body)
+        connection.request(method, "/x", body=body, **more)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -78,11 +79,17 @@ def test_flip_request_changes_one_bit_of_what_the_server_gets(proxy: FaultProxy)
         assert sum((a ^ b).bit_count() for a, b in zip(_Handler.received, b"sent", strict=True)) == changed
 
 
-@pytest.mark.parametrize(("kind", "status"), [("unavailable", 503), ("error", 500)])
+@pytest.mark.parametrize(("kind", "status"), [("unavailable", 503), ("error", 500), ("expired", 400)])
 def test_refusals_never_reach_the_server(proxy: FaultProxy, kind: str, status: int) -> None:
     proxy.inject(kind, match="GET /x")
     assert ask(proxy.port)[0] == status
     assert _Handler.served == 0
+
+
+def test_only_what_a_key_signed(proxy: FaultProxy) -> None:
+    proxy.inject("expired", key="old")
+    for key, status in (("old", 400), ("new", 200)):
+        assert ask(proxy.port, headers={"Authorization": f"AWS4-HMAC-SHA256 Credential={key}/20260101/x"})[0] == status
 
 
 @pytest.mark.parametrize(("kind", "served"), [("reset_before", 0), ("reset_after", 1), ("stall", 0), ("refuse", 0)])

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from chaos.faultproxy import FaultProxy
+from expiring_profile import ExpiringProfile
 from harness import SHAPE_FLAGS, Case, Command, in_process, part_count, terminal_rows, upload, wait_until
 
 import pipeline
 from pipeline import cli
 from pipeline.engine.outcome import Event
+from pipeline.errors import ExpiredCredentialsError
 from pipeline.storage import bucket as bucket_storage
 
 pytestmark = pytest.mark.s3
@@ -216,3 +218,47 @@ def test_an_outage_in_the_middle(  # noqa: PLR0917
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["ok"] == IMAGES and part_count(dest, s3_client) == IMAGES
     assert terminal_rows(dest) == case.calm
+
+
+@pytest.mark.parametrize("renewed", [True, False], ids=["renewed meanwhile", "not renewed"])
+def test_credentials_expire_in_the_middle(  # noqa: PLR0917
+    case: Case,
+    source: str,
+    dest: str,
+    fault_proxy: FaultProxy,
+    s3_client: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    renewed: bool,
+) -> None:
+    """Of an image that they were not good enough for, no row says so: nothing is wrong with it."""
+    profile = ExpiringProfile(tmp_path, f"http://127.0.0.1:{fault_proxy.port}", monkeypatch)
+
+    def expire() -> None:
+        wait_until(lambda: part_count(dest, s3_client) >= 3, what="three Parts")
+        if renewed:
+            profile.renew()
+        fault_proxy.inject("expired", key="old")
+
+    fault_proxy.inject("latency", match=_WHOLE_OBJECTS, seconds=0.1)  # so that there is a middle
+    thread = threading.Thread(target=expire)
+    thread.start()
+    try:
+        if renewed:
+            assert case.segment(source, dest, shard_size=1).ok == IMAGES
+            assert fault_proxy.hits["expired"] > 0
+        else:
+            with pytest.raises(ExpiredCredentialsError, match="renew the credentials and give the same command again"):
+                case.segment(source, dest, shard_size=1)
+    finally:
+        thread.join()
+    if not renewed:
+        kept = part_count(dest, s3_client)
+        assert 3 <= kept < IMAGES
+        with pytest.raises(ExpiredCredentialsError):  # no wrong usage, and so tried again by whoever repeats commands
+            case.segment(source, dest, shard_size=1)
+        profile.renew()
+        assert case.segment(source, dest, shard_size=1).planned == IMAGES
+    assert terminal_rows(dest) == case.calm
+    rows = pipeline.connect(dest).sql("SELECT count(*) FROM segments").fetchall()
+    assert rows == [(IMAGES,)], "an image has a row that says that it was denied"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from chaos.faultproxy import FaultProxy
+from expiring_profile import ExpiringProfile
 from stores import kind_of, listed
 
-from pipeline.errors import StorageError
+from pipeline.errors import ExpiredCredentialsError, StorageError
 from pipeline.storage import Storage, open_storage
 
 
@@ -198,6 +200,54 @@ class TestS3Faults:
         assert kind_of(lambda: storage.get(bucket.root + "/x")) == "fetch_failed"
         assert kind_of(lambda: list(storage.list(bucket.root, parallel=1))) == "fetch_failed"
         assert kind_of(lambda: storage.head(bucket.root + "/x")) == "fetch_failed"
+
+    def test_credentials_that_expire_and_are_renewed(
+        self, bucket: Storage, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each call by a client that has taken the old ones before."""
+        profile = ExpiringProfile(tmp_path, f"http://127.0.0.1:{fault_proxy.port}", monkeypatch)
+        uri, odd = bucket.root + "/x", bucket.root + "//x"
+        calls: list[Callable[[Storage], object]] = [
+            lambda storage: storage.get(uri),
+            lambda storage: storage.head(uri),
+            lambda storage: list(storage.list(bucket.root)),
+            lambda storage: storage.put(uri, self.DATA),
+            lambda storage: storage.put(odd, self.DATA),
+            lambda storage: storage.put_new(uri + "1", b"1") or pytest.fail("it was there"),
+            lambda storage: storage.put_new(odd + "1", b"1") or pytest.fail("it was there"),
+            lambda storage: storage.put_stream(uri, lambda: [self.DATA]),
+            lambda storage: storage.replace(uri, self.DATA, etag=storage.head(uri).etag) or pytest.fail("not replaced"),
+            lambda storage: storage.filesystem().cat(uri),  # type: ignore[union-attr]
+            lambda storage: storage.delete(uri + "1"),
+        ]
+        storages = [open_storage(bucket.root) for _ in calls]
+        for storage in storages:
+            storage.get(uri)
+            storage.put(uri, self.DATA)
+        profile.renew()
+        fault_proxy.inject("expired", key="old")
+        for call, storage in zip(calls, storages, strict=True):
+            call(storage)
+        assert fault_proxy.hits["expired"] >= len(calls)
+        assert bucket.get(odd).data == self.DATA and not bucket.exists(uri + "1")
+
+    def test_credentials_that_expire_and_are_not_renewed(
+        self, bucket: Storage, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ExpiringProfile(tmp_path, f"http://127.0.0.1:{fault_proxy.port}", monkeypatch)
+        storage = open_storage(bucket.root)
+        fault_proxy.inject("expired", key="old")
+        for call in (
+            lambda: storage.get(bucket.root + "/x"),
+            lambda: list(storage.list(bucket.root)),
+            lambda: storage.put_new(bucket.root + "/new", b"1"),
+            lambda: storage.put(bucket.root + "//x", b"1"),
+        ):
+            with pytest.raises(
+                ExpiredCredentialsError, match=r"ExpiredToken.*; renew the credentials and give the same"
+            ):
+                call()
+        assert fault_proxy.hits["expired"] <= 5, "it was asked again and again"
 
     def test_denied(self, bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
         from obstore.exceptions import GenericError, PermissionDeniedError
