@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak fuzz check bench up down clean
+.PHONY: help demo test chaos soak fuzz check bench peers up down clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -35,6 +35,8 @@ check: .venv/.dev ## lint, format, types, direction of imports
 bench: .venv/.dev ## every benchmark, one after the other: long
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
+peers: .venv/.dev .venv-peers/.done ## what `benchmarks/peers.py` compares with and is not in .venv, into .venv-peers
+
 up: .venv/.dev ## Prefect, Ray and an S3 store on this machine, for the tour in README.md; ports in ARGS="..."
 	@$(BIN)/python infra/local_site.py up $(ARGS)
 
@@ -51,6 +53,14 @@ clean: ## remove what the demo and the tools wrote; .venv stays
 .venv/.dev: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	$(INSTALL) -e '.[ray,prefect,dev]'
 	@touch .venv/.demo $@
+
+# The packages of .venv are found after its own, so nothing large is installed twice.
+.venv-peers/.done: benchmarks/side_by_side/requirements.txt | .venv/pyvenv.cfg
+	$(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --no-deps -r $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/maskmill-venv.pth"
+	@touch $@
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -25,12 +25,12 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+from side_by_side.corpora import write_photos
+from side_by_side.stand_in import StandIn
 
-from models.architectures import untrained_card
-from models.card import Card
 from models.masks import encode_mask_png, mask_crc32
 from models.preprocessing import picture_statistics
-from models.segmenter import Prediction, supports_bf16
+from models.segmenter import supports_bf16
 from pipeline.corpus.decode import decode
 from pipeline.engine.crew import cores
 from pipeline.engine.stream import StreamConfig
@@ -38,87 +38,7 @@ from pipeline.engine.worker import ShardTask, Worker, WorkerSpec, code_digest, l
 from pipeline.registry import resolve
 from pipeline.table.schema import WORK
 
-HEIGHT, WIDTH, CLASSES = 360, 480, 11
-
-
-class StandIn:
-    """A model that takes `seconds_per_image` of sleep and answers with fixed, plausible street-like masks."""
-
-    def __init__(self, seconds_per_image: float) -> None:
-        self.card: Card = untrained_card("stand-in", class_names=tuple(f"class-{i}" for i in range(CLASSES)))
-        self._seconds_per_image = seconds_per_image
-        self._answers = [self._answer(seed) for seed in range(16)]
-
-    input_dtype = np.dtype(np.uint8)
-    input_channels = 3
-    lies_as_it_is = True
-
-    def canvas(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
-
-    def fit(self, pixels: np.ndarray, out: np.ndarray) -> tuple[int, int]:
-        raise NotImplementedError("every image has the size of its canvas")
-
-    def mosaic(self, height: int, width: int) -> None:
-        return None
-
-    def assemble(self, mosaic: Any) -> Any:
-        raise NotImplementedError("no image is large enough for tiles")
-
-    def submit(
-        self,
-        images_NHWC: np.ndarray,
-        sizes_N2: np.ndarray,
-        statistics_N2: np.ndarray,
-        image_sizes_N2: np.ndarray,
-        *,
-        tiles: bool,
-    ) -> int:
-        count = int((sizes_N2[:, 0] > 0).sum())
-        if self._seconds_per_image:
-            time.sleep(self._seconds_per_image * count)
-        return count
-
-    def finish(self, pending: int) -> list[Prediction]:
-        return [self._answers[i % len(self._answers)] for i in range(pending)]
-
-    def postprocess(self, prediction: Prediction) -> tuple[np.ndarray, list[Any]]:
-        return prediction.class_ids, []
-
-    def _answer(self, seed: int) -> Prediction:
-        class_ids = street(seed)
-        pixels = np.bincount(class_ids.reshape(-1), minlength=CLASSES).astype(np.int64)
-        return Prediction(class_ids, pixels, np.full(CLASSES, 0.9), 0.9, 0.1, None)
-
-
-def street(seed: int) -> np.ndarray:
-    """A label map with the statistics of a street scene: bands, boxes and poles in 11 classes, uint8 [360, 480]."""
-    random = np.random.default_rng(seed)
-    coarse = random.normal(size=(9, 12, CLASSES)).astype(np.float32)
-    coarse += np.linspace(2, -2, 9)[:, None, None] * np.linspace(1, -1, CLASSES)
-    fine = np.dstack(
-        [cv2.resize(coarse[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(CLASSES)]
-    )
-    fine += cv2.GaussianBlur(random.normal(size=fine.shape).astype(np.float32), (0, 0), 8)[..., :CLASSES] * 1.8
-    return fine.argmax(-1).astype(np.uint8)
-
-
-def write_images(folder: Path, count: int) -> list[Path]:
-    """Photo-like 480×360 JPEGs, quality 90: about 45 kB each, as street scenes of that size are."""
-    paths = []
-    for i in range(count):
-        path = folder / f"{i:06d}.jpg"
-        if i < 64:
-            random = np.random.default_rng(i)
-            noise = cv2.resize(
-                random.integers(0, 255, (30, 40, 3)).astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
-            )
-            grain = random.normal(0, 1.8, noise.shape)
-            cv2.imwrite(str(path), np.clip(noise + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
-        else:
-            path.write_bytes(paths[i % 64].read_bytes())
-        paths.append(path)
-    return paths
+HEIGHT, WIDTH = 360, 480
 
 
 def work_table(paths: list[Path]) -> pa.Table:
@@ -240,7 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-") as scratch:
         folder = Path(scratch)
         (folder / "images").mkdir()
-        refs = work_table(write_images(folder / "images", options.images))
+        refs = work_table(write_photos(folder / "images", options.images))
         for name, seconds, limit in (("sleeps 2 ms an image", 0.002, 500.0), ("costs nothing", 0.0, None)):
             runs = [
                 whole_stream(

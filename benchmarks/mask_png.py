@@ -25,10 +25,10 @@ from unittest import mock
 
 import cv2
 import numpy as np
-from efficiency import street
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from side_by_side.stand_in import street
 
 from models import masks
 from models.architectures import DEFAULT_COLORS

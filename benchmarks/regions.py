@@ -17,12 +17,12 @@ from pathlib import Path
 import cc3d
 import cv2
 import numpy as np
-from efficiency import street
 from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from side_by_side.stand_in import street
 from skimage.measure import label
 
 from models.masks import count_regions_by_class, decode_mask_png

@@ -1,0 +1,374 @@
+"""Side by side with what a user would pick instead: Ray Data, Daft, PyTorch's DataLoader, a plain loop.
+
+    python benchmarks/peers.py [--workloads NAME ...] [--peers NAME ...] [--turns K] [--scale F] [--json FILE]
+    python benchmarks/peers.py --chart FILE.json --out FILE.svg
+
+Every peer gets the same files, the same model file, the same precision and batch size, the same number of cores, and
+makes the same rows: a palette PNG and figures per class, by the same decoder and encoder. Each is a process of its own,
+in turn (A B C A B C), after a warm-up of each. All that the first turn wrote is compared with ours, image by image.
+
+`images/s` counts from the first image that is begun to the end of writing; `whole` is the wall time of the whole
+process, its imports and its cluster included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE / "side_by_side"), str(ROOT)]
+
+import corpora  # noqa: E402 - beside this script, where the peers find it too
+import slow_store  # noqa: E402
+from stand_in import write_model_file  # noqa: E402
+from work import Job  # noqa: E402
+
+from models.masks import decode_mask_png  # noqa: E402
+from models.segmenter import supports_bf16  # noqa: E402
+from pipeline.registry import resolve  # noqa: E402
+
+OURS = "maskmill"
+_LIMIT_S = 600
+
+
+class Peer(NamedTuple):
+    """A script in `side_by_side/`, and what it needs to be installed."""
+
+    script: str
+    module: str | None = None
+
+
+PEERS = {
+    OURS: Peer("maskmill_run.py"),
+    "plain loop": Peer("plain_loop.py"),
+    "torch loader": Peer("torch_loader.py"),
+    "Ray Data": Peer("ray_data.py", "ray"),
+    "Daft": Peer("daft_udf.py", "daft"),
+}
+
+
+class Workload(NamedTuple):
+    """What is done: which files, how many, with which model."""
+
+    title: str
+    write: Callable[[Path, int], list[Path]]
+    images: int
+    sleeps_s: float | None = 0.0
+    batch_size: int = 16
+    latency_s: float = 0.0
+
+
+WORKLOADS = {
+    "free": Workload("480×360 JPEG, a model that costs nothing", corpora.write_photos, 6000),
+    "sleeping": Workload("480×360 JPEG, a model that takes 2 ms an image", corpora.write_photos, 3000, 0.002),
+    "nuclei-unet": Workload("480×360 JPEG, nuclei-unet on the CPU", corpora.write_nuclei, 200, None, 2),
+    "large": Workload("12-megapixel JPEG, a model that costs nothing", corpora.write_large_photos, 80, 0.0, 1),
+    "tiny": Workload("64×64 PNG, a model that costs nothing", corpora.write_tiny, 20000),
+    "broken": Workload("the first, and as many broken files", corpora.write_half_broken, 6000),
+    "s3": Workload("the first, over S3 with 20 ms of latency", corpora.write_photos, 3000, 0.0, 16, 0.020),
+}
+
+
+class Turn(NamedTuple):
+    """One run of one peer."""
+
+    wall_s: float
+    work_s: float
+
+
+class FailedError(RuntimeError):
+    """A peer's process ended badly; the message is the end of what it said."""
+
+
+def interpreter(peer: Peer) -> str | None:
+    """The Python that has what the peer needs: this one, or that of `.venv-peers`. None where neither has."""
+    for python in (sys.executable, str(ROOT / ".venv-peers" / "bin" / "python")):
+        if Path(python).exists():
+            code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({peer.module or 'sys'!r}) is None)"
+            if subprocess.run([python, "-c", code], check=False).returncode == 0:
+                return python
+    return None
+
+
+def run(name: str, job: Job, scratch: Path, environment: dict[str, str]) -> Turn:
+    """One turn. Raises FailedError."""
+    Path(job.dest).mkdir(parents=True)
+    job_path = scratch / "job.json"
+    job_path.write_text(job.model_dump_json())
+    python = interpreter(PEERS[name])
+    assert python is not None
+    log_path = scratch / "log"
+    began_s = time.time()
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [python, str(HERE / "side_by_side" / PEERS[name].script), str(job_path)],
+            env=environment, cwd=scratch, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    wall_s = time.time() - began_s
+    said = log_path.read_text(errors="replace")
+    ended = [line for line in said.splitlines() if line.startswith("ended ")]
+    if process.returncode or not ended:
+        raise FailedError(f"{name} ended with status {process.returncode} after {wall_s:.0f} s:\n{said[-2000:]}")
+    return Turn(wall_s, float(ended[-1].split()[1]) - begun_at(Path(job.dest)))
+
+
+def begun_at(dest: Path) -> float:
+    """When the first image was begun. Of ours: when the run was frozen, its workers ready and nothing given to them."""
+    frozen = list(dest.glob("runs/*/manifest.parquet"))
+    if frozen:
+        return frozen[0].stat().st_mtime
+    return min(pq.read_table(path, columns=["begun_at"])["begun_at"].to_numpy().min() for path in parts(dest))
+
+
+def parts(dest: Path) -> list[Path]:
+    """The Parquet files of a table, whoever wrote it."""
+    folder = dest / "segments" if (dest / "segments").exists() else dest
+    return sorted(path for path in folder.rglob("*.parquet") if pq.read_metadata(path).num_rows)
+
+
+_COMPARED = [
+    "image_uri", "status", "error_kind", "width", "height", "image_format", "brightness", "contrast",
+    "mean_confidence", "mean_entropy", "foreground_fraction", "classes", "mask", "mask_crc32", "instances",
+]  # fmt: skip
+
+
+def rows_of(dest: Path) -> dict[str, dict[str, Any]]:
+    """Rows by the name of their file."""
+    tables = [pq.ParquetFile(path).read(columns=_COMPARED) for path in parts(dest)]
+    rows: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        for row in table.to_pylist():
+            name = row.pop("image_uri").rpartition("/")[2]
+            if name in rows:
+                raise FailedError(f"two rows of {name} in {dest}")
+            rows[name] = row
+    return rows
+
+
+class Agreement(NamedTuple):
+    """`rows` that are equal in everything, of `of`; `pixels`: the share of all pixels that have the same class."""
+
+    rows: int
+    of: int
+    pixels: float
+
+
+def agreement(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> Agreement:
+    """Raises FailedError where the images or what is wrong with them differ."""
+    if ours.keys() != theirs.keys():
+        raise FailedError(f"{len(ours.keys() ^ theirs.keys())} of {len(ours)} images are in one of the tables only")
+    equal = same = pixels = 0
+    for name, mine in ours.items():
+        other = theirs[name]
+        if (mine["status"], mine["error_kind"]) != (other["status"], other["error_kind"]):
+            raise FailedError(f"{name}: {mine['status']} {mine['error_kind']}, {other['status']} {other['error_kind']}")
+        whole = mine == other
+        equal += whole
+        if mine["status"] == "ok":
+            area = mine["width"] * mine["height"]
+            pixels += area
+            same += area if whole else int((_mask(mine) == _mask(other)).sum())
+    return Agreement(equal, len(ours), same / max(1, pixels))
+
+
+def _mask(row: dict[str, Any]) -> Any:
+    return decode_mask_png(row["mask"]["bytes"])
+
+
+def environment() -> dict[str, str]:
+    """What all peers get: where the steps are, and no thread pools beyond the cores."""
+    cores = str(len(os.sched_getaffinity(0)))
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(HERE / "side_by_side"), str(ROOT))),
+        "OMP_NUM_THREADS": cores,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "DO_NOT_TRACK": "1",
+        "SCARF_NO_ANALYTICS": "true",
+    }
+
+
+@contextmanager
+def served(workload: Workload, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where the peers find the images, and what they must be told to get there."""
+    if not workload.latency_s:
+        yield str(folder), {}
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    script = HERE / "side_by_side" / "slow_store.py"
+    command = [sys.executable, str(script), str(port), str(folder), str(workload.latency_s)]
+    store = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        _wait_for(port, store)
+        yield (
+            f"s3://{slow_store.BUCKET}/{slow_store.PREFIX}",
+            {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "testtest",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            },
+        )
+    finally:
+        store.kill()
+        store.wait()
+
+
+def _wait_for(port: int, store: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        if store.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise FailedError("the store did not start")
+
+
+def measure(key: str, names: list[str], *, turns: int, scale: float, console: Console) -> dict[str, Any]:
+    """All turns of one workload."""
+    workload = WORKLOADS[key]
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="maskmill-peers-") as temporary:
+        scratch = Path(temporary)
+        (scratch / "images").mkdir()
+        (scratch / "few").mkdir()
+        images = len(workload.write(scratch / "images", max(8, int(workload.images * scale))))
+        workload.write(scratch / "few", 8)
+        if workload.sleeps_s is None:
+            model = scratch / "model.safetensors"
+            model.write_bytes(resolve("nuclei-unet").data)
+        else:
+            model = scratch / "stand-in.safetensors"
+            write_model_file(model)
+        job = Job(
+            source="", dest="", model=str(model), sleeps_s=workload.sleeps_s, batch_size=workload.batch_size,
+            precision="bf16" if supports_bf16("cpu") else "fp32", cores=cores,
+            copies=cores if workload.sleeps_s is None else 1, reads=32 if workload.latency_s else cores,
+        )  # fmt: skip
+        found: dict[str, list[Turn]] = {name: [] for name in names}
+        agreements: dict[str, Agreement] = {}
+        failures: dict[str, str] = {}
+        ours: dict[str, dict[str, Any]] = {}
+        for turn in range(-1, turns):
+            with served(workload, scratch / ("few" if turn < 0 else "images")) as (source, extra):
+                for name in names:
+                    if name in failures:
+                        continue
+                    dest = scratch / f"{turn}-{name.replace(' ', '-')}"
+                    try:
+                        done = run(name, job.model_copy(update={"source": source, "dest": str(dest)}), scratch,
+                                   environment() | extra)  # fmt: skip
+                        if turn == 0:
+                            rows = rows_of(dest)
+                            ours = rows if name == OURS else ours
+                            agreements[name] = agreement(ours, rows)
+                    except FailedError as error:
+                        failures[name] = str(error)
+                        console.print(f"[red]{error}", markup=True)
+                        continue
+                    if turn >= 0:
+                        found[name].append(done)
+                        console.print(f"{key} {turn} {name}: {images / done.work_s:.1f}/s, whole {done.wall_s:.1f} s")
+    return {
+        "workload": key,
+        "title": workload.title,
+        "images": images,
+        "batch_size": workload.batch_size,
+        "load": os.getloadavg()[0],
+        "peers": {
+            name: {
+                "turns": [turn._asdict() for turn in found[name]],
+                "agreement": agreements[name]._asdict() if name in agreements else None,
+                "failure": failures.get(name),
+            }
+            for name in names
+        },
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """A workload as a table."""
+    table = Table(title=f"{result['title']}: {result['images']:,} files, batches of {result['batch_size']}")
+    for column in ("", "images/s", "ours is", "whole, s", "ours is", "rows equal", "pixels equal"):
+        table.add_column(column, justify="left" if not column else "right")
+    rates, walls = medians(result)
+    for name, peer in result["peers"].items():
+        if peer["failure"] or not peer["turns"]:
+            table.add_row(name, "not installed" if not peer["failure"] else "failed", *[""] * 5)
+            continue
+        agreed = peer["agreement"]
+        table.add_row(
+            name,
+            f"{rates[name]:,.1f}",
+            f"{rates[OURS] / rates[name]:.2f} ×" if OURS in rates else "",
+            f"{walls[name]:.1f}",
+            f"{walls[name] / walls[OURS]:.2f} ×" if OURS in walls else "",
+            f"{agreed['rows']:,} of {agreed['of']:,}" if agreed else "",
+            f"{agreed['pixels']:.4%}" if agreed else "",
+        )
+    console.print(table)
+
+
+def medians(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Images/s and whole wall time by peer, of those that ran."""
+    ran = {name: peer["turns"] for name, peer in result["peers"].items() if peer["turns"] and not peer["failure"]}
+    rates = {name: result["images"] / statistics.median(t["work_s"] for t in turns) for name, turns in ran.items()}
+    walls = {name: statistics.median(t["wall_s"] for t in turns) for name, turns in ran.items()}
+    return rates, walls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of images")
+    parser.add_argument("--json", type=Path, help="results are added to this file, workload by workload")
+    options = parser.parse_args()
+    console = Console(width=140)
+    names = [name for name in options.peers if interpreter(PEERS[name])]
+    for name in set(options.peers) - set(names):
+        console.print(f"{name} is not installed: `make peers`")
+    for key in options.workloads:
+        result = measure(key, names, turns=options.turns, scale=options.scale, console=console)
+        show(result, console)
+        if options.json:
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}
+            about = {"date": dt.date.today().isoformat(), "machine": platform.processor() or platform.machine()}
+            options.json.write_text(json.dumps(known | {key: result | about}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""PyTorch's DataLoader: a map-style data set that reads and decodes in as many workers as there are cores, and a
+loop in the main process that predicts, encodes and writes with pyarrow.
+
+Over a store more workers hide its latency. A network in the main process may use all cores.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from torch.utils.data import DataLoader, Dataset
+from work import OUTPUT, Job, Model, given_job, list_images, reader, see, table, timed
+
+from pipeline.errors import ImageError
+
+
+class Images(Dataset[tuple[str, int, float, Any]]):
+    """Decoded images, or what is wrong with them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._uris = list_images(job)
+        self._read: Any = None
+
+    def __len__(self) -> int:
+        return len(self._uris)
+
+    def __getitem__(self, index: int) -> tuple[str, int, float, Any]:
+        self._read = self._read or reader(self._job)
+        uri = self._uris[index]
+        data = self._read(uri)
+        begun_at = time.time()
+        try:
+            return uri, len(data), begun_at, see(data)
+        except ImageError as error:
+            return uri, len(data), begun_at, (error.kind, str(error))
+
+
+def main() -> None:
+    job = given_job()
+    model = Model(job, threads=job.cores)
+    workers = job.reads if job.is_remote else job.cores
+    loader = DataLoader(Images(job), batch_size=job.batch_size, num_workers=workers, collate_fn=list)
+    with pq.ParquetWriter(Path(job.dest) / "masks.parquet", OUTPUT, compression="zstd") as writer:
+        for batch in loader:
+            good = [one for one in batch if hasattr(one[3], "pixels")]
+            answers = model.predict([seen for *_, seen in good])
+            rows = [
+                model.row(*known, seen.picture, answer) for (*known, seen), answer in zip(good, answers, strict=True)
+            ]
+            for uri, size_bytes, begun_at, found in batch:
+                if not hasattr(found, "pixels"):
+                    kind, message = found
+                    rows.append(model.error(uri, size_bytes, begun_at, ImageError(message, kind=kind)))
+            writer.write_table(table(rows))
+
+
+if __name__ == "__main__":
+    with timed():
+        main()
