@@ -1,7 +1,7 @@
 """Side by side with what a user would pick instead: Ray Data, Daft, PyTorch's DataLoader, a plain loop.
 
     python benchmarks/peers.py [--workloads NAME ...] [--peers NAME ...] [--turns K] [--scale F] [--json FILE]
-    python benchmarks/peers.py --chart FILE.json --out FILE.svg
+    python benchmarks/peers.py --chart FILE.json        draws FILE.svg of what was measured
 
 Every peer gets the same files, the same model file, the same precision and batch size, the same number of cores, and
 makes the same rows: a palette PNG and figures per class, by the same decoder and encoder. Each is a process of its own,
@@ -39,7 +39,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "side_by_side"), str(ROOT)]
 
-import corpora  # noqa: E402 - beside this script, where the peers find it too
+import chart  # noqa: E402 - beside this script, where the peers find it too
+import corpora  # noqa: E402
 import slow_store  # noqa: E402
 from stand_in import write_model_file  # noqa: E402
 from work import Job  # noqa: E402
@@ -72,6 +73,7 @@ class Workload(NamedTuple):
     """What is done: which files, how many, with which model."""
 
     title: str
+    short: str
     write: Callable[[Path, int], list[Path]]
     images: int
     sleeps_s: float | None = 0.0
@@ -80,13 +82,34 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "free": Workload("480×360 JPEG, a model that costs nothing", corpora.write_photos, 6000),
-    "sleeping": Workload("480×360 JPEG, a model that takes 2 ms an image", corpora.write_photos, 3000, 0.002),
-    "nuclei-unet": Workload("480×360 JPEG, nuclei-unet on the CPU", corpora.write_nuclei, 200, None, 2),
-    "large": Workload("12-megapixel JPEG, a model that costs nothing", corpora.write_large_photos, 80, 0.0, 1),
-    "tiny": Workload("64×64 PNG, a model that costs nothing", corpora.write_tiny, 20000),
-    "broken": Workload("the first, and as many broken files", corpora.write_half_broken, 6000),
-    "s3": Workload("the first, over S3 with 20 ms of latency", corpora.write_photos, 3000, 0.0, 16, 0.020),
+    "free": Workload(
+        "480×360 JPEG, a model that costs nothing", "A model that costs nothing", corpora.write_photos, 6000
+    ),
+    "sleeping": Workload(
+        "480×360 JPEG, a model that takes 2 ms an image", "A model of 2 ms an image", corpora.write_photos, 4000, 0.002
+    ),
+    "nuclei-unet": Workload(
+        "480×360 JPEG, nuclei-unet on the CPU", "nuclei-unet on the CPU", corpora.write_nuclei, 240, None, 2
+    ),
+    "large": Workload(
+        "12-megapixel JPEG, a model that costs nothing", "12 megapixels", corpora.write_large_photos, 80, 0.0, 1
+    ),
+    "tiny": Workload("64×64 PNG, a model that costs nothing", "64×64 PNG", corpora.write_tiny, 20000),
+    "broken": Workload(
+        "480×360 JPEG, a model that costs nothing, and as many broken files between them",
+        "As many broken files between them",
+        corpora.write_half_broken,
+        6000,
+    ),
+    "s3": Workload(
+        "480×360 JPEG over S3 with 20 ms of latency, a model that costs nothing",
+        "S3 with 20 ms of latency",
+        corpora.write_photos,
+        4000,
+        0.0,
+        16,
+        0.020,
+    ),
 }
 
 
@@ -356,8 +379,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of images")
     parser.add_argument("--json", type=Path, help="results are added to this file, workload by workload")
+    parser.add_argument("--chart", type=Path, metavar="JSON", help="measure nothing, draw this file as SVG beside it")
     options = parser.parse_args()
     console = Console(width=140)
+    if options.chart:
+        known = json.loads(options.chart.read_text())
+        panels = [(WORKLOADS[key].short, medians(known[key])[0]) for key in WORKLOADS if key in known]
+        options.chart.with_suffix(".svg").write_text(chart.draw(panels, ours=OURS))
+        return
     names = [name for name in options.peers if interpreter(PEERS[name])]
     for name in set(options.peers) - set(names):
         console.print(f"{name} is not installed: `make peers`")
