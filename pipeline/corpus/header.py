@@ -49,6 +49,7 @@ _BMP_HEADER_BYTES = {12, 16, 40, 52, 56, 64, 108, 124}
 _ORIENTATION_TAG = 0x0112
 _TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _SOS = 0xDA
+_EOI = b"\xff\xd9"
 #: Frame markers that libjpeg-turbo decodes: baseline, extended, progressive, and the two arithmetic ones.
 _READ_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
@@ -150,6 +151,15 @@ def jpeg_has_one_scan(data: bytes) -> bool:
     return False
 
 
+def jpeg_lacks_end(data: bytes) -> bool:
+    """Whether no end marker follows the first scan's header. Whatever follows an end marker does not matter."""
+    if data.endswith(_EOI):
+        return False
+    scan = next((end for marker, _, end in _jpeg_segments(data) if marker == _SOS), None)
+    # Among the bits of a scan 0xFF is always followed by 0x00 or a restart marker.
+    return scan is not None and data.rfind(_EOI, scan) < 0
+
+
 def jpeg_fault(data: bytes) -> tuple[str, str] | None:
     """(kind, message) where the header alone explains why a JPEG cannot be decoded, else None."""
     end = 2
@@ -229,7 +239,7 @@ def ends_early(data: bytes, name: str) -> bool:
     if name == "PNG":
         return b"IEND" not in data
     if name == "JPEG2000":
-        return not data.endswith(b"\xff\xd9")
+        return not data.endswith(_EOI)
     if name == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if name == "AVIF":

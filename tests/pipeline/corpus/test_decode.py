@@ -241,6 +241,16 @@ def test_a_jpeg_without_its_end_marker_is_whole(cut: int) -> None:
     np.testing.assert_array_equal(decode(data[:-cut], max_pixels=LIMIT).pixels, decode(data, max_pixels=LIMIT).pixels)
 
 
+def test_only_an_end_marker_after_the_scan_ends_a_jpeg() -> None:
+    data = encode(PICTURE, "JPEG")
+    pixels = decode(data, max_pixels=LIMIT).pixels
+    np.testing.assert_array_equal(decode(data + b"a trailer", max_pixels=LIMIT).pixels, pixels)
+    comment = b"\xff\xfe\x00\x06a\xff\xd9b"  # as a thumbnail has one
+    commented = data[:2] + comment + data[2:]
+    np.testing.assert_array_equal(decode(commented[:-2], max_pixels=LIMIT).pixels, pixels)
+    assert kind_of(commented[: len(commented) * 3 // 4]) == "truncated"
+
+
 def test_a_jpeg_with_a_hole_is_corrupt() -> None:
     data = bytearray(encode(PICTURE, "JPEG"))
     data[len(data) // 2 : len(data) // 2 + 2] = b"\xff\xd5"
