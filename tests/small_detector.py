@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,16 @@ SIDE_PX = 96
 _CHANNELS = 32
 
 
-def detector_card(**fields: Any) -> Card:
-    """What stands for its card: it has the classes and the post-processing, and names a network of the same kind."""
+def detector_card(name: str = "maskrcnn_mobilenet_v3_large_fpn", args: Mapping[str, Any] | None = None) -> Card:
+    """Of a network that looks for discs. For `disc_detector` it stands for what that is none of."""
     return card_for(
         "discs",
-        "maskrcnn_mobilenet_v3_large_fpn",
-        {"min_size_px": SIDE_PX, "max_size_px": 4096},
+        name,
+        {"min_size_px": SIDE_PX, "max_size_px": 4096} | dict(args or {}),
         class_names=("background", "disc"),
         canvas_multiple=1,
-        **{
-            "preprocessing": {"normalization": "imagenet"},
-            "postprocessing": {"kind": "detections", "score_threshold": 0.5},
-        }
-        | fields,
+        preprocessing={"normalization": "imagenet"},
+        postprocessing={"kind": "detections", "score_threshold": 0.5},
     )
 
 
@@ -119,22 +116,33 @@ def target_of(masks: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
     }
 
 
-def fit_detector(network: Any, *, steps: int, batch: int, learning_rate: float, side_px: int = SIDE_PX) -> Any:
-    """The same, in eval mode, after so many steps of AdamW on pictures of discs."""
+def fit_detector(network: Any, *, steps: int, batch: int, learning_rate: float, pictures: int | None = None) -> Any:
+    """The same, in eval mode, after so many steps of AdamW on pictures of discs: new ones, or the first `pictures`
+    over and over.
+    """
     network.train()
+    for part in network.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            # Its first statistics are to be forgotten in tens of steps.
+            part.momentum = 0.1
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
-        seeds = range(1000 + step * batch, 1000 + (step + 1) * batch)
-        pictures = [draw_discs(side_px, side_px, 5, seed=seed, outside_px=8) for seed in seeds]
-        images = [torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 for pixels, _ in pictures]
-        losses = network(images, [target_of(masks) for _, masks in pictures])
+        numbers = [step * batch + index for index in range(batch)]
+        drawn = [training_picture(number % pictures if pictures else number) for number in numbers]
+        images = [torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 for pixels, _ in drawn]
+        losses = network(images, [target_of(masks) for _, masks in drawn])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
         schedule.step()
     return network.eval()
+
+
+def training_picture(number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """One of those that `fit_detector` shows: discs, some cut off by the edge."""
+    return draw_discs(SIDE_PX, SIDE_PX, 5, seed=1000 + number, outside_px=8)
 
 
 @functools.cache

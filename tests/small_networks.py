@@ -10,6 +10,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.architectures import ARCHITECTURES, architecture, build, card_for
 from models.card import Card
+from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from models.segmenter import Prediction, Segmenter
 
 CLASSES = ("background", "road", "tree", "car")
@@ -109,6 +110,15 @@ def make_image(height: int, width: int, seed: int, *, bands: int = 3, dtype: str
     image = (smooth // 2 + random.integers(0, 100, (height, width, bands))).astype(np.uint8)
     scale = {"uint8": 1, "uint16": 257, "float32": np.float32(1 / 255)}[dtype]
     return (image.astype(np.float64) * scale).astype(dtype)
+
+
+def library_logits(network: Any, pixels: np.ndarray) -> torch.Tensor:
+    """[C, h, w] as a user of the library gets them: scaled, normalised, forward."""
+    image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.inference_mode():
+        answer = network(((image_CHW - mean) / std)[None])
+    return (answer["out"] if isinstance(answer, dict) else answer)[0]
 
 
 def run(

@@ -12,6 +12,7 @@ from small_networks import CLASSES, DETECTORS, distinct_network, make_image, run
 from torchvision.models.detection import MaskRCNN
 from torchvision.ops import nms
 
+from models import detection
 from models.card import Card, DetectionsPostprocessing
 from models.masks import decode_rle
 from models.segmenter import Segmenter
@@ -80,7 +81,11 @@ def test_one_image_gives_what_torchvision_gives(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if "mobilenet" in name else [pytest.mark.slow]) for name in DETECTORS]
 )
-def test_batches_give_what_torchvision_gives_for_each_image_alone(name: str) -> None:
+@pytest.mark.parametrize("images_at_once", [1, 2])
+def test_batches_give_what_torchvision_gives_for_each_image_alone(
+    name: str, images_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(detection._IMAGES_AT_ONCE, "cpu", images_at_once)
     card, network = detector(name)
     images = [make_image(70, 91, seed) for seed in (1, 2)]
     expected = [torchvisions_own(network, pixels, LENIENT) for pixels in images]
@@ -108,6 +113,39 @@ def test_neither_neighbours_nor_earlier_sizes_matter() -> None:
     assert (alone.mean_confidence, alone.mean_entropy) == (among.mean_confidence, among.mean_entropy)
     assert 0 < alone.mean_confidence < 1
     assert 0 < alone.mean_entropy < 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_that_share_the_head_of_boxes_do_not_matter_to_each_other(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where several images go through it together, each with another number of regions."""
+    card, network = detector("maskrcnn_mobilenet_v3_large_fpn")
+    propose = network.rpn.filter_proposals
+
+    def some(*args: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """A number that depends on the image: random weights propose as much for one as for another."""
+        boxes_of_images, scores = propose(*args)
+        return [boxes[: 20 + int(boxes.double().sum() * 1e6) % 30] for boxes in boxes_of_images], scores
+
+    network.rpn.filter_proposals = some
+    images = [make_image(64, 80, seed) for seed in range(3)]
+    segmenter = Segmenter(network, card, device="cpu", precision=precision)
+    regions: list[int] = []
+    best = detection._best
+
+    def noted(boxes_RC4: torch.Tensor, *rest: Any) -> dict[str, torch.Tensor]:
+        regions.append(len(boxes_RC4))
+        return best(boxes_RC4, *rest)
+
+    monkeypatch.setattr(detection, "_best", noted)
+    monkeypatch.setitem(detection._IMAGES_AT_ONCE, "cpu", 2)
+    together = run(segmenter, [images[0], images[1], None, images[2]])
+    assert len(set(regions)) > 1
+    apart = [run(segmenter, [None, None, pixels, None])[0] for pixels in images]
+    for one, other in zip(together, apart, strict=True):
+        for mine, theirs in zip(one.detections, other.detections, strict=True):
+            assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
 
 
 def test_suppression_within_a_class_or_over_classes() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_networks import LARGE, SEMANTIC, distinct_network, make_image, run, small_card
+from small_networks import LARGE, SEMANTIC, distinct_network, library_logits, make_image, run, small_card
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as v2
 
 from models.architectures import build
 from models.card import ResizePolicy
-from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from models.segmenter import Prediction, Segmenter
 
 IMAGENET = {"normalization": "imagenet"}
@@ -31,15 +30,6 @@ def one_thread() -> Iterator[None]:
 
 def names(slow: frozenset[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in SEMANTIC]
-
-
-def library_logits(network: Any, pixels: np.ndarray) -> torch.Tensor:
-    """[C, h, w] as a user of the library gets them: scaled, normalised, forward."""
-    image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
-    with torch.inference_mode():
-        answer = network(((image_CHW - mean) / std)[None])
-    return (answer["out"] if isinstance(answer, dict) else answer)[0]
 
 
 def assert_same(left: Prediction, right: Prediction) -> None:

@@ -1,0 +1,104 @@
+"""Every architecture in bf16 against its library's own float32 forward, on all pixels, once the network has decided.
+
+Of random weights nothing can be asked: torch's own autocast changes the class of a tenth to two thirds of the pixels.
+Published networks have decided, and so have these after some tens of steps on drawn shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fitted_networks import draw_shapes, fitted_network
+from small_detector import SIDE_PX, detector_card, fit_detector, training_picture
+from small_networks import DETECTORS, SEMANTIC, library_logits, run, small_card
+from torchvision.ops import box_iou
+
+from models.architectures import build
+from models.masks import decode_rle
+from models.segmenter import Segmenter
+
+#: Steps, and the highest rate of learning.
+RECIPES: dict[str, tuple[int, float]] = {
+    "fpn": (60, 2e-3),
+    "upernet": (60, 2e-3),
+    "segformer": (60, 1e-3),
+    "dpt": (60, 5e-4),
+    "fcn_resnet50": (50, 1e-3),
+    "fcn_resnet101": (50, 1e-3),
+    "deeplabv3_resnet50": (50, 1e-3),
+    "deeplabv3_resnet101": (50, 1e-3),
+}
+DETECTOR_ARGS: dict[str, dict[str, Any]] = {
+    "maskrcnn_resnet50_fpn": {"norm": "batch", "anchor_sizes_px": [12, 24, 48, 96, 192]},
+    "maskrcnn_resnet50_fpn_v2": {"anchor_sizes_px": [12, 24, 48, 96, 192]},
+    "maskrcnn_mobilenet_v3_large_fpn": {"norm": "batch", "backbone_stages": [2, 3], "anchor_sizes_px": [12, 24]},
+}
+#: Those that take seconds.
+QUICK = frozenset({"unet", "pspnet"})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SEMANTIC]
+)
+def test_bf16_gives_the_classes_of_the_library_in_float32(name: str) -> None:
+    card = small_card(name, preprocessing={"normalization": "imagenet"})
+    steps, learning_rate = RECIPES.get(name, (60, 3e-3))
+    network = fitted_network(card, steps=steps, learning_rate=learning_rate)
+    drawn = [draw_shapes(64, 64, seed=seed) for seed in range(8)]
+    expected = np.stack([library_logits(network, pixels).argmax(dim=0).numpy() for pixels, _ in drawn])
+    truth = np.stack([classes for _, classes in drawn])
+    assert np.mean(expected == truth) > 0.85, "it has learned them"
+    for precision, least in (("fp32", 0.9999), ("bf16", 0.995)):
+        segmenter = Segmenter(copy.deepcopy(network), card, device="cpu", precision=precision)
+        found = np.stack([run(segmenter, [pixels])[0].class_ids for pixels, _ in drawn])
+        agreement = float(np.mean(found == expected))
+        print(f"{name} {precision}: {agreement:.5f}")
+        assert agreement >= least
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", DETECTORS)
+def test_bf16_finds_the_objects_of_the_library_in_float32(name: str) -> None:
+    card = detector_card(name, DETECTOR_ARGS[name])
+    torch.manual_seed(0)
+    network: Any = build(card)
+    heads, rpn = network.roi_heads, network.rpn
+    heads.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.batch_size_per_image = 16, 64
+    rpn._pre_nms_top_n, rpn._post_nms_top_n = ({"training": few, "testing": 200} for few in (200, 40))
+    fit_detector(network, steps=80, batch=2, learning_rate=1e-3, pictures=2)
+    heads.score_thresh = card.postprocessing.score_threshold  # type: ignore[union-attr]
+    segmenter = Segmenter(copy.deepcopy(network), card, device="cpu", precision="bf16")
+    furthest_px, least_iou = 0.0, 1.0
+    for number in range(2):
+        pixels, masks = training_picture(number)
+        assert pixels.shape[:2] == (SIDE_PX, SIDE_PX)
+        with torch.inference_mode():
+            (library,) = network([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+        prediction = run(segmenter, [pixels])[0]
+        _, instances = segmenter.postprocess(prediction)
+        assert len(instances) == len(library["boxes"]) >= len(masks) - 1, "it has learned them"
+        overlaps = box_iou(library["boxes"], torch.from_numpy(prediction.detections.boxes))
+        for index, partner in enumerate(overlaps.argmax(dim=1).tolist()):
+            assert prediction.detections.labels[partner] == library["labels"][index]
+            distance_px = (library["boxes"][index] - torch.from_numpy(prediction.detections.boxes[partner])).abs().max()
+            theirs, mine = (library["masks"][index, 0] >= 0.5).numpy(), decode_rle(instances[partner].rle)
+            furthest_px = max(furthest_px, float(distance_px))
+            least_iou = min(least_iou, np.count_nonzero(theirs & mine) / np.count_nonzero(theirs | mine))
+    print(f"{name}: boxes within {furthest_px:.3f} px, masks within an IoU of {least_iou:.4f}")
+    assert furthest_px < 0.5
+    assert least_iou > 0.95
