@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 import pipeline
 from flows import model_artifacts
 from flows.driving import event_line, follow
+from flows.parameters import refuse_secrets
 from flows.retries import worth_another_try
 from flows.segment_corpus import segment_corpus
 from flows.train_model import train
@@ -31,6 +32,7 @@ def refresh_model(
             class worse by more than 0.02.
         segmentation: What is segmented when there is a new champion, as `segment-corpus` does. Default: nothing.
     """
+    refuse_secrets({"training": training, "gate": gate, "segmentation": segmentation})
     training = training.model_copy(update={"registry": required_registry(training.registry)})
     trained = train(training)
     done = promote(training, gate or Gate(), trained.uri)

@@ -78,7 +78,7 @@ def decode_mask_png(data: bytes) -> NDArray[np.uint8]:
     image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode not in ("P", "L"):
                 raise ValueError(f"a mask PNG has 8 bits a pixel (mode P or L), got mode {image.mode}")
             return np.array(image, dtype=np.uint8)

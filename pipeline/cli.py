@@ -22,6 +22,7 @@ from pipeline import screen
 from pipeline.commands import evaluation, export, models, report, runs, segment, tables, training, upkeep
 from pipeline.commands.options import INFRASTRUCTURE, INTERRUPTED, OK, USAGE
 from pipeline.errors import MaskmillError, UsageError
+from pipeline.storage import hide_secrets
 
 #: Options that are not named as their field of SegmentConfig.
 _FIELD_OPTIONS = {
@@ -70,10 +71,13 @@ def main() -> None:
     """The entry point: errors become one sentence and an exit status, never a traceback (MASKMILL_DEBUG=1 shows it)."""
     debug = bool(os.environ.get("MASKMILL_DEBUG"))
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.ERROR,
+        level=logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if debug:  # of the libraries no more than ever: some tell whole addresses, signatures included
+        for name in ("pipeline", "models"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
     try:
         # Outside its standalone mode Typer returns the code of `typer.Exit`, and None where nothing was raised.
         status = app(prog_name="maskmill", standalone_mode=False) or OK
@@ -86,10 +90,10 @@ def main() -> None:
         status = INFRASTRUCTURE
     except Exception as error:  # noqa: BLE001 - the last boundary: a person sees a sentence
         if debug:
-            traceback.print_exc()
+            print(screen.plain_lines(hide_secrets(traceback.format_exc())), file=sys.stderr)
         word, text, status = _last_words(error)
         if text:  # none where a command without arguments has just shown its help
-            line = Text.assemble((f"{word}:", "red"), " ", screen.plain_lines(text))
+            line = Text.assemble((f"{word}:", "red"), " ", screen.plain_lines(hide_secrets(text)))
             Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(status)
 

@@ -26,6 +26,7 @@ from pipeline.commands.options import (
     splitting,
 )
 from pipeline.errors import StoppedError, UsageError
+from pipeline.storage import without_secrets
 
 app = typer.Typer(help="Models: what a name can reach, and which version it means.", no_args_is_help=True)
 
@@ -40,13 +41,14 @@ def models_list(registry: Registry = None, as_json: Json = False) -> None:
     """Models that a name can reach."""
     lines = pipeline.models(registry)
     if as_json:
-        print(json.dumps([line._asdict() for line in lines]))
+        print(json.dumps([line._asdict() | {"origin": without_secrets(line.origin)} for line in lines]))
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "version", "aliases", "file"):
         table.add_column(column, overflow="fold")
     for line in lines:
-        table.add_row(line.name, line.version, ", ".join(line.aliases), Text(screen.plain(line.origin)))
+        aliases, origin = ", ".join(line.aliases), without_secrets(line.origin)
+        table.add_row(line.name, line.version, Text(screen.plain(aliases)), Text(screen.plain(origin)))
     screen.print_whole(table)
 
 
@@ -56,7 +58,7 @@ def models_show(reference: Ref, registry: Registry = None) -> None:
     from pipeline.registry import resolve
 
     model = resolve(reference, registry=registry)
-    body = {"version": model.version, "file": model.origin, "size_bytes": len(model.data)}
+    body = {"version": model.version, "file": without_secrets(model.origin), "size_bytes": len(model.data)}
     print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
 
 
@@ -74,10 +76,11 @@ def models_push(
     pushed = pipeline.push_model(model, registry, alias=alias or None, reason=reason)
     screen.warn(pushed.warnings)
     if as_json:
-        print(json.dumps(pushed._asdict()))
+        print(json.dumps(pushed._asdict() | {"uri": without_secrets(pushed.uri)}))
         return
     aliases = f" ({', '.join(pushed.aliases)})" if pushed.aliases else ""
-    print(f"{pushed.name}@{pushed.version}{aliases}{'' if pushed.new else ', there already'}: {pushed.uri}")
+    there = "" if pushed.new else ", there already"
+    print(screen.plain(f"{pushed.name}@{pushed.version}{aliases}{there}: {without_secrets(pushed.uri)}"))
 
 
 @app.command("promote")
@@ -131,7 +134,7 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
     if as_json:
         print(done.model_dump_json(indent=2))
     else:
-        print(f"{done.name}@{done.version} {_STATES[done.state]}: {done.why}")
+        print(screen.plain(f"{done.name}@{done.version} {_STATES[done.state]}: {done.why}"))
         if done.comparison:
             screen.print_whole(_classes_table(done.comparison.class_differences))
     if done.state == "kept":
@@ -145,7 +148,7 @@ def models_rollback(name: Name, registry: Registry = None, reason: Reason = None
     print(
         entry.model_dump_json(indent=2)
         if as_json
-        else f"{name}@{entry.version} is the champion again, instead of {entry.champion_before}"
+        else screen.plain(f"{name}@{entry.version} is the champion again, instead of {entry.champion_before}")
     )
 
 
@@ -160,7 +163,7 @@ def models_alias(
     from pipeline.registry import set_alias
 
     entry = set_alias(reference, alias, registry=registry, reason=reason)
-    print(f"{alias} is {entry.version}" if entry else f"{alias} is {reference} already")
+    print(screen.plain(f"{alias} is {entry.version}" if entry else f"{alias} is {reference} already"))
 
 
 @app.command("history")
@@ -176,8 +179,8 @@ def models_history(name: Name, registry: Registry = None, as_json: Json = False)
     for entry in entries:
         why = str((entry.decision or {}).get("why") or entry.reason or "")
         table.add_row(
-            str(entry.number), f"{entry.at:%Y-%m-%d %H:%M}", Text(screen.plain(entry.by)), entry.action, entry.version,
-            entry.aliases.get("champion", "none"), Text(screen.plain(why)),
+            str(entry.number), f"{entry.at:%Y-%m-%d %H:%M}", Text(screen.plain(entry.by)), entry.action,
+            *(Text(screen.plain(one)) for one in (entry.version, entry.aliases.get("champion", "none"), why)),
         )  # fmt: skip
     screen.print_whole(table)
 
@@ -222,7 +225,7 @@ def models_import(  # noqa: PLR0917 - typer's way: every option of the command i
         classes=tuple(part.strip() for part in classes.split(",")) if classes else None, task=task, args=arguments,
         normalization=normalization,
     )  # fmt: skip
-    print(f"{out}: {model.card.name}, version {model.version}, {len(model.card.classes)} classes")
+    print(f"{screen.plain(str(out))}: {model.card.name}, version {model.version}, {len(model.card.classes)} classes")
 
 
 def _classes_table(differences: dict[str, float]) -> Table:

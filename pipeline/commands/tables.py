@@ -24,7 +24,8 @@ def sheet(
     """Draw the masks of DEST over their images, one tile each."""
     from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
 
-    print(f"{out}: {draw_contact_sheet(dest, out, SheetConfig(dest_profile=dest_profile))} images")
+    number = draw_contact_sheet(dest, out, SheetConfig(dest_profile=dest_profile))
+    print(f"{screen.plain(str(out))}: {number} images")
 
 
 def query(

@@ -159,7 +159,7 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
         raise UsageError(_first_wrong(error)) from error
     if preview is not None:
         preview.write_bytes(pipeline.preview_training(config))
-        print(preview)
+        print(screen.plain(str(preview)))
         return
     display = screen.TrainingScreen(quiet=as_json)
     try:
@@ -168,7 +168,7 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
             outcome = pipeline.train(config, listen=display.listen, should_stop=should_stop)
     except BrokenLabelsError as error:
         display.close()
-        print(error.report.text(), file=sys.stderr)
+        print(screen.plain_lines(error.report.text()), file=sys.stderr)
         raise
     finally:
         display.close()
@@ -194,7 +194,7 @@ def labels_check(  # noqa: PLR0917 - typer's way
     report = pipeline.check_labels(
         dataset, layout=layout, model=labels_of, splitting=splitting(draw_splits), profile=dataset_profile
     )
-    print(report.model_dump_json() if as_json else report.text())
+    print(report.model_dump_json() if as_json else screen.plain_lines(report.text()))
     if not report.ok:
         raise typer.Exit(INFRASTRUCTURE)
 

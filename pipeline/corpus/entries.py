@@ -79,8 +79,11 @@ def as_listing(
 ) -> pa.RecordBatch:
     """One batch of LISTING_SCHEMA from columns of whatever types a file had; None becomes nulls.
 
-    Raises ArrowInvalid where a value cannot be cast. Times without a zone are taken as UTC.
+    Raises ArrowInvalid where a value cannot be cast, or a text is not UTF-8. Times without a zone are taken as UTC.
     """
+    for texts in (uris, etags):
+        if texts is not None:
+            texts.validate(full=True)  # Parquet's may hold anything
     nulls = pa.nulls(len(uris))
     etag = (etags if etags is not None else nulls).cast(pa.string())
     etag = pc.utf8_trim(pc.replace_substring_regex(etag, r"\AW/", ""), characters='"')
@@ -213,6 +216,8 @@ def _json_value(number: int, line: str) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise _EntryError(f"line {number} is no JSON: {error.msg} at character {error.pos + 1}") from error
+    except (ValueError, RecursionError) as error:  # a number without end, brackets without end
+        raise _EntryError(f"line {number} is no JSON that can be read: {error}") from error
 
 
 def _read_text(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

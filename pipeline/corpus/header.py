@@ -256,7 +256,7 @@ def _last_box_end(data: bytes) -> int:
         size = int.from_bytes(data[at : at + 4])
         if size == 0:  # to the end of the file
             return len(data)
-        at += int.from_bytes(data[at + 8 : at + 16]) if size == 1 else max(size, 8)
+        at += max(int.from_bytes(data[at + 8 : at + 16]), 16) if size == 1 else max(size, 8)
     return at
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.entries import as_listing, open_bytes
 from pipeline.errors import UsageError
-from pipeline.storage import Storage, join_uri, open_storage, uri_scheme
+from pipeline.storage import Storage, join_uri, open_storage, uri_scheme, without_secrets
 
 _CHUNK_BYTES = 4 << 20
 _COLUMNS = ("bucket", "key", "is_latest", "is_delete_marker", "size", "e_tag", "last_modified_date")
@@ -43,12 +43,12 @@ def read_inventory(uri: str, storage: Storage, *, profile: str | None = None) ->
                 file = pq.ParquetFile(stream)
                 present = [name for name in _COLUMNS if name in file.schema_arrow.names]
                 if not {"bucket", "key"} <= set(present):
-                    raise UsageError(f"the inventory part {at!r} has no columns bucket and key")
+                    raise UsageError(f"the inventory part {without_secrets(at)!r} has no columns bucket and key")
                 for batch in file.iter_batches(50_000, columns=present):
                     yield _rows({name: batch.column(name) for name in present})
         except (pa.ArrowException, FileNotFoundError) as error:
             text = str(error).partition("\n")[0]
-            raise UsageError(f"the inventory part {at!r} cannot be read: {text}") from error
+            raise UsageError(f"the inventory part {without_secrets(at)!r} cannot be read: {text}") from error
 
 
 def _check_digest(uri: str, stream: pa.NativeFile, wanted: object) -> None:
@@ -61,7 +61,8 @@ def _check_digest(uri: str, stream: pa.NativeFile, wanted: object) -> None:
     stream.seek(0)
     if digest.hexdigest() != wanted.lower():
         raise UsageError(
-            f"the inventory part {uri!r} has the MD5 {digest.hexdigest()}, its manifest says {wanted}: fetch both again"
+            f"the inventory part {without_secrets(uri)!r} has the MD5 {digest.hexdigest()}, its manifest says {wanted}"
+            ": fetch both again"
         )
 
 
@@ -70,13 +71,18 @@ def _manifest(uri: str, storage: Storage) -> dict[str, Any]:
         manifest = json.loads(storage.get(uri).data)
         parts = manifest["files"]
         valid = isinstance(parts, list) and all(isinstance(part["key"], str) for part in parts)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{uri!r} is no manifest of an S3 Inventory; lists of URIs end in .jsonl") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{without_secrets(uri)!r} is no manifest of an S3 Inventory; lists of URIs end in .jsonl"
+        ) from error
     if not valid:
-        raise UsageError(f"{uri!r} is no manifest of an S3 Inventory: its `files` are not a list of keys")
+        raise UsageError(
+            f"{without_secrets(uri)!r} is no manifest of an S3 Inventory: its `files` are not a list of keys"
+        )
     if manifest.get("fileFormat") != "Parquet":
         raise UsageError(
-            f"the S3 Inventory {uri!r} is in {manifest.get('fileFormat')!r}: configure it to write Parquet"
+            f"the S3 Inventory {without_secrets(uri)!r} is in {manifest.get('fileFormat')!r}: configure it to write "
+            "Parquet"
         )
     return manifest
 

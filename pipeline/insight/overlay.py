@@ -40,7 +40,7 @@ def class_labels(mask: bytes) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Labels int32 [h, w] (0: left clear) and colours of a mask PNG. Classes that are black in its palette are left
     clear.
     """
-    with Image.open(io.BytesIO(mask)) as png:
+    with Image.open(io.BytesIO(mask), formats=("PNG",)) as png:
         palette = np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
     ids = decode_mask_png(mask).astype(np.int32)
     colors = np.concatenate([np.zeros((1, 3), np.uint8), palette])

@@ -24,7 +24,7 @@ from pipeline.registry.shelf import (
     read_shelf,
     required_registry,
 )
-from pipeline.storage import Storage, join_uri, normalize_uri, open_storage
+from pipeline.storage import Storage, join_uri, normalize_uri, open_storage, without_secrets
 
 _ATTEMPTS = 20
 
@@ -62,7 +62,7 @@ def push_model(
     try:
         load_module(found.data)
     except ModelFileError as error:
-        raise ModelError(f"{found.origin} is not a usable model: {error}") from error
+        raise ModelError(f"{without_secrets(found.origin)} is not a usable model: {error}") from error
     name = found.card.name
     storage = open_shelf(registry, name, profile=profile, new=True).storage
     warnings = registry_warnings(registry, profile=profile)

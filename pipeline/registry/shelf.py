@@ -120,7 +120,8 @@ def resolve(reference: str, *, registry: str | None = None, profile: str | None 
     model = read_model(line.origin, profile)
     if model.version != line.version:
         raise ModelError(
-            f"{line.origin} is version {model.version}, not what its name says: it was damaged or replaced"
+            f"{without_secrets(line.origin)} is version {model.version}, not what its name says: it was damaged or "
+            "replaced"
         )
     return model
 
@@ -207,7 +208,7 @@ def model_of(data: bytes, origin: str) -> Model:
     try:
         return Model(read_card(data), model_version(data), data, origin)
     except ModelFileError as error:
-        raise ModelError(f"{origin} is not a usable model: {error}") from error
+        raise ModelError(f"{without_secrets(origin)} is not a usable model: {error}") from error
 
 
 def is_alias(text: str) -> bool:

@@ -68,10 +68,10 @@ class RemoteStorage:
             # The host of ftp:// and sftp://, the account of abfs://; nothing for most.
             self._files = kind(**kind._get_kwargs_from_urls(self.root))
         except ImportError as error:
-            raise UsageError(f"{self.root!r}: {error}") from error
+            raise UsageError(f"{without_secrets(self.root)!r}: {error}") from error
         except ValueError as error:
             raise UsageError(
-                f"{self.root!r}: no store is known for the scheme {self._scheme!r}; install the "
+                f"{without_secrets(self.root)!r}: no store is known for the scheme {self._scheme!r}; install the "
                 "fsspec package that brings it, or use file://, s3://, gs:// or https://"
             ) from error
         except TypeError as error:

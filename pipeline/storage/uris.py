@@ -30,6 +30,7 @@ _SECRET_PARAMETER = re.compile(
     r"|sk[a-z]+|ss|srt|[^=]*(?:sign|token|secret|passw|key|auth|cred|session)[^=]*)(?:=|\Z)",
     re.IGNORECASE,
 )
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
@@ -126,6 +127,22 @@ def without_secrets(uri: str) -> str:
     user, at, host = host.rpartition("@")
     user = "" if scheme.lower() in ("http", "https") else user.partition(":")[0] + at
     return f"{scheme}://{user}{host}{slash}{path}{'?…' if query else ''}"
+
+
+def holds_secret(uri: str) -> bool:
+    """Whether `uri` is an address with a password, or with a parameter that signs it or sounds like a secret."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme.lower() in ("file", "s3", "gs", "memory"):
+        return False
+    place, _, query = rest.partition("?")
+    user = place.partition("/")[0].rpartition("@")[0]
+    is_web = scheme.lower() in ("http", "https")
+    return bool(user if is_web else user.partition(":")[2]) or any(map(_SECRET_PARAMETER.match, query.split("&")))
+
+
+def hide_secrets(text: str) -> str:
+    """`text` with every address in it as `without_secrets` shows it: for what others have written, as in tracebacks."""
+    return _ADDRESS.sub(lambda found: without_secrets(found[0]), text)
 
 
 def recorded_uri(uri: str) -> str:

@@ -70,6 +70,8 @@ def test_by_hand_over_s3(site: Site, case: Case, s3_bucket: str, s3_client: Any)
     wait_until(lambda: finished(site, dest) != [], what="the event", poll_s=0.2)
     (event,) = finished(site, dest)
     assert event["payload"]["ok"] == IMAGES
+    for path in site.folder.rglob("*"):  # the server's database, what it logs, scratch
+        assert not path.is_file() or site.environment["AWS_SECRET_ACCESS_KEY"].encode() not in path.read_bytes(), path
     assert f"prefect.flow-run.{run_id}" in {one["prefect.resource.id"] for one in event["related"]}
 
 

@@ -9,8 +9,10 @@ pytest.importorskip("prefect")
 from prefect.exceptions import ParameterTypeError
 
 from flows.driving import Place
+from flows.parameters import refuse_secrets
 from flows.segment_corpus import segment_corpus
 from pipeline.config import SegmentConfig
+from pipeline.errors import UsageError
 
 
 def test_the_form_has_every_field_with_its_bounds_default_and_description() -> None:
@@ -35,3 +37,22 @@ def test_parameters_are_cast_and_checked_like_the_configuration() -> None:
     assert SegmentConfig(**cast) == SegmentConfig(**given)
     with pytest.raises(ParameterTypeError, match="run_date"):
         segment_corpus.validate_parameters(given | {"run_date": "tomorrow"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "https://me:word@host/list.txt"},
+        {"model": "https://host/m.safetensors?X-Amz-Signature=abc"},
+        {"dest": "sftp://me:word@host/masks"},
+        {"registry": "https://host/models?sv=1&sig=abc"},
+    ],
+)
+def test_no_secret_is_a_parameter(changes: dict[str, str]) -> None:
+    given = {"source": "s3://b/photos", "dest": "s3://b/masks", "model": "m"} | changes
+    (name,) = changes
+    with pytest.raises(UsageError, match=f"{name} is .* make that one invalid") as refused:
+        segment_corpus.fn(**given)
+    assert "word" not in str(refused.value).partition("with a password")[0] and "abc" not in str(refused.value)
+    with pytest.raises(UsageError, match=f"segmentation.{name} is"):
+        refuse_secrets({"segmentation": SegmentConfig(**given)})

@@ -30,6 +30,12 @@ _NEEDED: dict[str, dict[str, type]] = {
 }
 
 
+#: As far as points of polygons may lie from an image's corner, in sides of the image.
+_FARTHEST_SIDES, _LEAST_SIDE_PX = 10, 1000
+#: Run lengths are of 32 bits; and a map of classes takes a byte for each.
+_MOST_PIXELS = 1 << 30
+
+
 class _Annotated(NamedTuple):
     """One image of the JSON."""
 
@@ -81,6 +87,10 @@ class CocoLabels:
                 continue
             rle = _rle(annotation, item)
             area = annotation.get("area")
+            if not isinstance(area, int | float | None):
+                raise LabelError(
+                    f"annotation {annotation.get('id')} of {item.name} has area {area!r}", kind="unreadable"
+                )
             objects.append(
                 LabelledObject(
                     class_id=class_id,
@@ -102,9 +112,9 @@ class CocoLabels:
 
     def _read(self, file: str, folders: Sequence[str], gaps: list[Gap]) -> None:
         annotations = self._place.read_json(file)
-        absent = [key for key in ("images", "annotations", "categories") if key not in annotations]
-        if absent:
-            raise UsageError(f"{self.title}/{file} is not COCO's: it has no {absent[0]!r}")
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(annotations, dict) or not isinstance(annotations.get(key), list):
+                raise UsageError(f"{self.title}/{file} is not COCO's: it has no {key!r}, or no list of them")
         for kind, keys in _NEEDED.items():
             for number, entry in enumerate(annotations[kind]):
                 self._check(f"{file}: number {number} of {kind!r}", entry, keys)
@@ -119,11 +129,18 @@ class CocoLabels:
         name_of_id = {}
         for entry in annotations["images"]:
             name = str(entry["file_name"])
+            if ".." in name.split("/") or "\0" in name:
+                raise UsageError(f"{self.title}/{file} has file_name {name!r}, which leads out of the data set")
             if name in self.entries:
                 raise UsageError(f"{self.title}/{file} names {name!r}, which was named before")
+            height, width = int(entry["height"]), int(entry["width"])
+            if min(height, width) < 1 or height * width > _MOST_PIXELS:
+                raise UsageError(
+                    f"{self.title}/{file} says that {name!r} is {width} x {height}: at most {_MOST_PIXELS:,} pixels"
+                )
             name_of_id[entry["id"]] = name
             self.entries[name] = Entry(name, str(entry.get("modality", "")), str(entry.get("group", "")))
-            self._images[name] = _Annotated(f"{folder}/{name}", int(entry["height"]), int(entry["width"]), [])
+            self._images[name] = _Annotated(f"{folder}/{name}", height, width, [])
             if name not in there:
                 gaps.append(Gap(name, "image", f"{file} has it, {folder}/ has not"))
         for annotation in annotations["annotations"]:
@@ -159,8 +176,10 @@ def _rle(annotation: Mapping[str, Any], item: Item) -> dict[str, Any]:
     what = f"annotation {annotation.get('id')} of {item.name}"
     try:
         if not segmentation:
-            rle: dict[str, Any] = coco_mask.encode(np.zeros((item.height, item.width), dtype=np.uint8, order="F"))
+            empty = {"size": [item.height, item.width], "counts": [item.height * item.width]}
+            rle: dict[str, Any] = coco_mask.frPyObjects(empty, item.height, item.width)
         elif isinstance(segmentation, list):
+            _check_polygons(segmentation, item)
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, item.height, item.width))
         elif isinstance(segmentation["counts"], list):
             rle = coco_mask.frPyObjects(segmentation, *segmentation["size"])
@@ -179,6 +198,19 @@ def _rle(annotation: Mapping[str, Any], item: Item) -> dict[str, Any]:
             f"{what} has size {list(rle['size'])}, the image is {item.height} x {item.width}", kind="size_mismatch"
         )
     return rle
+
+
+def _check_polygons(polygons: Sequence[Any], item: Item) -> None:
+    """Raises ValueError for anything but points not far from the image: the library takes memory for every pixel of an
+    outline, and ends the process where there is none.
+    """
+    farthest = _FARTHEST_SIDES * max(item.height, item.width, _LEAST_SIDE_PX)
+    for polygon in polygons:
+        points = np.asarray(polygon, dtype=np.float64)
+        if points.ndim != 1 or len(points) < 4 or len(points) % 2:
+            raise ValueError("a polygon is not a list of x and y by turns, of two points at least")
+        if not (np.abs(points) <= farthest).all():
+            raise ValueError(f"a polygon has a point that is more than {farthest} pixels away, or nowhere")
 
 
 def _check_lengths(rle: Mapping[str, Any]) -> None:

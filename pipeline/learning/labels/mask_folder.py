@@ -110,22 +110,24 @@ def read_classes(place: Place) -> tuple[ClassList, int | None]:
     listed = content.get("classes") if isinstance(content, dict) else content
     ignored = content.get("ignore_index", IGNORE_ID) if isinstance(content, dict) else IGNORE_ID
     try:
+        if not isinstance(listed, list | None):
+            raise TypeError(f"{listed!r} is no list")
+        skipped = frozenset({int(ignored)} if ignored is not None else ())
         classes = [
             (position, str(one)) if isinstance(one, str) else (int(one["id"]), str(one["name"]))
             for position, one in enumerate(listed or ())
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{place}/classes.json: every class needs an id and a name ({error!r})") from error
     classes.sort()
     ids, names = [one for one, _ in classes], [name for _, name in classes]
     if not classes or len(set(ids)) < len(ids) or len(set(names)) < len(names) or len(ids) > IGNORE_ID:
         raise UsageError(f"{place}/classes.json must list 1 to {IGNORE_ID} classes with different ids and names")
-    skipped = frozenset({int(ignored)} if ignored is not None else ())
     if skipped & set(ids):
         raise UsageError(f"{place}/classes.json: {ignored} is both a class and the ignore_index")
     table = ClassList(tuple(names), {raw: index for index, raw in enumerate(ids)}, skipped)
     background = content.get("background_id") if isinstance(content, dict) else None
-    if background is not None and background not in table.index_of:
+    if background is not None and (not isinstance(background, int) or background not in table.index_of):
         raise UsageError(f"{place}/classes.json: background_id {background} is not among the classes")
     if background is None and "background" in names:
         return table, names.index("background")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,11 @@ R = TypeVar("R")
 
 #: What systems leave in folders: hidden files, and two of Windows'.
 _FOREIGN = re.compile(r"(^|/)(\.[^/]*|Thumbs\.db|desktop\.ini)(/|$)")
+#: What Pillow says of files that are no pictures, damaged ones, and those that would unfold beyond all measure.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+#: Without a list Pillow would try them all, PostScript among them, which another program then runs.
+_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+_HIGHEST_ID = 65535
 #: Files that are read at once.
 READERS = 16
 
@@ -57,7 +63,7 @@ class Place:
             if error.kind != "missing":
                 raise
             raise UsageError(f"{self} is not a data set: it has no {name}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{self}/{name} is not valid JSON: {error}") from error
 
     def has(self, name: str) -> bool:
@@ -102,21 +108,26 @@ def in_order(function: Callable[[T], R], items: Iterable[T], *, threads: int = R
 def decode_ids(data: bytes, name: str) -> NDArray[np.int32]:
     """int32 [h, w] of a label image: palette or gray, 1 to 16 bits. Raises LabelError for anything else."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.mode not in ("1", "P", "L", "I", "I;16", "I;16B"):
                 raise LabelError(
                     f"label {name} has mode {image.mode}: it must be gray or palette, with an id in each pixel",
                     kind="unreadable",
                 )
-            return np.array(image).astype(np.int32)
-    except (OSError, SyntaxError, ValueError) as error:
+            ids = np.array(image).astype(np.int32)
+    except _UNREADABLE as error:
         raise LabelError(f"label {name} cannot be read: {error}", kind="unreadable") from error
+    if ids.size and (ids.min() < 0 or ids.max() > _HIGHEST_ID):
+        raise LabelError(
+            f"label {name} has ids from {ids.min()} to {ids.max()}: they must be 0 to {_HIGHEST_ID}", kind="unreadable"
+        )
+    return ids
 
 
 def id_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) of a label image, from its header. Raises LabelError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return image.height, image.width
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise LabelError(f"label {name} cannot be read: {error}", kind="unreadable") from error

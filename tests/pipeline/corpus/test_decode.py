@@ -442,3 +442,12 @@ def test_no_mutation_raises_anything_else(seed: bytes, changes: list[tuple[float
         data[int(at**3 * len(data))] = value
     only_image_errors(bytes(data))
     only_image_errors(bytes(data[: int(keep * len(data))]))
+
+
+@pytest.mark.timeout(20)
+def test_a_box_of_an_avif_that_says_it_has_no_length_ends_all_the_same() -> None:
+    """Found by fuzzing: looking for the end of the last box went on for ever."""
+    data = b"\x00\x00\x00\x10ftypavif\x00\x00\x00\x00" + b"\x00\x00\x00\x01meta" + bytes(8)
+    with pytest.raises(ImageError) as failed:
+        decode(data, max_pixels=LIMIT)
+    assert failed.value.kind in ("corrupt", "truncated")

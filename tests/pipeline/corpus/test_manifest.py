@@ -252,6 +252,16 @@ def test_etags_sizes_and_times_of_a_manifest_are_taken_without_a_head(
     ]
 
 
+@pytest.mark.parametrize("column", ["uri", "etag"])
+def test_a_text_in_parquet_that_is_no_text_is_told(read: Read, tmp_path: Path, column: str) -> None:
+    """Found by fuzzing: Parquet's texts may hold any bytes, and Arrow does not look."""
+    wild = pa.Array.from_buffers(pa.string(), 1, pa.array([b"s3://b/\xff.jpg"], pa.binary()).buffers())
+    good = pa.array(["s3://b/a.jpg"])
+    pq.write_table(pa.table({"uri": good, "etag": good} | {column: wild}), tmp_path / "list.parquet")
+    with pytest.raises(UsageError, match=r"list\.parquet.* row 1: .*UTF8"):
+        read(tmp_path / "list.parquet")
+
+
 def test_parquet_times_without_a_zone_are_utc(read: Read, tmp_path: Path) -> None:
     moment = pa.array([1_700_000_000_123], pa.timestamp("ms"))
     pq.write_table(pa.table({"uri": ["s3://nowhere/a.jpg"], "etag": ["e"], "modified": moment}), tmp_path / "m.parquet")

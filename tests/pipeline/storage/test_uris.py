@@ -15,6 +15,8 @@ from pipeline.storage import (
     clean_etag,
     duckdb_path,
     file_uri,
+    hide_secrets,
+    holds_secret,
     join_uri,
     local_path,
     normalize_uri,
@@ -103,6 +105,22 @@ class TestUris:
     )
     def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
         assert without_secrets(uri) == shown
+
+    @pytest.mark.parametrize(
+        ("uri", "secret"),
+        [
+            ("https://u:p@h/a", True), ("https://token@h/a", True), ("https://h/a?X-Amz-Signature=1", True),
+            ("https://h/a?id=1&sv=2&sig=x", True), ("sftp://u:p@h/a", True), ("sftp://u@h/a", False),
+            ("https://h/a?id=1", False), ("https://h/a@b", False), ("s3://b/k?token=1", False), ("/a?token=1", False),
+            ("abfs://container@account.dfs.core.windows.net/a", False), ("nuclei-unet@champion", False),
+        ],
+    )  # fmt: skip
+    def test_which_addresses_hold_a_secret(self, uri: str, secret: bool) -> None:
+        assert holds_secret(uri) is secret
+
+    def test_addresses_in_a_text_are_shown_without_their_secrets(self) -> None:
+        text = "Error: url='https://u:p@h/a?sig=x', <ftp://u:p@h/b> and s3://b/k?x=1"
+        assert hide_secrets(text) == "Error: url='https://h/a?…', <ftp://u@h/b> and s3://b/k?x=1"
 
     def test_an_address_that_is_signed_anew_is_recorded_alike(self) -> None:
         plain = "https://host/list.csv"
