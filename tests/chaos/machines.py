@@ -7,7 +7,9 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from harness import actors_on
+from harness import actors_on, kill_all, marked, runs
+
+_TRIES = 4
 
 
 class Machines:
@@ -57,4 +59,13 @@ class Machines:
         self._cluster.shutdown()
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, num_gpus=1)
+        """Ray gives a node up that takes more than 30 s to start, as on a busy machine, and leaves its processes."""
+        for tries_left in range(_TRIES - 1, -1, -1):
+            there = {process.pid for process in marked(self._mark)}
+            try:
+                return self._cluster.add_node(num_cpus=1, num_gpus=1)
+            except Exception:  # Ray's own is no narrower
+                if not tries_left:
+                    raise
+                kill_all([p for p in marked(self._mark) if p.pid not in there and runs(p, "raylet")])
+        return None

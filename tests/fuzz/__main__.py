@@ -1,8 +1,8 @@
 """Fuzzes readers for a while: `make fuzz`, or
 
-    python tests/fuzz [--seconds 600] [--seed 0] [--findings DIR] [TARGET ...]
+    python tests/fuzz [--seconds 600] [--seed 0] [--at-once 1] [--findings DIR] [TARGET ...]
 
-Each target (`targets.TARGETS`; all by default) has a process of its own, one after the other, for so many seconds. With
+Each target (`targets.TARGETS`; all by default) has a process of its own for so many seconds. With
 atheris (coverage-guided; `pip install atheris`, which has wheels for Linux on x86-64 and some Pythons only) each input
 that reaches new code is kept and mutated further; without it, inputs are mutations of the corpus that Hypothesis
 draws. A finding is an exception that is none of the project's, a crash, 20 s without an answer, or more than 4 GiB of
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--seconds", type=int, default=600, help="for each target (default 600)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=1, help="so many targets beside each other (default 1)")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     parser.add_argument("--input", type=Path, help="try this one input, and nothing else")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -59,23 +61,25 @@ def _all(given: argparse.Namespace, names: list[str]) -> int:
     with_atheris = importlib.util.find_spec("atheris") is not None
     print(f"seed {given.seed}, {given.seconds} s each, by {'atheris' if with_atheris else 'Hypothesis (no atheris)'}")
     given.findings.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for name in names:
-        with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as corpus:
-            began_s = time.monotonic()
-            process = subprocess.run(
-                [sys.executable, __file__, "--child", "--seconds", str(given.seconds), "--seed", str(given.seed),
-                 "--findings", str(given.findings), "--corpus", corpus, name],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-            )  # fmt: skip
-        counts = re.findall(r"^#(\d+)|^Done (\d+) runs|^(\d+) executions", process.stdout, re.MULTILINE)
-        executions = max((int("".join(count)) for count in counts), default=0)
-        failed += process.returncode != 0
-        verdict = "nothing found" if process.returncode == 0 else f"FOUND (exit {process.returncode})"
-        print(f"{name:12} {executions:10,} executions in {time.monotonic() - began_s:5.0f} s: {verdict}", flush=True)
-        if process.returncode:
-            print(process.stdout[-4000:], flush=True)
-    return min(failed, 1)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        return max(pool.map(lambda name: _one(given, name), names))
+
+
+def _one(given: argparse.Namespace, name: str) -> int:
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as corpus:
+        process = subprocess.run(
+            [sys.executable, __file__, "--child", "--seconds", str(given.seconds), "--seed", str(given.seed),
+             "--findings", str(given.findings), "--corpus", corpus, name],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        )  # fmt: skip
+    counts = re.findall(r"^#(\d+)|^Done (\d+) runs|^(\d+) executions", process.stdout, re.MULTILINE)
+    executions = max((int("".join(count)) for count in counts), default=0)
+    verdict = "nothing found" if process.returncode == 0 else f"FOUND (exit {process.returncode})"
+    print(f"{name:12} {executions:10,} executions in {time.monotonic() - began_s:5.0f} s: {verdict}", flush=True)
+    if process.returncode:
+        print(process.stdout[-4000:], flush=True)
+    return min(process.returncode, 1) if process.returncode >= 0 else 1
 
 
 def _child(given: argparse.Namespace) -> None:
