@@ -92,6 +92,7 @@ def _child(given: argparse.Namespace) -> None:
 
 def _by_atheris(name: str, given: argparse.Namespace) -> None:
     import atheris
+    from fuzz.mutation import json_mutated, json_of
 
     with atheris.instrument_imports(include=_INSTRUMENTED):
         from fuzz.targets import TARGETS
@@ -107,7 +108,13 @@ def _by_atheris(name: str, given: argparse.Namespace) -> None:
         f"-artifact_prefix={given.findings}/{name}-",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(given.corpus)], target.run)
+
+    def mutate(data: bytes, most_bytes: int, seed: int) -> bytes:
+        if seed % 2 and json_of(data):
+            return json_mutated(data, seed)[:most_bytes]
+        return bytes(atheris.Mutate(data, most_bytes))
+
+    atheris.Setup([sys.argv[0], *options, str(given.corpus)], target.run, custom_mutator=mutate)
     atheris.Fuzz()
 
 

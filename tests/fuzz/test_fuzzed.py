@@ -8,7 +8,7 @@ from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 
 #: Networks are built there.
-SLOW = {"model-card": 15}
+SLOW = {"model-card": 6}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -19,7 +19,7 @@ def test_whatever_the_bytes_there_is_an_answer_or_an_error_of_our_own(name: str)
         target.run(seed)
 
     @settings(
-        max_examples=SLOW.get(name, 150),
+        max_examples=SLOW.get(name, 60),
         database=None,
         deadline=None,
         derandomize=True,
