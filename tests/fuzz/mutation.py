@@ -59,7 +59,7 @@ def json_of(data: bytes) -> tuple[int, int, Any] | None:
 
 
 def json_mutated(data: bytes, seed: int) -> bytes:
-    """`data` with one to three values of its JSON object replaced, taken out or put twice; unchanged where it has none."""
+    """`data` with one to three values of its JSON object replaced, taken out or put twice; unchanged if it has none."""
     found = json_of(data)
     if found is None:
         return data
