@@ -24,6 +24,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,8 +79,8 @@ EARLY_SHARE = 0.2
 EARLY_S = 8.0
 MEAN_S_BETWEEN_KILLS = 5.0
 MOST_KILLS_OF_A_LIFE = 4
-#: A command that commits nothing for so long, though there is work, hangs.
-HANG_S = 180.0
+#: A command that commits nothing for so long hangs. (On a machine with much else to do workers take minutes to come.)
+HANG_S = 600.0
 #: Memory is level where a slope of zero is within the line's 95 % interval, or the line gains less than this in half an
 #: hour: about a twentieth of the process.
 LEVEL_MIB = 32
@@ -617,6 +618,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="repeats the choices of an earlier soak")
     parser.add_argument("--store", choices=("auto", "ceph", "moto"), default="auto")
     given = parser.parse_args()
+    for interruption in (signal.SIGINT, signal.SIGTERM):  # in the background the first is ignored
+        signal.signal(interruption, signal.default_int_handler)
     if given.seed is not None:
         os.environ["MASKMILL_CHAOS_SEED"] = str(given.seed)
     store_name = given.store
