@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,23 @@ FIRST_IMAGES = 200
 ARRIVALS_PER_S = 2.0
 RESIDENT_IMAGES = 32
 RESIDENT_CHANGES_PER_S = 1.0
-FLAGS = (*SHAPE_FLAGS, "--shard-size", "4", "--lease-ttl", "6", "--max-error-rate", "1")
+SHARD_SIZE = 4
+FLAGS = (*SHAPE_FLAGS, "--shard-size", str(SHARD_SIZE), "--lease-ttl", "6", "--max-error-rate", "1")
 #: Of the commands; the others run on the cluster.
 LOCAL_SHARE = 0.3
 EARLY_SHARE = 0.2
 EARLY_S = 8.0
-MEAN_S_BETWEEN_KILLS = 5.0
-MOST_KILLS_OF_A_LIFE = 4
+MEAN_S_BETWEEN_KILLS = 20.0
+#: Of the kills, once a command has committed something; the others are of workers and nodes.
+DRIVER_SHARE = 0.25
+#: Nothing more arrives while so many images wait, more or less: a slow machine must come to its end, too.
+MOST_WAITING = 300
 #: A command that commits nothing for so long hangs. (On a machine with much else to do workers take minutes to come.)
 HANG_S = 600.0
 #: Memory is level where a slope of zero is within the line's 95 % interval, or the line gains less than this in half an
 #: hour: about a twentieth of the process.
 LEVEL_MIB = 32
-_TELL_EVERY_S = 20.0
+_TELL_EVERY_S = 30.0
 _LAST_COMMANDS = 6
 _MIB = 1 << 20
 
@@ -153,6 +157,11 @@ class Corpus:
         """One of the three."""
         self._chance.choices([self.add, self.change, self.remove], [60, 25, 15])[0]()
 
+    @property
+    def written(self) -> int:
+        """Images that were put, changed ones again."""
+        return self.events["new"] + self.events["changed"]
+
     def listing(self) -> dict[str, str]:
         """Etags by URI, as the store has them."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{self._prefix}/")
@@ -215,6 +224,8 @@ class Siege:
         #: Last words of commands that the store's bad day has ended.
         self.reasons: list[str] = []
         self.longest_wait_s = 0.0
+        #: Called every moment.
+        self.tell: Callable[[], None] = lambda: None
         self._progress = (0, time.monotonic())
 
     @property
@@ -230,9 +241,6 @@ class Siege:
         began_s, first_parts = time.monotonic(), self.parts()
         self._progress = (first_parts, began_s)
         early_s = began_s + self._chance.uniform(0, EARLY_S) if self._chance.random() < EARLY_SHARE else math.inf
-        victims = ["soft"] * self._chance.randint(0, MOST_KILLS_OF_A_LIFE)
-        if self._chance.random() < 0.6:
-            victims.append("driver")
         due_s = math.inf
         reader = Reader(command)
         while command.process.poll() is None:
@@ -241,15 +249,15 @@ class Siege:
                 self._kill_driver(command)
                 break
             self._watch(command, now_s)
-            if due_s == math.inf and victims and self.parts() > first_parts:
+            self.tell()
+            if due_s == math.inf and self._progress[0] > first_parts:
                 due_s = now_s + self._chance.expovariate(1 / MEAN_S_BETWEEN_KILLS)
             if now_s > due_s:
-                if victims[0] == "driver":
+                if self._chance.random() < DRIVER_SHARE:
                     self._kill_driver(command)
                     break
-                if self._kill_worker(local):
-                    victims.pop(0)
-                due_s = now_s + self._chance.expovariate(1 / MEAN_S_BETWEEN_KILLS) if victims else math.inf
+                self._kill_worker(local)
+                due_s = time.monotonic() + self._chance.expovariate(1 / MEAN_S_BETWEEN_KILLS)
             time.sleep(0.25)
         else:
             self._judge(command, reader.text())
@@ -270,7 +278,8 @@ class Siege:
         command.process.wait()
         self.kills["driver"] += 1
 
-    def _kill_worker(self, local: bool) -> bool:
+    def _kill_worker(self, local: bool) -> None:
+        """One of those that are there; nobody where all are still coming."""
         if local:
             there = [process for process in marked(self._mark) if runs(process, "pipeline.engine.crew")]
             kind = "local worker"
@@ -279,13 +288,12 @@ class Siege:
             if nodes:
                 self._machines.kill(self._chance.choice(nodes))
                 self.kills["node"] += 1
-            return bool(nodes)
+            return
         else:
             there, kind = ray_actors(self._mark), "actor"
         if there:
             kill_all(self._chance.sample(there, 1))
             self.kills[kind] += 1
-        return bool(there)
 
     def _judge(self, command: Command, text: str) -> None:
         status = command.process.returncode
@@ -475,10 +483,15 @@ class _Soak:
         siege = Siege(self._chance, machines, self._mark, lambda: part_count(self._dests["many"], self._client))
         arguments = (corpora["many"].uri, self._dests["many"], "--model", str(self._model), *FLAGS)
         until_s = time.monotonic() + 60 * minutes
-        changes = [(corpora["many"].anything, ARRIVALS_PER_S), (corpora["few"].change, RESIDENT_CHANGES_PER_S)]
+
+        def arrive() -> None:
+            if corpora["many"].written - SHARD_SIZE * siege.parts() < MOST_WAITING:
+                corpora["many"].anything()
+
+        changes = [(arrive, ARRIVALS_PER_S), (corpora["few"].change, RESIDENT_CHANGES_PER_S)]
         with arrivals(changes):
             self._besiege(siege, arguments, until_s, machines, proxy, resident)
-        hits = dict(proxy.hits)
+        hits, self._requests = dict(proxy.hits), self._requests + len(proxy.requests)
         proxy.clear()
         self._say("nothing arrives or breaks any more")
 
@@ -545,21 +558,27 @@ class _Soak:
         """One command after the other."""
         machines, proxy, resident = beside
         head = {name: psutil.Process(pid) for name, pid in machines.head_processes().items()}
-        told_s = 0.0
-        while time.monotonic() < until_s:
-            siege.live(arguments, until_s)
+        told_s = time.monotonic()
+
+        def tell() -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s < _TELL_EVERY_S:
+                return
+            told_s = time.monotonic()
             self._requests += len(proxy.requests)
             proxy.requests.clear()
             for name, process in head.items():
                 sample = (time.monotonic() - self._began_s, float(process.memory_info().rss))
                 self._head_rss.setdefault(name, []).append(sample)
-            if time.monotonic() - told_s > _TELL_EVERY_S:
-                told_s = time.monotonic()
-                rss = resident.turns[-1]["rss_bytes"] / _MIB if resident.turns else 0
-                self._say(
-                    f"{siege.commands} commands, kills {_listed(siege.kills)}, ends {_listed(siege.ends)}, "
-                    f"{siege.parts()} Parts, resident: {len(resident.turns)} turns, {rss:.0f} MiB"
-                )
+            rss = resident.turns[-1]["rss_bytes"] / _MIB if resident.turns else 0
+            self._say(
+                f"{siege.commands} commands, kills {_listed(siege.kills)}, ends {_listed(siege.ends)}, "
+                f"{siege.parts()} Parts, resident: {len(resident.turns)} turns, {rss:.0f} MiB"
+            )
+
+        siege.tell = tell
+        while time.monotonic() < until_s:
+            siege.live(arguments, until_s)
 
     def _finish(self, siege: Siege, arguments: tuple[str, ...], machines: Machines) -> int:
         """The command until it finds nothing to do; how often that was."""
