@@ -75,7 +75,11 @@ class Segmenter:
         network: Any = module.eval()
         if self._dtype != torch.float32:
             _lower(network, card, self._dtype)
-        network = network.to(device).to(memory_format=torch.channels_last)
+        network = network.to(device)
+        for parameter in network.parameters():
+            # Those of a Conv3d, which some encoders have, know no such order.
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._module = network
         if compile and isinstance(self.postprocessing, DetectionsPostprocessing):
             network.backbone = CompiledNetwork(network.backbone)

@@ -68,11 +68,11 @@ def distinct_network(card: Card, seed: int = 3) -> torch.nn.Module:
             heads.score_thresh = 0.0
             # The thousand proposals of the default cost seconds.
             network.rpn._post_nms_top_n = {"training": 60, "testing": 60}
-            _spread(network, heads.box_predictor.cls_score, list(probes), 2.0)
-            _spread(network, heads.mask_predictor.mask_fcn_logits, list(probes), 4.0)
+            spread_logits(network, heads.box_predictor.cls_score, list(probes), 2.0)
+            spread_logits(network, heads.mask_predictor.mask_fcn_logits, list(probes), 4.0)
             return network
         _randomise_statistics(network)
-        _spread(network, found.logits_layers(network)[0], probes, 4.0)
+        spread_logits(network, found.logits_layers(network)[0], probes, 4.0)
     return network
 
 
@@ -84,7 +84,7 @@ def _randomise_statistics(network: Any) -> None:
             part.running_var.uniform_(0.2, 0.5)
 
 
-def _spread(network: Any, layer: Any, images: Any, spread: float) -> None:
+def spread_logits(network: Any, layer: Any, images: Any, spread: float) -> None:
     """Gives the last layer weights under which its logits vary by `spread` for every class, around nothing."""
     layer.weight.normal_()
     outputs: list[torch.Tensor] = []

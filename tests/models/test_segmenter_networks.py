@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_networks import LARGE, SEMANTIC, distinct_network, library_logits, make_image, run, small_card
+from small_networks import DETECTORS, LARGE, SEMANTIC, distinct_network, library_logits, make_image, run, small_card
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as v2
 
@@ -187,3 +188,46 @@ def test_a_resizing_card_needs_the_images_own_sizes() -> None:
     sizes, statistics = np.full((1, 2), 32, np.int32), np.ones((1, 2), np.float32)
     with pytest.raises(ValueError, match="needs the images' own sizes"):
         segmenter.submit(np.zeros((1, 32, 32, 3), np.uint8), sizes, statistics)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SEMANTIC, *DETECTORS])
+def test_a_gpu_answers_as_the_cpu_does_whatever_the_neighbours(name: str) -> None:
+    """As a run has it: float32 without TensorFloat-32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        card = small_card(name, preprocessing=IMAGENET)
+        network = distinct_network(card)
+        pixels, other = make_image(64, 64, seed=1), make_image(64, 64, seed=2)
+        on_cpu = run(Segmenter(copy.deepcopy(network), card, device="cpu", precision="fp32"), [pixels, None, None])[0]
+        on_gpu = run(Segmenter(copy.deepcopy(network), card, device="cuda", precision="fp32"), [pixels, None, None])[0]
+        if on_cpu.detections is None:
+            assert np.mean(on_gpu.class_ids == on_cpu.class_ids) >= 0.999
+        else:
+            assert on_gpu.detections is not None
+            assert np.abs(on_gpu.detections.boxes[:10] - on_cpu.detections.boxes[:10]).max() < 0.01
+        segmenter = Segmenter(network, card, device="cuda", precision="bf16")
+        alone = run(segmenter, [pixels, None, None])[0]
+        for _ in range(3):
+            assert_same(run(segmenter, [other, other, pixels])[2], alone)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [{"kind": "resize", "short_side_px": 64}, {"kind": "tile", "tile_px": 64}])
+def test_a_gpu_serves_other_sizes_without_waiting(policy: dict[str, Any]) -> None:
+    card = small_card("unet", preprocessing=IMAGENET, size_policy=policy)
+    segmenter = Segmenter(distinct_network(card), card, device="cuda", precision="bf16")
+    images, sizes = np.full((2, 64, 96, 3), 9, np.uint8), np.full((2, 2), 64, np.int32)
+    if policy["kind"] == "tile":
+        images = np.ascontiguousarray(images[:, :, :64])
+    arguments: dict[str, Any] = {"image_sizes_N2": sizes + 32} if policy["kind"] == "resize" else {"tiles": True}
+    segmenter.finish(segmenter.submit(images, sizes, np.ones((2, 2), np.float32), **arguments))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = segmenter.submit(images, sizes, np.ones((2, 2), np.float32), **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(segmenter.finish(pending)) == 2
