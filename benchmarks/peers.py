@@ -1,11 +1,12 @@
 """Side by side with what a user would pick instead: Ray Data, Daft, PyTorch's DataLoader, a plain loop.
 
     python benchmarks/peers.py [--workloads NAME ...] [--peers NAME ...] [--turns K] [--scale F] [--json FILE]
-    python benchmarks/peers.py --chart FILE.json        draws FILE.svg of what was measured
+    python benchmarks/peers.py --chart FILE.json        draws FILE.svg of what was measured, prints it as Markdown
 
 Every peer gets the same files, the same model file, the same precision and batch size, the same number of cores, and
 makes the same rows: a palette PNG and figures per class, by the same decoder and encoder. Each is a process of its own,
-in turn (A B C A B C), after a warm-up of each. All that the first turn wrote is compared with ours, image by image.
+in turn (A B C A B C), after a warm-up of each before the first workload. All that the first turn wrote is compared with
+ours, image by image.
 
 `images/s` counts from the first image that is begun to the end of writing; `whole` is the wall time of the whole
 process, its imports and its cluster included.
@@ -18,7 +19,7 @@ import contextlib
 import datetime as dt
 import json
 import os
-import platform
+import shutil
 import signal
 import socket
 import statistics
@@ -279,59 +280,63 @@ def _wait_for(port: int, store: subprocess.Popen[bytes]) -> None:
     raise FailedError("the store did not start")
 
 
-def measure(key: str, names: list[str], *, turns: int, scale: float, console: Console) -> dict[str, Any]:
-    """All turns of one workload."""
+def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bool, console: Console) -> dict[str, Any]:
+    """All turns of one workload. A peer that fails is left out from then on."""
     workload = WORKLOADS[key]
     cores = len(os.sched_getaffinity(0))
+    installed = [name for name in names if interpreter(PEERS[name])]
+    found: dict[str, list[Turn]] = {name: [] for name in names}
+    agreements: dict[str, Agreement] = {}
+    failures: dict[str, str] = {}
+    ours: dict[str, dict[str, Any]] = {}
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="maskmill-peers-") as temporary:
         scratch = Path(temporary)
         (scratch / "images").mkdir()
         (scratch / "few").mkdir()
         images = len(workload.write(scratch / "images", max(8, int(workload.images * scale))))
         workload.write(scratch / "few", 8)
+        model = scratch / "model.safetensors"
         if workload.sleeps_s is None:
-            model = scratch / "model.safetensors"
             model.write_bytes(resolve("nuclei-unet").data)
         else:
-            model = scratch / "stand-in.safetensors"
             write_model_file(model)
         job = Job(
             source="", dest="", model=str(model), sleeps_s=workload.sleeps_s, batch_size=workload.batch_size,
             precision="bf16" if supports_bf16("cpu") else "fp32", cores=cores,
             copies=cores if workload.sleeps_s is None else 1, reads=32 if workload.latency_s else cores,
         )  # fmt: skip
-        found: dict[str, list[Turn]] = {name: [] for name in names}
-        agreements: dict[str, Agreement] = {}
-        failures: dict[str, str] = {}
-        ours: dict[str, dict[str, Any]] = {}
-        for turn in range(-1, turns):
+        for turn in range(-1 if warm_up else 0, turns):
             with served(workload, scratch / ("few" if turn < 0 else "images")) as (source, extra):
-                for name in names:
-                    if name in failures:
-                        continue
+                for name in (name for name in installed if name not in failures):
                     dest = scratch / f"{turn}-{name.replace(' ', '-')}"
+                    given = job.model_copy(update={"source": source, "dest": str(dest)})
                     try:
-                        done = run(name, job.model_copy(update={"source": source, "dest": str(dest)}), scratch,
-                                   environment() | extra)  # fmt: skip
+                        done = run(name, given, scratch, environment() | extra)
                         if turn == 0:
                             rows = rows_of(dest)
                             ours = rows if name == OURS else ours
-                            agreements[name] = agreement(ours, rows)
+                            if ours:
+                                agreements[name] = agreement(ours, rows)
                     except FailedError as error:
                         failures[name] = str(error)
-                        console.print(f"[red]{error}", markup=True)
+                        console.print(failures[name], style="red", markup=False)
                         continue
+                    finally:
+                        shutil.rmtree(dest, ignore_errors=True)
                     if turn >= 0:
                         found[name].append(done)
                         console.print(f"{key} {turn} {name}: {images / done.work_s:.1f}/s, whole {done.wall_s:.1f} s")
     return {
-        "workload": key,
         "title": workload.title,
         "images": images,
         "batch_size": workload.batch_size,
-        "load": os.getloadavg()[0],
+        "date": dt.date.today().isoformat(),
+        "cores": cores,
+        "load": round(load, 1),
         "peers": {
             name: {
+                "installed": name in installed,
                 "turns": [turn._asdict() for turn in found[name]],
                 "agreement": agreements[name]._asdict() if name in agreements else None,
                 "failure": failures.get(name),
@@ -341,27 +346,61 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, console: Co
     }
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """A workload as a table."""
-    table = Table(title=f"{result['title']}: {result['images']:,} files, batches of {result['batch_size']}")
-    for column in ("", "images/s", "ours is", "whole, s", "ours is", "rows equal", "pixels equal"):
-        table.add_column(column, justify="left" if not column else "right")
+_COLUMNS = ("", "images/s", "ours is", "whole, s", "ours takes", "rows equal", "pixels equal")
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A workload as a table: columns as in `_COLUMNS`."""
     rates, walls = medians(result)
     for name, peer in result["peers"].items():
-        if peer["failure"] or not peer["turns"]:
-            table.add_row(name, "not installed" if not peer["failure"] else "failed", *[""] * 5)
+        if name not in rates:
+            yield (name, "failed" if peer["installed"] else "not installed", *[""] * 5)
             continue
         agreed = peer["agreement"]
-        table.add_row(
+        yield (
             name,
-            f"{rates[name]:,.1f}",
+            f"{rates[name]:,.0f}" if rates[name] >= 100 else f"{rates[name]:.1f}",
             f"{rates[OURS] / rates[name]:.2f} ×" if OURS in rates else "",
             f"{walls[name]:.1f}",
-            f"{walls[name] / walls[OURS]:.2f} ×" if OURS in walls else "",
+            f"{walls[OURS] / walls[name]:.2f} ×" if OURS in walls else "",
             f"{agreed['rows']:,} of {agreed['of']:,}" if agreed else "",
             f"{agreed['pixels']:.4%}" if agreed else "",
         )
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """To a terminal."""
+    table = Table(title=heading(result))
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows(result):
+        table.add_row(*row)
     console.print(table)
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """To a page."""
+    lines = []
+    for result in results.values():
+        lines += [f"**{heading(result)}** (load {result['load']} at the start)", ""]
+        lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows(result)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def heading(result: dict[str, Any]) -> str:
+    turns = max((len(peer["turns"]) for peer in result["peers"].values()), default=0)
+    return f"{result['title']}: {result['images']:,} files, batches of {result['batch_size']}, medians of {turns}"
+
+
+def broken_costs(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """By peer, what as many broken files add to the time of the good ones."""
+    if not {"free", "broken"} <= results.keys():
+        return {}
+    free, broken = medians(results["free"])[0], medians(results["broken"])[0]
+    # Of the files of `broken`, half are good.
+    return {name: 2 * free[name] / broken[name] - 1 for name in free.keys() & broken.keys()}
 
 
 def medians(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -379,24 +418,37 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of images")
     parser.add_argument("--json", type=Path, help="results are added to this file, workload by workload")
-    parser.add_argument("--chart", type=Path, metavar="JSON", help="measure nothing, draw this file as SVG beside it")
+    parser.add_argument(
+        "--chart",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: draw this file as SVG beside it, print it as Markdown",
+    )
     options = parser.parse_args()
     console = Console(width=140)
+    results: dict[str, dict[str, Any]] = {}
+    file = options.chart or options.json
+    if file and file.exists():
+        results = json.loads(file.read_text())
     if options.chart:
-        known = json.loads(options.chart.read_text())
-        panels = [(WORKLOADS[key].short, medians(known[key])[0]) for key in WORKLOADS if key in known]
+        results = {key: results[key] for key in WORKLOADS if key in results}
+        panels = [(WORKLOADS[key].short, medians(result)[0]) for key, result in results.items()]
         options.chart.with_suffix(".svg").write_text(chart.draw(panels, ours=OURS))
-        return
-    names = [name for name in options.peers if interpreter(PEERS[name])]
-    for name in set(options.peers) - set(names):
-        console.print(f"{name} is not installed: `make peers`")
-    for key in options.workloads:
-        result = measure(key, names, turns=options.turns, scale=options.scale, console=console)
-        show(result, console)
+        print(markdown(results))
+    for key in () if options.chart else options.workloads:
+        results[key] = measure(
+            key,
+            options.peers,
+            turns=options.turns,
+            scale=options.scale,
+            warm_up=key == options.workloads[0],
+            console=console,
+        )
+        show(results[key], console)
         if options.json:
-            known = json.loads(options.json.read_text()) if options.json.exists() else {}
-            about = {"date": dt.date.today().isoformat(), "machine": platform.processor() or platform.machine()}
-            options.json.write_text(json.dumps(known | {key: result | about}, indent=1) + "\n")
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name, cost in broken_costs(results).items():
+        print(f"{name}: as many broken files add {cost:.0%} to the time of the good ones")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ more, for without them nothing would ever read or write.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -110,7 +111,9 @@ def main() -> None:
     cpus = job.cores if in_stages else job.cores + job.copies
     ray.init(num_cpus=cpus, num_gpus=job.copies if in_stages else 0, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    store: FileSystem = S3FileSystem() if job.is_remote else LocalFileSystem()
+    store: FileSystem = LocalFileSystem()
+    if job.is_remote:
+        store = S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     images = ray.data.read_binary_files(
         [uri.removeprefix("s3://") for uri in list_images(job)], include_paths=True, filesystem=store
     )
