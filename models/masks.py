@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,10 +89,10 @@ def mask_crc32(class_ids: NDArray[np.uint8], rles: Iterable[Mapping[str, Any]] =
     """CRC-32 (0 .. 2**32 - 1) of the class ids' bytes in row order, then of each run-length's size and
     counts.
     """
-    crc = zlib.crc32(np.ascontiguousarray(class_ids).data)
+    crc = zlib_ng.crc32(np.ascontiguousarray(class_ids).data)
     for rle in rles:
-        crc = zlib.crc32(struct.pack("<qq", *rle["size"]), crc)
-        crc = zlib.crc32(_counts_bytes(rle["counts"]), crc)
+        crc = zlib_ng.crc32(struct.pack("<qq", *rle["size"]), crc)
+        crc = zlib_ng.crc32(_counts_bytes(rle["counts"]), crc)
     return crc
 
 
@@ -181,14 +180,14 @@ def _regions(class_ids: NDArray[np.uint8]) -> tuple[NDArray[np.unsignedinteger],
     """Labels 1 .. n [h, w] of the 8-connected regions of a mask, and the class of each."""
     above_zero = class_ids + np.uint8(1) if class_ids.max() < 255 else class_ids.astype(np.uint16) + 1
     labels, count = cc3d.connected_components(above_zero, connectivity=8, return_N=True)
-    # Where the class changes along a row a run begins, and every region begins with a run: enough to know its class.
-    flat = class_ids.reshape(-1)
-    begins = np.empty(flat.size, np.bool_)
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[:: class_ids.shape[1]] = True
+    # The first pixel of a region, row by row, has no neighbour of its class to the left or above: looking at such pixels
+    # alone is enough to know the class of every region.
+    begins = np.ones(class_ids.shape, np.bool_)
+    np.not_equal(class_ids[:, 1:], class_ids[:, :-1], out=begins[:, 1:])
+    begins[1:] &= class_ids[1:] != class_ids[:-1]
     starts = np.flatnonzero(begins)
     owners = np.empty(count + 1, np.uint8)
-    owners[labels.reshape(-1)[starts]] = flat[starts]
+    owners[labels.reshape(-1)[starts]] = class_ids.reshape(-1)[starts]
     return labels, owners[1:]
 
 
@@ -206,7 +205,7 @@ def _contacts(
 
 
 def _chunk(body: bytes) -> bytes:
-    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib_ng.crc32(body))
 
 
 def _counts_bytes(counts: bytes | str) -> bytes:
