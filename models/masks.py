@@ -180,8 +180,8 @@ def _regions(class_ids: NDArray[np.uint8]) -> tuple[NDArray[np.unsignedinteger],
     """Labels 1 .. n [h, w] of the 8-connected regions of a mask, and the class of each."""
     above_zero = class_ids + np.uint8(1) if class_ids.max() < 255 else class_ids.astype(np.uint16) + 1
     labels, count = cc3d.connected_components(above_zero, connectivity=8, return_N=True)
-    # The first pixel of a region, row by row, has no neighbour of its class to the left or above: looking at such pixels
-    # alone is enough to know the class of every region.
+    # The first pixel of a region, row by row, has none of its class to the left or above: to look at such pixels is
+    # enough to know the class of every region.
     begins = np.ones(class_ids.shape, np.bool_)
     np.not_equal(class_ids[:, 1:], class_ids[:, :-1], out=begins[:, 1:])
     begins[1:] &= class_ids[1:] != class_ids[:-1]
