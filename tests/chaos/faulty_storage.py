@@ -57,26 +57,28 @@ class Call(NamedTuple):
         return f"{self.method} {self.name} #{self.number}"
 
 
-Script = Callable[[Call], Fault | None]
+#: What is to happen at a call: a fault, or something that is done while the process stands still before it.
+Event = Fault | Callable[[], object] | None
+Script = Callable[[Call], Event]
 
 
-def nothing(call: Call) -> Fault | None:
+def nothing(call: Call) -> Event:
     """Disturbs nobody."""
 
 
 class Once:
-    """One fault at one call. `struck` says whether the call came."""
+    """One event at one call. `struck` says whether the call came."""
 
-    def __init__(self, call: Call, fault: Fault) -> None:
+    def __init__(self, call: Call, event: Event) -> None:
         self._call = call
-        self._fault: Fault = fault
+        self._event = event
         self.struck = False
 
-    def __call__(self, call: Call) -> Fault | None:
-        if call != self._call:
+    def __call__(self, call: Call) -> Event:
+        if call != self._call or self.struck:
             return None
         self.struck = True
-        return self._fault
+        return self._event
 
 
 class Seeded:
@@ -89,7 +91,7 @@ class Seeded:
         self._left = limit
         self.struck: list[tuple[Call, Fault]] = []
 
-    def __call__(self, call: Call) -> Fault | None:
+    def __call__(self, call: Call) -> Event:
         digest = hashlib.sha256(f"{self._seed} {call}".encode()).digest()
         if not self._left or int.from_bytes(digest[:4], "big") >= self._rate * 2**32:
             return None
@@ -103,7 +105,8 @@ class Stage:
     """All stores of a process, and the script that they play by.
 
     `places`: folders by the names that their calls are to have. Calls that a lease's heartbeat makes are not counted,
-    since time decides how many there are; after a kill they die as all others do.
+    since time decides how many there are; after a kill they die as all others do. While the process stands still all
+    its threads wait at their next call.
     """
 
     def __init__(
@@ -118,6 +121,10 @@ class Stage:
         self._lock = threading.Lock()
         self._numbers: Counter[tuple[str, str]] = Counter()
         self.tears_show = tears_show
+        places_of_kinds = ((disk, "DiskStorage"), (bucket, "BucketStorage"), (remote, "RemoteStorage"))
+        self._kinds = {(module, name): getattr(module, name) for module, name in places_of_kinds}
+        self._moving = threading.Event()
+        self._moving.set()
         self.calls: list[Call] = []
         self.killed = False
 
@@ -125,8 +132,8 @@ class Stage:
     def set(self) -> Iterator[Stage]:
         """Every Storage that is opened meanwhile plays by the script."""
         with pytest.MonkeyPatch.context() as patch:
-            for module, name in ((disk, "DiskStorage"), (bucket, "BucketStorage"), (remote, "RemoteStorage")):
-                patch.setattr(module, name, self._opener(getattr(module, name)))
+            for (module, name), kind in self._kinds.items():
+                patch.setattr(module, name, self._opener(kind))
             yield self
 
     def _opener(self, kind: Callable[..., Storage]) -> Callable[..., FaultyStorage]:
@@ -134,6 +141,7 @@ class Stage:
 
     def fault(self, method: str, uri: str) -> Fault | None:
         """What is to happen to this call. Kills by itself."""
+        self._moving.wait()
         with self._lock:
             if self.killed:
                 raise KilledError
@@ -143,13 +151,23 @@ class Stage:
             self._numbers[method, name] += 1
             call = Call(method, name, self._numbers[method, name])
             self.calls.append(call)
-            fault = self._script(call)
-            if fault != "kill":
-                return fault
-            if self._really:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.killed = True
-            raise KilledError
+            event = self._script(call)
+            if event == "kill":
+                if self._really:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.killed = True
+                raise KilledError
+        if not callable(event):
+            return event
+        self._moving.clear()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                for (module, name), kind in self._kinds.items():  # others work with stores as they are
+                    patch.setattr(module, name, kind)
+                event()
+        finally:
+            self._moving.set()
+        return None
 
     def _name(self, uri: str) -> str:
         for place, name in self._places:

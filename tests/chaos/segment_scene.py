@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ class SegmentScene:
             "source": source, "model": model, "engine": "local", "shard_size": 2, "lease_ttl_s": 0.4,
             "max_error_rate": 1.0, **SHAPE, **settings,
         }  # fmt: skip
+
+    def of(self, source: str) -> SegmentScene:
+        """The same over other images."""
+        other = copy.copy(self)
+        other.source, other._settings = source, self._settings | {"source": source}
+        return other
 
     def act(self, folder_uri: str) -> object:
         with in_process():
