@@ -5,8 +5,10 @@ Must not know: how rows are made, runs beyond their records' fields.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,11 +114,21 @@ def _duckdb_type(arrow: pa.DataType) -> str:
 
 def unreadable(dest: str, error: duckdb.Error) -> InfrastructureError:
     """What DuckDB says of a table that it cannot read, in one sentence and without the SQL."""
+    if os.strerror(errno.ENOSPC) in str(error):  # it reads the table, and writes in scratch
+        return scratch_is_full()
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     # What a store raises reaches us as the text of a traceback: its last line says what happened. The SQL may follow.
     said = next((index for index, line in enumerate(lines) if index and line.startswith("LINE ")), len(lines))
     why = lines[said - 1] if "Traceback" in lines[0] else lines[0]
     return InfrastructureError(f"the table at {dest} could not be read: {why}")
+
+
+def scratch_is_full() -> InfrastructureError:
+    """What a person is told where the temporary folder has no room."""
+    return InfrastructureError(
+        f"the disk of the temporary folder {tempfile.gettempdir()} is full: free some space, or set TMPDIR to a folder "
+        "with more, and run the same command again"
+    )
 
 
 def sql_text(text: str) -> str:
