@@ -131,7 +131,7 @@ def _count(connection: Any, uris: Sequence[str], condition: str, dest: str) -> t
     """(URI and rows that fulfil the condition, where there are any; files that cannot be read)."""
     if not uris:
         return [], []
-    uri_of = {duckdb_path(uri) if uri.startswith("file://") else uri: uri for uri in uris}
+    uri_of = {duckdb_path(uri) if uri.startswith("file://") else _as_told(uri): uri for uri in uris}
     try:
         counted = connection.execute(
             f"SELECT filename, count(*) FROM {read_parts_sql(uris, filename=True)} WHERE {condition} "
@@ -146,7 +146,12 @@ def _count(connection: Any, uris: Sequence[str], condition: str, dest: str) -> t
         middle = len(uris) // 2
         halves = [_count(connection, half, condition, dest) for half in (uris[:middle], uris[middle:])]
         return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
-    return [(uri_of[path], number) for path, number in counted], []
+    return [(uri_of[_as_told(path)], number) for path, number in counted], []
+
+
+def _as_told(path: str) -> str:
+    """Of what fsspec's memory holds, DuckDB says `memory:///x` where we say `memory://x`."""
+    return path.replace(":///", "://", 1)
 
 
 def _name(uri: str) -> str:

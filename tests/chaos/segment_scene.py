@@ -95,7 +95,7 @@ class SegmentScene:
 def terminal_rows(dest: str) -> list[Row]:
     """Every terminal row under DEST, from the Parts alone. Fails where an image has two of the same bytes."""
     storage = open_storage(dest)
-    found: dict[tuple[str, str], Row] = {}
+    found: dict[tuple[str, ...], Row] = {}
     for uri in files(storage, f"{dest}/segments"):
         for row in pq.read_table(pa.BufferReader(storage.get(uri).data)).to_pylist():
             if row["error_kind"] in WORLD_KINDS:
@@ -104,10 +104,10 @@ def terminal_rows(dest: str) -> list[Row]:
                 row["image_uri"].rpartition("/")[2], row["image_etag"], row["status"], row["error_kind"],
                 row["mask"]["bytes"] if row["mask"] else None, row["mask_crc32"], str(row["classes"]),
             )  # fmt: skip
-            key = row["image_uri"], row["listed_etag"]
+            key = row["image_uri"], row["listed_etag"], row["model_version"], row["settings_digest"]
             assert key not in found, f"{key} has two terminal rows in {dest}"
             found[key] = one
-    return sorted(found.values())
+    return sorted(found.values(), key=str)
 
 
 def files(storage: Storage, folder_uri: str) -> list[str]:

@@ -343,6 +343,15 @@ def test_killed_at_every_change_on_s3(s3_bucket: str, s3_client: Any) -> None:
     assert killed_everywhere(table, copy) > 12
 
 
+def test_in_memory(memory_folder: str) -> None:
+    table = fill(f"{memory_folder}/dest")
+    kept = rows_by_image(table, KEPT)
+    assert forget(table.dest, WHERE, yes=True).rows == 5
+    assert rows_by_image(table, KEPT) == kept
+    assert "jane" not in str(contents(table.ledger.storage, table.dest)).lower()
+    assert verify(table.dest, deep=True) == []
+
+
 def one_run(table: Table) -> str:
     return str(table.ask("SELECT min(run_id) FROM runs")[0][0])
 
