@@ -113,6 +113,9 @@ class Plan(BaseModel):
     listed: bool = True
     #: Whether images need a signed address to be read; such addresses are in SOURCE only.
     signed: bool = False
+    #: All runs up to this sequence were closed when this one was planned: what it reads, it reads after them, whatever
+    #: the clocks of their hosts say. None in runs of older releases.
+    closed_before: int | None = None
     #: Images that this plan records as gone from SOURCE, and as back at bytes that were done before.
     removed: int = 0
     returned: int = 0

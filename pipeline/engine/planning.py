@@ -81,6 +81,7 @@ class Planner:
         self._workplace = workplace
         self._note = note
         self._precedent: Precedent | None = None
+        self._oldest_open: int | None = None
         #: Of the rows that were last asked for; "" before that.
         self.settings_digest = ""
         shipped = resolve(config.model, registry=config.registry)
@@ -194,6 +195,7 @@ class Planner:
             code_digest=code_digest(),
             listed=found.listed,
             signed=found.signed,
+            closed_before=(self._oldest_open or found.sequence) - 1,
             removed=found.changes.removed,
             returned=found.changes.returned,
         )
@@ -222,9 +224,11 @@ class Planner:
         """
         config, model = self._config, self.model
         digest = self.settings_digest = _digest(settings)
+        others = self._ledger.open_plans()
+        self._oldest_open = min((other.sequence for other in others), default=None)
         held = {
             other.run_id: self.frozen_list(other)
-            for other in self._ledger.open_plans()
+            for other in others
             if other.model_version == model.version and other.settings_digest == digest
         }
         folder = f"segments/model={model.card.name}/version={model.version}"

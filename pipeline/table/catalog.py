@@ -259,18 +259,22 @@ def images_sql(candidates: str, *, newest: bool, events: bool) -> str:
     rather the one with its etag where it was back.
     """
     joined, left, order = "", "", ""
+    if newest or events:
+        joined = "LEFT JOIN _runs r ON s.run_id = r.run_id "
     if events:
-        joined = "LEFT JOIN _events e ON s.image_uri = e.image_uri LEFT JOIN _runs r ON s.run_id = r.run_id "
+        joined += "LEFT JOIN _events e ON s.image_uri = e.image_uri "
         before = "(e.image_uri IS NOT NULL AND coalesce(r.sequence, 0) <= e.sequence)"
         left = f"WHERE NOT ({before} AND e.image_etag IS NULL)"
         order = (
             f"CASE WHEN NOT {before} THEN 2 "
             "WHEN s.image_etag = e.image_etag OR s.listed_etag = e.image_etag THEN 1 ELSE 0 END DESC, "
         )
-    # What was read last is what is there now; a file's own time may go back (mv, rsync -t).
+    # What was read last is what is there now; a file's own time may go back (mv, rsync -t). Of runs that were not open
+    # at the same time the later one read last, whatever the clocks of their hosts say: of two such, the later one's
+    # `closed_before` is the sequence of the earlier one or more, and so more than the earlier one's own.
     qualified = (
         f"QUALIFY row_number() OVER (PARTITION BY s.model, s.image_uri ORDER BY {order}"
-        "s.processed_at DESC, s.image_modified DESC NULLS LAST) = 1"
+        "coalesce(r.closed_before, -1) DESC, s.processed_at DESC, s.image_modified DESC NULLS LAST) = 1"
     )
     return f"SELECT s.* FROM {candidates} s {joined}{left} {qualified if newest else ''}"
 

@@ -22,7 +22,8 @@ _GETS_AT_ONCE = 16
 PRUNED_NAME = "pruned.json"
 
 #: Columns of the view `runs`. `removed`, `returned`: images that its plan found gone from SOURCE, or back. `workers`:
-#: the machines' part of the record, one entry per worker.
+#: the machines' part of the record, one entry per worker. `closed_before`: all runs up to this sequence were closed
+#: when it was planned.
 RUNS = pa.schema(
     [
         ("run_id", pa.string()),
@@ -50,6 +51,7 @@ RUNS = pa.schema(
         ("model_busy_fraction", pa.float64()),
         ("workers", pa.list_(pa.struct([("node", pa.string()), ("device", pa.string()), ("name", pa.string())]))),
         ("repeats", pa.int64()),
+        ("closed_before", pa.int64()),
     ]
 )
 
@@ -154,6 +156,7 @@ def _row(run: RunFiles) -> dict[str, Any]:
         "planned": counts["planned"],
         "removed": plan.get("removed", 0),
         "returned": plan.get("returned", 0),
+        "closed_before": plan.get("closed_before"),
         "repeats": counts["changed"] + (counts["planned"] if run.again else 0),
     }
     results = (

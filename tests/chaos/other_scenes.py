@@ -222,7 +222,8 @@ class EvaluateScene(_TableScene):
 
     def __init__(self, dataset: str, model: str) -> None:
         self._settings: dict[str, Any] = {
-            "dataset": dataset, "model": model, "renamed": {"object": "disc"}, "split": "all", "resamples": 20, "precision": "fp32", "batch_size": 2,
+            "dataset": dataset, "model": model, "renamed": {"object": "disc"}, "split": "all",
+            "resamples": 20, "precision": "fp32", "batch_size": 2,
             "threads": 1, "shard_size": 3, "engine": "local", "lease_ttl_s": 0.4, "max_error_rate": 1.0,
         }  # fmt: skip
 
