@@ -124,6 +124,23 @@ def check_sizes(card: Card, network: torch.nn.Module) -> None:
         )
 
 
+def with_exact_tiles(card: Card, network: torch.nn.Module) -> Card:
+    """The card, with `pools_whole_image` said where it is to tile with a network that pools: then images smaller than a
+    tile are not padded to one. A network that takes nothing but its tile keeps its card, and gets them padded.
+    """
+    policy, found = card.size_policy, architecture(card.architecture)
+    if not isinstance(policy, TilePolicy) or found.detects or card.pools_whole_image is not None:
+        return card
+    stride = found.stride(network)
+    smaller = policy.model_copy(update={"tile_px": max(stride, policy.tile_px - stride)})
+    try:
+        pools = _pools_whole_image(card, network, stride)
+        _pools_whole_image(card.model_copy(update={"size_policy": smaller}), network, stride)
+    except ValueError:
+        return card
+    return card.model_copy(update={"pools_whole_image": True}) if pools else card
+
+
 def least_canvas(card: Card) -> tuple[int, int]:
     """(height, width) of a small input that the card's network takes, or of the only one."""
     policy = card.size_policy

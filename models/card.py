@@ -112,8 +112,9 @@ class LetterboxPolicy(_Frozen):
 
 
 class TilePolicy(_Frozen):
-    """Images are cut into square tiles that overlap; smaller images are padded to one tile, but for models of
-    detections, which take each tile as it is and resize it by themselves, as an image of its size.
+    """Images are cut into square tiles that overlap; smaller images are padded to one tile, but for models to which
+    padding is part of the image: those that pool over it, and those of detections, which resize each tile by themselves
+    as an image of its size.
     """
 
     kind: Literal["tile"] = "tile"

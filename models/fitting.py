@@ -49,12 +49,17 @@ def fit_size(card: Card, height: int, width: int) -> Fit:
             raise ValueError(
                 f"{height} x {width} pixels are more than one tile of {policy.tile_px}: cut the image into tiles first"
             )
-        if card.postprocessing.kind != "detections":
+        if not takes_exact_tiles(card):
             return Fit(height, width, policy.tile_px, policy.tile_px)
     inner = (height, width)
     if isinstance(policy, ResizePolicy):
         inner = _resized(policy, height, width)
     return Fit(*inner, -(-inner[0] // step) * step, -(-inner[1] // step) * step)
+
+
+def takes_exact_tiles(card: Card) -> bool:
+    """True where images smaller than a tile are not padded to one, because padding would change the answer."""
+    return card.postprocessing.kind == "detections" or bool(card.pools_whole_image)
 
 
 def tile_policy(card: Card, height: int, width: int) -> TilePolicy | None:

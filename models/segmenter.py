@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.architectures import architecture, least_canvas
+from models.architectures import architecture, least_canvas, with_exact_tiles
 from models.augmented import average_probabilities
 from models.card import Card, DetectionsPostprocessing, Postprocessing
 from models.compilation import CompiledNetwork
@@ -23,7 +23,7 @@ from models.crf import refine
 from models.detection import detect
 from models.devices import Precision, default_device, dtype_of, supports_bf16
 from models.final_masks import postprocess
-from models.fitting import fit_size, lies_as_it_is, place, tile_policy
+from models.fitting import fit_size, lies_as_it_is, place, takes_exact_tiles, tile_policy
 from models.folding import fold_batch_norms
 from models.masks import Instance
 from models.mosaic import DetectionMosaic, Mosaic
@@ -64,7 +64,7 @@ class Segmenter:
         ValueError for a precision that the device cannot compute, or post-processing of another task.
         """
         self._dtype = dtype_of(precision, device)
-        self.card = card
+        self.card = card = with_exact_tiles(card, module)
         self.device = device
         self.precision = precision
         self.postprocessing = postprocessing or card.postprocessing
@@ -237,7 +237,7 @@ class Segmenter:
             raise ValueError(f"{count} images need sizes and statistics of shape ({count}, 2)")
         policy, step = self.card.size_policy, self.card.canvas_multiple
         detects = self.postprocessing.kind == "detections"
-        if policy.kind in ("native", "resize") or detects:
+        if policy.kind in ("native", "resize") or (policy.kind == "tile" and takes_exact_tiles(self.card)):
             fits, where = not height % step and not width % step, f"multiples of {step}"
         else:
             fixed = self.canvas(1, 1)

@@ -13,7 +13,7 @@ from small_networks import DETECTORS, LARGE, SEMANTIC, distinct_network, library
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as v2
 
-from models.architectures import build
+from models.architectures import build, card_for
 from models.card import ResizePolicy
 from models.segmenter import Prediction, Segmenter
 
@@ -180,6 +180,28 @@ def test_probabilities_hide_no_answer_that_is_not_finite(fields: dict[str, Any],
             mosaic.add(window, answer)
         prediction = segmenter.assemble(mosaic)
     assert np.isnan(prediction.mean_confidence)
+
+
+def test_networks_that_pool_are_not_padded_to_a_tile() -> None:
+    policy = {"kind": "tile", "tile_px": 64, "overlap_px": 16}
+    pixels = make_image(40, 56, seed=1)
+    answers, canvases = [], []
+    for fields in ({}, {"size_policy": policy}):
+        card = small_card("pspnet", preprocessing=IMAGENET, **fields)
+        segmenter = Segmenter(distinct_network(card), card, device="cpu", precision="fp32")
+        canvases.append(segmenter.canvas(40, 56))
+        answers.append(run(segmenter, [pixels])[0])
+    assert canvases == [(40, 56), (40, 56)]
+    assert_same(*answers)
+    card = small_card("unet", preprocessing=IMAGENET, size_policy=policy)
+    assert Segmenter(distinct_network(card), card, device="cpu", precision="fp32").canvas(40, 56) == (64, 64)
+
+
+def test_a_network_that_takes_one_size_alone_is_padded_to_it() -> None:
+    args = {"encoder": "tu-swin_tiny_patch4_window7_224", "encoder_depth": 4, "decoder_channels": [8, 8, 8, 8]}
+    card = card_for("m", "unet", args, size_policy={"kind": "tile", "tile_px": 224, "overlap_px": 32})
+    segmenter = Segmenter(build(card, blank=True), card, device="cpu", precision="fp32")
+    assert segmenter.canvas(96, 128) == (224, 224)
 
 
 def test_a_resizing_card_needs_the_images_own_sizes() -> None:
