@@ -95,9 +95,9 @@ def make_inputs(folder: Path, images: int) -> None:
         )
 
 
-def plan_once(folder: Path, night: str, memory_bytes: int) -> dict[str, float]:
-    """Runs in the measured process."""
-    dest = f"file://{folder / ('new' if night == 'first' else 'dest')}"
+def plan_once(folder: Path, night: str, memory_bytes: int, dest: str | None = None) -> dict[str, float]:
+    """Runs in the measured process. `dest`: where the Parts lie, by default in `folder`."""
+    dest = dest or f"file://{folder / ('new' if night == 'first' else 'dest')}"
     storage = open_storage(dest)
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
         question = Question(

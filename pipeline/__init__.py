@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.config import DriftConfig, SegmentConfig
+    from pipeline.engine.limits import Ceilings
     from pipeline.engine.outcome import Outcome, Preview
     from pipeline.insight.export.job import ExportOutcome
     from pipeline.learning.assessment import Assessment
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "export",
     "forget",
+    "limits",
     "list_runs",
     "model_history",
     "models",
@@ -196,6 +198,20 @@ def export(config: Any = None, /, **settings: Any) -> ExportOutcome:
 
     hooks = {key: settings.pop(key) for key in ("listen",) if key in settings}
     return job.export(config or job.ExportConfig(**settings), **hooks)
+
+
+def limits(source: str, model: str, *, out: str | Path | None = None, **options: Any) -> Ceilings:
+    """What this machine can do at most, stage by stage, and writes it to `out`, a path or URL, for `segment(limits=…)`:
+    see `pipeline.engine.ceilings.measure`, which takes the options."""
+    from pipeline.engine.ceilings import measure
+    from pipeline.engine.limits import write_ceilings
+    from pipeline.engine.scratch import scratch_folder
+
+    with scratch_folder() as scratch:
+        found = measure(source, model, scratch=scratch, **options)
+    if out is not None:
+        write_ceilings(found, str(out))
+    return found
 
 
 def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands import evaluation, export, models, report, runs, segment, tables, training, upkeep
+from pipeline.commands import evaluation, export, limits, models, report, runs, segment, tables, training, upkeep
 from pipeline.commands.options import INFRASTRUCTURE, INTERRUPTED, OK, USAGE
 from pipeline.errors import MaskmillError, UsageError
 from pipeline.storage import hide_secrets
@@ -44,6 +44,7 @@ app.command()(training.train)
 for command in (tables.sheet, tables.query, tables.verify, tables.drift):
     app.command()(command)
 app.command()(report.report)
+app.command()(limits.limits)
 app.command()(export.export)
 app.command()(upkeep.prune)
 app.command()(upkeep.forget)

@@ -71,6 +71,11 @@ class SegmentConfig(BaseModel):
     drift: DriftConfig = Field(
         DriftConfig(), description="When a run counts as unlike those before it, in its report and for whoever is told."
     )
+    limits: str | None = Field(
+        None,
+        description="File or URL of this machine's ceilings, from `maskmill limits`, for the run's record to compare "
+        "with. Default: MASKMILL_LIMITS.",
+    )
     wait: bool = Field(False, description="Wait for a run that another live driver holds, instead of giving up.")
     ray_address: str | None = Field(None, description="Address of a running Ray cluster.")
     source_profile: str | None = Field(None, description="AWS profile for SOURCE.")

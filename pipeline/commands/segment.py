@@ -58,6 +58,10 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     wait: Wait = False,
     report: Annotated[bool, option("Leave an HTML report beside the run's record.", "--report/--no-report")] = True,
     drift: DriftChanges = None,
+    limits: Annotated[
+        str | None,
+        option("This machine's ceilings, from `maskmill limits`. Default: MASKMILL_LIMITS.", metavar="FILE"),
+    ] = None,
     as_json: OneObject = False,
     limit: Annotated[
         int | None, option("At most this many of the images that are left.", panel=_WHICH, metavar="N")
@@ -119,6 +123,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
         settings=card_changes(change), compile=compiled, report=report, drift=drift_config(drift),
+        limits=limits,
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import Precision, PrecisionChoice
+from pipeline.engine.limits import RunLimits
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import Storage, join_uri
 from pipeline.table.catalog import files_below
@@ -155,6 +156,8 @@ class RunRecord(BaseModel):
     megapixels_per_s: float
     model_busy_fraction: float
     workers: list[dict[str, Any]]
+    #: How near it came to its limits; None where nothing was done, and in runs of older releases.
+    limits: RunLimits | None = None
 
 
 class RunEntry(NamedTuple):

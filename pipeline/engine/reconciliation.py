@@ -12,13 +12,25 @@ from typing import Any, NamedTuple
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
+from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
 from pipeline.engine.worker import Device
 from pipeline.errors import ReconciliationError
+from pipeline.storage import store_root
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
 from pipeline.table.parts import commit_empty
 
 _MEMORY_BYTES = 3 << 30
 _STAGES = ("fetch", "decode", "infer", "encode")
+
+
+class Terms(NamedTuple):
+    """What a driver knows of its run's limits: `threads` of each worker that decode and encode; `listed` images of
+    SOURCE in `listing_s`, 0 where it listed none; the ceilings of its machines, where they were given."""
+
+    threads: int = 1
+    listed: int = 0
+    listing_s: float = 0.0
+    ceilings: Ceilings | None = None
 
 
 class Session(NamedTuple):
@@ -27,6 +39,7 @@ class Session(NamedTuple):
     seconds: float
     progress: FleetProgress
     devices: list[Device]
+    terms: Terms = Terms()
 
     @property
     def images_per_s(self) -> float:
@@ -42,6 +55,10 @@ class RowSums(NamedTuple):
     instances: int
     megapixels: float
     stage_ms: dict[str, float]
+    megapixels_by_format: dict[str, float]
+    image_bytes: int
+    #: One of the images; "" where there is no row.
+    image_uri: str
 
     @property
     def errors(self) -> int:
@@ -105,6 +122,33 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
         megapixels_per_s=session.images_per_s * sums.megapixels / max(1, sums.rows),
         model_busy_fraction=progress.busy_s / progress.active_s if progress.active_s else 0.0,
         workers=[device._asdict() for device in session.devices],
+        limits=_limits(plan, sums, session, sum(sizes.values())),
+    )
+
+
+def _limits(plan: Plan, sums: RowSums, session: Session, parts_bytes: int) -> RunLimits | None:
+    """Of this driver's share; all rows of the run stand for its own."""
+    progress, terms = session.progress, session.terms
+    rows = max(1, sums.rows)
+    return assess(
+        Traits(
+            rows=progress.rows,
+            seconds=session.seconds,
+            stage_ms={stage: spent_ms / rows for stage, spent_ms in sums.stage_ms.items()},
+            threads=terms.threads,
+            active_s=progress.active_s,
+            busy_s=progress.busy_s,
+            listed=terms.listed,
+            listing_s=terms.listing_s,
+            store=store_root(sums.image_uri),
+            image_bytes=sums.image_bytes / rows,
+            part_bytes=parts_bytes / rows,
+            megapixels={kind: size / rows for kind, size in sums.megapixels_by_format.items()},
+            model=f"{plan.model_name}@{plan.model_version}",
+            precision=plan.precision,
+            workers=[device._asdict() for device in session.devices],
+        ),
+        terms.ceilings,
     )
 
 
@@ -145,13 +189,21 @@ def sum_parts(ledger: Ledger, plan: Plan, ordinals: set[int]) -> RowSums:
 
 def _sum_rows(connection: Any, rows: str) -> RowSums:
     """`rows`: a FROM clause."""
-    instances, megapixels, *stages = connection.execute(
-        "SELECT coalesce(sum(len(instances)), 0), coalesce(sum(width::DOUBLE * height), 0) / 1e6, "
+    instances, image_bytes, image_uri, *stages = connection.execute(
+        "SELECT coalesce(sum(len(instances)), 0), coalesce(sum(image_bytes), 0), coalesce(any_value(image_uri), ''), "
         + ", ".join(f"coalesce(sum({stage}_ms), 0)" for stage in _STAGES)
         + f" FROM {rows}"
     ).fetchone()
-    by_kind = dict(
-        connection.execute(f"SELECT error_kind, count(*) FROM {rows} GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
-    )
+    by_kind: dict[str | None, int] = {}
+    by_format: dict[str, float] = {}
+    for kind, image_format, count, size in connection.execute(
+        "SELECT error_kind, image_format, count(*), coalesce(sum(width::DOUBLE * height), 0) / 1e6 "
+        f"FROM {rows} GROUP BY ALL ORDER BY 3 DESC, 1"
+    ).fetchall():
+        by_kind[kind] = by_kind.get(kind, 0) + count
+        if size:
+            by_format[image_format] = by_format.get(image_format, 0.0) + size
     ok = by_kind.pop(None, 0)
-    return RowSums(ok, by_kind, int(instances), megapixels, dict(zip(_STAGES, stages, strict=True)))
+    kinds = {str(kind): count for kind, count in sorted(by_kind.items(), key=lambda one: (-one[1], str(one[0])))}
+    stage_ms = dict(zip(_STAGES, stages, strict=True))
+    return RowSums(ok, kinds, int(instances), sum(by_format.values()), stage_ms, by_format, int(image_bytes), image_uri)

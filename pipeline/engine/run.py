@@ -26,11 +26,12 @@ from pipeline.engine.crew import Crew
 from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord, WorkCounts
+from pipeline.engine.limits import read_ceilings
 from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, tally
 from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
-from pipeline.engine.reconciliation import Session, abandon, reconcile, sum_parts
+from pipeline.engine.reconciliation import Session, Terms, abandon, reconcile, sum_parts
 from pipeline.engine.scratch import scratch_folder
 from pipeline.engine.stream import StreamConfig
 from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
@@ -106,6 +107,7 @@ class _Segmentation:
         self._crew: Crew | None = None
         self._fleet: Fleet | None = None
         self._superseded: threading.Event | None = None
+        self._terms = Terms(ceilings=read_ceilings(config.limits))
         self._session = Session(0.0, _NO_PROGRESS, [])
         self._closed: list[RunRecord] = []
         self._create_only = True
@@ -217,12 +219,15 @@ class _Segmentation:
 
     def _read_source(self) -> Corpus:
         if self._corpus is None:
+            began_s = time.monotonic()
             self._corpus = read_source(
                 self._config.source,
                 scratch=self._scratch,
                 suffixes=self._config.suffixes,
                 profile=self._config.source_profile,
             )
+            if self._corpus.full_listing:
+                self._terms = self._terms._replace(listed=self._corpus.rows, listing_s=time.monotonic() - began_s)
         return self._corpus
 
     def _check_dest(self) -> None:
@@ -319,7 +324,8 @@ class _Segmentation:
                         ) from None
                     return "interrupted"
                 finally:
-                    self._session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices)
+                    terms = self._terms._replace(threads=self._the_crew().threads)
+                    self._session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices, terms)
             record = reconcile(self._ledger, plan, self._session)
             self._ledger.close(record)
             self._closed.append(record)

@@ -5,12 +5,17 @@ Must not know: SQL, markup.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.insight.cards import count_text, visible
 from pipeline.insight.questions import Answer
 
 _FOUND_NAMES = 12
+#: Keys of a record's `limits`, in the order in which an image meets them.
+_STAGES = {
+    "start": "starting", "none": "nothing measured", "list": "listing", "fetch": "fetch", "decode": "decode",
+    "model": "model", "encode": "encode", "write": "writing Parts", "cores": "all on the CPU's cores",
+}  # fmt: skip
 
 
 def headline(
@@ -32,8 +37,52 @@ def headline(
     if record.get("seconds"):
         found.append((f"{record['images_per_s']:,.1f}", "images a second", f"{record['seconds']:,.1f} s of work"))
     if limit:
-        found.append((limit[0], "likely bottleneck", limit[1]))
+        found.append((limit[0], "bound by", limit[1]))
     return found
+
+
+def bound(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(What bounds the run, why), as its record says; None where that says nothing."""
+    limits = record.get("limits")
+    return (_STAGES.get(limits["bound_by"], limits["bound_by"]), limits["why"]) if limits else None
+
+
+class Stage(NamedTuple):
+    """A line of the table of limits: shares as text, and of the ceiling as a number, None where there is none."""
+
+    name: str
+    time: str
+    ceiling: str
+    reached: str
+    share: float | None
+
+
+def limits(record: Mapping[str, Any]) -> list[Stage]:
+    """The stages of a run beside their ceilings, in the order in which an image meets them."""
+    found = record.get("limits") or {"time": {}, "reached": {}, "ceilings": {}}
+    lines = []
+    for stage, name in _STAGES.items():
+        time, share, ceiling = (found[key].get(stage) for key in ("time", "reached", "ceilings"))
+        if time is None and share is None:
+            continue
+        lines.append(
+            Stage(
+                name,
+                "" if time is None else f"{time:.1%}",
+                "" if ceiling is None else f"{ceiling:,.1f}",
+                "" if share is None else f"{share:.1%}",
+                share,
+            )
+        )
+    return lines
+
+
+def limits_note(record: Mapping[str, Any]) -> str:
+    """Of which machine the ceilings are, or why there are none."""
+    measured = (record.get("limits") or {}).get("measured", "")
+    if measured.startswith("not compared"):
+        return visible(f"{measured[0].upper()}{measured[1:]}.")
+    return visible(f"Ceilings of {measured}.") if measured else "No ceilings were given."
 
 
 def facts(totals: Mapping[str, Any], record: Mapping[str, Any], formats: Answer) -> list[tuple[str, str]]:

@@ -142,7 +142,7 @@ class _Page:
         limit: tuple[str, str] | None = None
         if totals["images"]:
             charts += cards.pace(self._questions, totals)
-            limit = cards.bottleneck(totals, self._record.get("model_busy_fraction"))
+            limit = facts.bound(self._record) or cards.bottleneck(totals, self._record.get("model_busy_fraction"))
         charts += cards.history(self._questions)
         if totals["ok"]:
             charts += cards.classes(self._questions, self._colors, totals["ok"])
@@ -156,6 +156,7 @@ class _Page:
             run=self._asked, dest=visible(dest), totals=totals, plan=self._plan, record=self._record,
             script=Markup(script), script_digest=digest, style=Markup(_page_file("report.css")),
             figures=facts.headline(totals, self._record, limit),
+            limits=facts.limits(self._record), limits_note=facts.limits_note(self._record),
             facts=facts.facts(totals, self._record, self._questions.formats()), charts=charts,
             sections=sections, pictures=_for_script(sections),
             drift=drift, drift_cards=cards.drift(self._questions, drift) if drift else [],

@@ -65,6 +65,11 @@ def uri_scheme(uri: str) -> str:
     return match[1].lower()
 
 
+def store_root(uri: str) -> str:
+    """The store that holds an object: `s3://b/` of `s3://b/k`, `file:///` of every local file."""
+    return uri[: uri.find("/", uri.find("://") + 3) + 1] or uri
+
+
 def join_uri(base: str, *names: str) -> str:
     """`base/name/name`, with exactly one slash after `base` and between names."""
     return "/".join([base.rstrip("/"), *(name.strip("/") for name in names)])

@@ -29,6 +29,7 @@ class Diary:
         self.crashed: dict[int, set[str]] = {}
         self.started = 0
         self.stopped = 0
+        self.asked = 0
 
 
 class ScriptedMember:
@@ -59,6 +60,9 @@ class ScriptedMember:
             return Device("here", "cpu", "cpu", False, 1, {})
         if method == "load":
             return None
+        if method == "logged":
+            self._diary.asked += 1
+            return []
         if method == "counts":
             return StreamCounts(self._rows, 0, 0.5, 1.0)
         (task,) = args
@@ -128,6 +132,18 @@ def run(
     finally:
         fleet.close()
     return receipts
+
+
+def test_many_workers_are_asked_less_often_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_POLL_S", 0.01)
+    asked = {}
+    for per_s in (1, 10_000):
+        monkeypatch.setattr(fleet_module, "_ASKED_PER_S", per_s)
+        crew = ScriptedCrew(lambda uris: time.sleep(0.05))  # type: ignore[func-returns-value]
+        run(crew, shards(40, 1), actors=4)
+        asked[per_s] = crew.diary.asked
+    # Four workers at one a second: once at the start, and twice when all is done; else every hundredth of a second.
+    assert asked[1] <= 3 * 4 < 6 * 4 < asked[10_000]
 
 
 @pytest.mark.parametrize("actors", [1, 2, 5])

@@ -1,0 +1,144 @@
+"""What bounds a run, and which share of each ceiling it reached."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import make_image
+
+import pipeline
+from pipeline.engine.ceilings import measure
+from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
+from pipeline.errors import UsageError
+
+WORKER = {"node": "a", "device": "cpu", "name": "Abacus", "cores": 4}
+
+
+def run(**changes: Any) -> Traits:
+    """100 images of one megapixel and 1 MB in 10 s, by two workers of one thread each."""
+    fields: dict[str, Any] = {
+        "rows": 100, "seconds": 10.0, "stage_ms": {"fetch": 10.0, "decode": 20.0, "encode": 10.0}, "threads": 1,
+        "active_s": 20.0, "busy_s": 18.0, "listed": 1000, "listing_s": 2.0, "store": "s3://photos/",
+        "image_bytes": 1e6, "part_bytes": 1e4, "megapixels": {"JPEG": 1.0}, "model": "street@0123456789ab",
+        "precision": "bf16", "workers": [WORKER, WORKER],
+    }  # fmt: skip
+    return Traits(**(fields | changes))
+
+
+def ceilings(**changes: Any) -> Ceilings:
+    fields: dict[str, Any] = {
+        "measured_at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC), "node": "b", "device": "cpu", "device_name": "Abacus",
+        "cores": 4, "load": 0.0, "source": "s3://photos/",
+        "stores": {"s3://photos/": StoreCeiling(gets_per_s=100, mean_bytes=5e5, core_ms_per_get=2, listed_per_s=5000)},
+        "decode_mpx_per_core_s": {"JPEG": 100.0, "PNG": 10.0},
+        "encode_mpx_per_core_s": {"street@0123456789ab": 50.0},
+        "forward_mpx_per_s": {"street@0123456789ab bf16": 20.0}, "write_mb_per_core_s": 10.0,
+    }  # fmt: skip
+    return Ceilings(**(fields | changes))
+
+
+def test_each_share_is_the_rate_over_the_ceiling_for_such_images() -> None:
+    found = assess(run(), ceilings())
+    assert found is not None
+    assert found.ceilings == {
+        "fetch": 50.0,  # twice as large as those measured
+        "list": 5000.0, "decode": 400.0, "encode": 200.0, "write": 4000.0, "model": 20.0,
+        # 10 ms decode, 20 encode, 1 write, 200 model, 4 reading: 235 core-ms an image
+        "cores": round(4 / 0.235, 3),
+    }  # fmt: skip
+    assert found.reached == {
+        "fetch": 0.2, "list": 0.1, "decode": 0.025, "encode": 0.05, "write": 0.0025, "model": 0.5,
+        "cores": round(10 * 0.235 / 4, 4),
+    }  # fmt: skip
+    assert found.measured == "Abacus, 4 cores, 2026-01-02"
+    assert "50% of its ceiling" in found.why and "the cores at 59%" in found.why
+
+
+def test_a_gpu_is_beside_the_cores_and_there_may_be_several() -> None:
+    gpus = [WORKER | {"device": "cuda:0", "name": "H"}] * 2 + [WORKER | {"node": "c", "device": "cuda:0", "name": "H"}]
+    found = assess(run(workers=gpus), ceilings(device="cuda", device_name="H"))
+    assert found is not None
+    assert found.ceilings["model"] == 60.0, "three of them"
+    assert found.ceilings["cores"] == round(8 / 0.035, 3), "two machines, and the network takes none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, "model"),
+        ({"busy_s": 4.0, "stage_ms": {"fetch": 150.0, "decode": 20.0, "encode": 10.0}}, "fetch"),
+        ({"busy_s": 4.0, "stage_ms": {"fetch": 1.0, "decode": 100.0, "encode": 60.0}}, "decode"),
+        ({"busy_s": 4.0, "stage_ms": {"fetch": 1.0, "decode": 60.0, "encode": 100.0}}, "encode"),
+        ({"busy_s": 4.0, "threads": 8, "stage_ms": {"fetch": 1.0, "decode": 60.0, "encode": 100.0}}, "none"),
+        ({"active_s": 8.0, "busy_s": 8.0}, "start"),
+    ],
+)  # fmt: skip
+def test_what_bounds_a_run_is_told_without_ceilings(changes: dict[str, Any], bound: str) -> None:
+    found = assess(run(**changes), None)
+    assert found is not None
+    assert (found.bound_by, found.reached, found.ceilings, found.measured) == (bound, {}, {}, "")
+    # Shares add up to what the threads were busy: 100 images in 20 s of one thread each.
+    assert found.time["decode"] == pytest.approx(run(**changes).stage_ms["decode"] / 1e3 * 100 / (
+        run(**changes).threads * run(**changes).active_s))  # fmt: skip
+
+
+def test_ceilings_of_another_machine_are_not_compared() -> None:
+    for changes, words in (({"device_name": "Slide rule"}, "Slide rule"), ({"cores": 2}, "2 cores")):
+        found = assess(run(), ceilings(**changes))
+        assert found is not None
+        assert found.reached == {} and words in found.measured and found.bound_by == "model"
+
+
+def test_what_was_not_measured_has_no_share() -> None:
+    found = assess(run(megapixels={"TIFF": 1.0}, store="s3://other/", precision="fp32", listing_s=0.0), ceilings())
+    assert found is not None
+    assert found.reached.keys() == {"encode", "write"}
+    assert assess(run(rows=0), ceilings()) is None
+
+
+def test_a_file_that_is_none_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASKMILL_LIMITS", raising=False)
+    assert read_ceilings(None) is None
+    place = tmp_path / "l.json"
+    with pytest.raises(UsageError, match="maskmill limits --out"):
+        read_ceilings(str(place))
+    write_ceilings(ceilings(), str(place))
+    assert read_ceilings(str(place)) == ceilings()
+    monkeypatch.setenv("MASKMILL_LIMITS", str(place))
+    assert read_ceilings(None) == ceilings()
+    place.write_text(json.dumps({"version": 7}))
+    with pytest.raises(UsageError, match="version"):
+        read_ceilings(None)
+
+
+def test_measured_ceilings_are_in_the_record_of_a_run_and_in_its_report(
+    tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    images, file = image_folder(6), tmp_path / "limits.json"
+    found = measure(str(images), str(semantic_model), scratch=tmp_path / "scratch", seconds=0.02, precision="fp32")
+    write_ceilings(found, str(file))
+    assert found.decode_mpx_per_core_s.keys() and all(rate > 0 for rate in found.decode_mpx_per_core_s.values())
+    done = pipeline.segment(
+        source=str(images), dest=str(tmp_path / "dest"), model=str(semantic_model), engine="local", actors=1,
+        precision="fp32", limits=str(file),
+    )  # fmt: skip
+    limits = pipeline.show_run(str(tmp_path / "dest"), done.run_id)["limits"]
+    assert limits["reached"].keys() == {"list", "fetch", "decode", "model", "encode", "write", "cores"}
+    for stage, share in limits["reached"].items():
+        if stage != "list":
+            assert share == pytest.approx(done.images_per_s / limits["ceilings"][stage], abs=1e-3)
+    page = (tmp_path / "dest" / "runs" / str(done.run_id) / "report.html").read_text()
+    assert "Against the limits" in page and limits["measured"] in page and "all on the CPU" in page
+
+
+def test_images_in_tiles_are_measured_in_tiles(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    make_image(tmp_path / "photos" / "large.png", 1, width=700, height=650)
+    found = measure(str(tmp_path / "photos"), "nuclei-unet", scratch=tmp_path, seconds=0.01)
+    assert found.decode_mpx_per_core_s.keys() == {"PNG"}
+    assert next(iter(found.forward_mpx_per_s.values())) > 0
