@@ -86,7 +86,8 @@ def as_listing(
             texts.validate(full=True)  # Parquet's may hold anything
     nulls = pa.nulls(len(uris))
     etag = (etags if etags is not None else nulls).cast(pa.string())
-    etag = pc.utf8_trim(pc.replace_substring_regex(etag, r"\AW/", ""), characters='"')
+    if pc.any(pc.or_(pc.match_substring(etag, '"'), pc.starts_with(etag, "W/"))).as_py():
+        etag = pc.utf8_trim(pc.replace_substring_regex(etag, r"\AW/", ""), characters='"')
     moment = modified if modified is not None else nulls
     if pa.types.is_string(moment.type) or pa.types.is_large_string(moment.type):
         zoned = pc.match_substring_regex(moment, r"(?:Z|[+-]\d\d:?\d\d)\z")

@@ -94,6 +94,6 @@ def _rows(columns: dict[str, pa.Array]) -> pa.RecordBatch:
     if "is_delete_marker" in columns:
         keep = pc.and_(keep, pc.invert(pc.fill_null(columns["is_delete_marker"], False)))
     bucket, key = columns["bucket"].cast(pa.string()), columns["key"].cast(pa.string())
-    uris = pc.binary_join_element_wise(pc.binary_join_element_wise("s3://", bucket, ""), key, "/")
+    uris = pc.binary_join_element_wise("s3://", bucket, "/", key, "")
     rows = as_listing(uris, columns.get("e_tag"), columns.get("size"), columns.get("last_modified_date"))
-    return rows.filter(keep) if isinstance(keep, pa.Array) else rows
+    return rows if pc.all(keep).as_py() else rows.filter(keep)

@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -233,9 +234,10 @@ def _images(
         keep = pc.and_(keep, pc.match_substring_regex(uris, ending, ignore_case=True))
     if pattern is not None:
         keep = pc.and_(keep, pc.match_substring_regex(names, _regex(pattern)))
-    if pattern is None or not _names_hidden(pattern):
+    may_hide = pc.any(pc.or_(pc.match_substring(names, "/."), pc.starts_with(names, "."))).as_py()
+    if may_hide and (pattern is None or not _names_hidden(pattern)):
         keep = pc.and_(keep, pc.invert(pc.match_substring_regex(names, r"(?:\A|/)\.")))
-    return batch.filter(keep)
+    return batch if pc.all(keep).as_py() else batch.filter(keep)
 
 
 def _names_hidden(pattern: str) -> bool:
@@ -297,13 +299,19 @@ def _one_row(uri: str, info: ObjectInfo | str) -> pa.RecordBatch:
 
 def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
     rows, waiting, waiting_rows = 0, [], 0
-    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+    # URIs and etags do not repeat: a dictionary of them would be tried for every group, and given up. One thread writes
+    # while the next rows are read.
+    writer = pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd", use_dictionary=False)
+    with writer, ThreadPoolExecutor(1, "manifest") as pool:
+        writing = pool.submit(int)
         for batch in batches:
             waiting.append(batch)
             waiting_rows += batch.num_rows
             if waiting_rows >= _ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_batches(waiting, MANIFEST_SCHEMA))
+                writing.result()
+                writing = pool.submit(writer.write_table, pa.Table.from_batches(waiting, MANIFEST_SCHEMA))
                 rows, waiting, waiting_rows = rows + waiting_rows, [], 0
+        writing.result()
         if waiting_rows:
             writer.write_table(pa.Table.from_batches(waiting, MANIFEST_SCHEMA))
     return rows + waiting_rows

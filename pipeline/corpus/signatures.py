@@ -64,6 +64,9 @@ def split_signatures(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBa
     """(`batch`, of LISTING_SCHEMA, with the identity of each image for its URI; of those for which that makes a
     difference, batch of ADDRESSES, or None)."""
     uris = batch.column("uri")
+    # In most corpora all names are of a store that signs none, which comparing tells for a tenth of a regex.
+    if pc.all(pc.or_(pc.starts_with(uris, "s3://"), pc.starts_with(uris, "file://"))).as_py():
+        return batch, None
     perhaps = pc.match_substring_regex(uris, _PERHAPS)
     if not pc.any(perhaps).as_py():
         return batch, None

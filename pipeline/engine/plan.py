@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -104,15 +105,19 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
     of_these_settings = f"settings_digest = {sql_text(question.settings_digest)}"
     rows = f"(SELECT * FROM {read_parts_sql(list(question.part_sizes))} WHERE {of_these_settings})"
     lines = number(f"SELECT count(*) FROM {listed}")
-    if question.corpus_is_distinct:
+    images = lines
+    twice = np.empty(0, np.uint64) if question.corpus_is_distinct else _repeated(connection, listed, lines)
+    if not len(twice):
         connection.execute(f"CREATE VIEW corpus AS SELECT uri, etag, size_bytes, modified FROM {listed}")
-        images = lines
     else:
+        connection.register("repeated", pa.table({"key": twice}))
+        perhaps = f"{listed} l {{}} JOIN repeated r ON hash(l.uri) = r.key"
         # Of a URI that is named twice with different etags, one whole line: the newest, the same every night.
         connection.execute(
             "CREATE TEMP TABLE corpus AS SELECT uri, one.etag, one.size_bytes, one.modified FROM (SELECT uri, "
             "first({'etag': etag, 'size_bytes': size_bytes, 'modified': modified} "
-            f"ORDER BY modified DESC NULLS LAST, etag) AS one FROM {listed} GROUP BY uri)"
+            f"ORDER BY modified DESC NULLS LAST, etag) AS one FROM {perhaps.format('SEMI')} GROUP BY uri)"
+            f" UNION ALL SELECT uri, etag, size_bytes, modified FROM {perhaps.format('ANTI')}"
         )
         images = number("SELECT count(*) FROM corpus")
 
@@ -219,6 +224,20 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         planned=planned,
         planned_bytes=planned_bytes,
     )
+
+
+def _repeated(connection: Any, listed: str, lines: int) -> np.ndarray:
+    """Hashes of the URIs that stand on more than one line, and perhaps, once in many million years, of two that do not.
+
+    Memory: 8 bytes a line. A tenth of the time and memory of grouping by URI.
+    """
+    keys = np.empty(lines, np.uint64)
+    at = 0
+    for batch in connection.execute(f"SELECT hash(uri) AS key FROM {listed}").to_arrow_reader(1_000_000):
+        keys[at : at + len(batch)] = batch.column(0).to_numpy()
+        at += len(batch)
+    keys.sort()
+    return np.unique(keys[1:][keys[1:] == keys[:-1]])
 
 
 def _join(connection: Any, rows: str, final: str, unmatched_path: Path | None) -> None:
