@@ -1,9 +1,10 @@
 """Time and peak memory of planning over 1, 10 and 20 million images, on Parts as a run leaves them.
 
-    python benchmarks/planning.py [--millions 1 10 20] [--scratch DIR] [--memory-gib 3]
+    python benchmarks/planning.py [--millions 1 10 20 100] [--scratch DIR] [--memory-gib 3]
 
-Three nights each: the first (nothing is done, all is frozen into a list), a quiet one (all is done), and a usual one
-(1 % new, 1 % changed, 1 % gone). What is measured is `work_left` and `find_changes`, the whole question from listing
+Four nights each: the first (nothing is done, all is frozen into a list), the same out of an S3 Inventory on this disk
+(which is read, then planned: its lines might repeat, and that is looked for), a quiet one (all is done), and a usual
+one (1 % new, 1 % changed, 1 % gone). What is measured is `work_left` and `find_changes`, the whole question from listing
 file and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs is not
 measured, nor listing a store (see benchmarks/README.md).
 """
@@ -26,6 +27,7 @@ import duckdb
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.corpus.manifest import read_source
 from pipeline.engine.plan import Question, work_left
 from pipeline.storage import open_storage
 from pipeline.table.catalog import Current, part_sizes, sql_text
@@ -95,17 +97,39 @@ def make_inputs(folder: Path, images: int) -> None:
         )
 
 
+def make_inventory(folder: Path) -> None:
+    """`inventory/manifest.json`: the images of `corpus.parquet` as Amazon S3 Inventory writes them."""
+    place = folder / "inventory"
+    (place / "data").mkdir(parents=True)
+    bucket = FOLDER.removeprefix("s3://").partition("/")[0]
+    connection = duckdb.connect()
+    connection.execute("SET preserve_insertion_order = false")
+    connection.execute(
+        f"COPY (SELECT {sql_text(bucket)} AS bucket, substr(uri, {len(bucket) + 7}) AS key, size_bytes AS size, "
+        f"modified AS last_modified_date, etag AS e_tag FROM read_parquet({sql_text(str(folder / 'corpus.parquet'))})) "
+        f"TO {sql_text(str(place / 'data'))} (FORMAT parquet, COMPRESSION zstd, FILE_SIZE_BYTES '250MB', "
+        "OVERWRITE_OR_IGNORE)"
+    )
+    files = [{"key": str(path.relative_to(place))} for path in sorted((place / "data").rglob("*.parquet"))]
+    manifest = {"sourceBucket": bucket, "destinationBucket": "arn:aws:s3:::i", "fileFormat": "Parquet", "files": files}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+
+
 def plan_once(folder: Path, night: str, memory_bytes: int, dest: str | None = None) -> dict[str, float]:
     """Runs in the measured process. `dest`: where the Parts lie, by default in `folder`."""
-    dest = dest or f"file://{folder / ('new' if night == 'first' else 'dest')}"
+    dest = dest or f"file://{folder / ('new' if night in ('first', 'inventory') else 'dest')}"
     storage = open_storage(dest)
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
-        question = Question(
-            corpus_path=folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), corpus_is_distinct=True,
-            part_sizes=part_sizes(storage, f"{dest}/segments"), held={}, settings_digest=DIGEST,
-            unmatched_path=Path(scratch, "unmatched.parquet"),
-        )  # fmt: skip
         began_s = time.perf_counter()
+        corpus_path, reading_s = folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), 0.0
+        if night == "inventory":
+            corpus_path = read_source(str(folder / "inventory" / "manifest.json"), scratch=Path(scratch)).path
+            reading_s = time.perf_counter() - began_s
+        question = Question(
+            corpus_path=corpus_path, corpus_is_distinct=night != "inventory",
+            part_sizes=part_sizes(storage, f"{dest}/segments"), held={}, settings_digest=DIGEST,
+            unmatched_path=None if night == "inventory" else Path(scratch, "unmatched.parquet"),
+        )  # fmt: skip
         counts = work_left(
             question, storage, scratch=Path(scratch), list_path=Path(scratch, "work.parquet"),
             memory_bytes=memory_bytes,
@@ -118,8 +142,8 @@ def plan_once(folder: Path, night: str, memory_bytes: int, dest: str | None = No
         seconds = time.perf_counter() - began_s
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return {
-        "seconds": seconds, "peak_bytes": peak_bytes, "planned": counts.planned, "images": counts.images,
-        "gone": changes.removed,
+        "seconds": seconds, "reading_s": reading_s, "peak_bytes": peak_bytes, "planned": counts.planned,
+        "images": counts.images, "gone": changes.removed,
     }  # fmt: skip
 
 
@@ -145,12 +169,14 @@ def main() -> None:
             images = int(millions * 1e6)
             folder = scratch / str(images)
             make_inputs(folder, images)
+            make_inventory(folder)
             expected = {
+                "inventory": images,
                 "first": images,
                 "quiet": 0,
                 "usual": images // 100 + sum(1 for i in range(images // 100, images) if i % 100 == 7),
             }
-            for night in ("first", "quiet", "usual"):
+            for night in ("first", "inventory", "quiet", "usual"):
                 command = [
                     sys.executable,
                     __file__,
@@ -167,7 +193,7 @@ def main() -> None:
                     night,
                     f"{int(got['planned']):,}",
                     f"{int(got['gone']):,}",
-                    f"{got['seconds']:.1f}",
+                    f"{got['seconds']:.1f}" + (f" ({got['reading_s']:.1f} reading)" if got["reading_s"] else ""),
                     f"{got['peak_bytes'] / 2**30:.2f} GiB",
                 )
             shutil.rmtree(folder)

@@ -99,7 +99,8 @@ def _without_forgotten(connection: Any, question: Question, scratch: Path) -> tu
 
 def _answer(connection: Any, question: Question, list_path: Path | None) -> WorkCounts:
     def number(sql: str) -> int:
-        return int(connection.execute(sql).fetchone()[0])
+        ((value,),) = connection.execute(sql).fetchall()
+        return int(value)
 
     listed = f"read_parquet({sql_text(str(question.corpus_path))})"
     of_these_settings = f"settings_digest = {sql_text(question.settings_digest)}"
@@ -233,7 +234,7 @@ def _repeated(connection: Any, listed: str, lines: int) -> np.ndarray:
     """
     keys = np.empty(lines, np.uint64)
     at = 0
-    for batch in connection.execute(f"SELECT hash(uri) AS key FROM {listed}").to_arrow_reader(1_000_000):
+    for batch in connection.sql(f"SELECT hash(uri) AS key FROM {listed}").to_arrow_reader(1_000_000):
         keys[at : at + len(batch)] = batch.column(0).to_numpy()
         at += len(batch)
     keys.sort()
