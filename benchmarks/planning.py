@@ -4,8 +4,8 @@
 
 Four nights each: the first (nothing is done, all is frozen into a list), the same out of an S3 Inventory on this disk
 (which is read, then planned: its lines might repeat, and that is looked for), a quiet one (all is done), and a usual
-one (1 % new, 1 % changed, 1 % gone). What is measured is `work_left` and `find_changes`, the whole question from listing
-file and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs is not
+one (1 % new, 1 % changed, 1 % gone). Measured are `work_left` and `find_changes`, the whole question from listing file
+and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs is not
 measured, nor listing a store (see benchmarks/README.md).
 """
 
