@@ -44,7 +44,7 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
     try:
         with open_bytes(uri, storage) as stream:
             for batch in _READERS[posixpath.splitext(file_name(uri))[1]](stream):
-                columns = {name: batch.column(name) for name in batch.schema.names}
+                columns = columns_of(batch)
                 rows = _rows(columns, folder)
                 missing = pc.index(rows.column("uri"), "").as_py()
                 if missing >= 0:
@@ -55,6 +55,14 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
         text = str(error).partition("\n")[0]
         near = "" if isinstance(error, _EntryError) else f" near row {row + 1}"
         raise UsageError(f"the manifest {shown!r} cannot be read{near}: {text}") from error
+
+
+def columns_of(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """Its columns by name. Raises ArrowInvalid where two have the same: nobody knows which is meant."""
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise pa.ArrowInvalid(f"two of its columns have the same name: {', '.join(names)}")
+    return dict(zip(names, batch.columns, strict=True))
 
 
 def file_name(uri: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.entries import as_listing, open_bytes
+from pipeline.corpus.entries import as_listing, columns_of, open_bytes
 from pipeline.errors import UsageError
 from pipeline.storage import Storage, join_uri, open_storage, uri_scheme, without_secrets
 
@@ -45,7 +45,7 @@ def read_inventory(uri: str, storage: Storage, *, profile: str | None = None) ->
                 if not {"bucket", "key"} <= set(present):
                     raise UsageError(f"the inventory part {without_secrets(at)!r} has no columns bucket and key")
                 for batch in file.iter_batches(50_000, columns=present):
-                    yield _rows({name: batch.column(name) for name in present})
+                    yield _rows(columns_of(batch))
         except (pa.ArrowException, FileNotFoundError) as error:
             text = str(error).partition("\n")[0]
             raise UsageError(f"the inventory part {without_secrets(at)!r} cannot be read: {text}") from error

@@ -34,6 +34,8 @@ _NEEDED: dict[str, dict[str, type]] = {
 _FARTHEST_SIDES, _LEAST_SIDE_PX = 10, 1000
 #: Run lengths are of 32 bits; and a map of classes takes a byte for each.
 _MOST_PIXELS = 1 << 30
+#: Areas are of whole objects; none is as large as this.
+_MOST_AREA = 1e15
 
 
 class _Annotated(NamedTuple):
@@ -87,10 +89,9 @@ class CocoLabels:
                 continue
             rle = _rle(annotation, item)
             area = annotation.get("area")
-            if not isinstance(area, int | float | None):
-                raise LabelError(
-                    f"annotation {annotation.get('id')} of {item.name} has area {area!r}", kind="unreadable"
-                )
+            if not (area is None or (isinstance(area, int | float) and abs(area) < _MOST_AREA)):
+                what = f"annotation {annotation.get('id')} of {item.name}"
+                raise LabelError(f"{what} has the area {str(area)[:40]}", kind="unreadable")
             objects.append(
                 LabelledObject(
                     class_id=class_id,

@@ -262,6 +262,20 @@ def test_a_text_in_parquet_that_is_no_text_is_told(read: Read, tmp_path: Path, c
         read(tmp_path / "list.parquet")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_told(read: Read, tmp_path: Path, suffix: str) -> None:
+    """Found by fuzzing."""
+    path = tmp_path / f"list.{suffix}"
+    one = pa.array(["s3://b/a.jpg"])
+    table = pa.Table.from_arrays([one, one, one], ["uri", "etag", "etag"])
+    if suffix == "csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    with pytest.raises(UsageError, match=r"list\..*two of its columns have the same name"):
+        read(path)
+
+
 def test_parquet_times_without_a_zone_are_utc(read: Read, tmp_path: Path) -> None:
     moment = pa.array([1_700_000_000_123], pa.timestamp("ms"))
     pq.write_table(pa.table({"uri": ["s3://nowhere/a.jpg"], "etag": ["e"], "modified": moment}), tmp_path / "m.parquet")

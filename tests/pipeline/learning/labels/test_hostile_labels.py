@@ -51,6 +51,18 @@ def test_no_segmentation_is_an_empty_object(tmp_path: Path) -> None:
     assert labels.objects[0].class_id == 2 and np.count_nonzero(labels.class_ids() == 2) == 0
 
 
+@pytest.mark.parametrize("area", [10**400, math.inf, math.nan, "5", [], -1e300])
+def test_an_area_that_is_none_is_a_sentence(tmp_path: Path, area: Any) -> None:
+    """Found by fuzzing: a number of four hundred digits."""
+    write_coco(tmp_path, count=1)
+    body = coco_content(range(1))
+    body["annotations"][0]["area"] = area
+    (tmp_path / "annotations.json").write_text(json.dumps(body))
+    source = open_labels(tmp_path)
+    with pytest.raises(LabelError, match=r"annotation 1 of 0\.png has the area"):
+        source.labels(source.item(source.entries["0.png"]))
+
+
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (-1, 5), (2**31, 2**31), (2**20, 2**20), (True, 2**40)])
 def test_a_size_beyond_all_measure_is_a_sentence(tmp_path: Path, height: int, width: int) -> None:
     write_coco(tmp_path, count=1)
