@@ -1,5 +1,5 @@
 """What Prefect's UI shows of models: how they were trained, what they are worth, who became champion. Owns: these
-artifacts and the event of a promotion. Must not know: how any of it came about.
+artifacts. Must not know: how any of it came about.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_table_artifact
-from prefect.events import emit_event
 
 from pipeline.errors import StorageError
 from pipeline.storage import join_uri, open_storage
@@ -59,7 +58,7 @@ def show_assessment(found: Assessment) -> None:
 
 
 def show_promotion(done: Promotion) -> None:
-    """A table of what was decided and why; where there is a new champion, the event `maskmill.model.promoted`."""
+    """A table of what was decided, and why."""
     figures = done.model_dump(mode="json", exclude={"comparison", "warnings"})
     if done.comparison:
         told = done.comparison.model_dump(mode="json", exclude={"interval", "class_differences"})
@@ -68,12 +67,6 @@ def show_promotion(done: Promotion) -> None:
         changes = {f"class {name}": f"{change:+.4f}" for name, change in done.comparison.class_differences.items()}
         figures |= told | changes
     _show_figures(figures, "promotion", done.why)
-    if done.state == "promoted":
-        emit_event(
-            "maskmill.model.promoted",
-            resource={"prefect.resource.id": f"maskmill.model.{done.name}", "prefect.resource.name": done.name},
-            payload=done.model_dump(mode="json") | {"text": f"{done.name} {done.version} is the champion: {done.why}"},
-        )
 
 
 def _show_figures(figures: dict[str, Any], key: str, description: str) -> None:

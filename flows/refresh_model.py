@@ -11,6 +11,7 @@ import pipeline
 from flows import model_artifacts
 from flows.driving import event_line, follow
 from flows.parameters import refuse_secrets
+from flows.promotions import announce_promotions
 from flows.retries import worth_another_try
 from flows.segment_corpus import segment_corpus
 from flows.train_model import train
@@ -30,13 +31,14 @@ def refresh_model(
         training: What is trained, on what, and into which registry it goes.
         gate: What it must show, on a split of the same data set. Default: better on `val` in 95% of the resamples, no
             class worse by more than 0.02.
-        segmentation: What is segmented when there is a new champion, as `segment-corpus` does. Default: nothing.
+        segmentation: What is segmented when the new model is the champion, as `segment-corpus` does. Default: nothing.
     """
     refuse_secrets({"training": training, "gate": gate, "segmentation": segmentation})
     training = training.model_copy(update={"registry": required_registry(training.registry)})
     trained = train(training)
     done = promote(training, gate or Gate(), trained.uri)
-    if done.state == "promoted" and segmentation is not None:
+    # "unchanged": an earlier run of these settings promoted this very model, and may have been killed before the rest.
+    if done.state != "kept" and segmentation is not None:
         segment_corpus(**{"registry": training.registry} | segmentation.model_dump(exclude_unset=True))
     return done
 
@@ -49,10 +51,11 @@ def refresh_model(
     retry_condition_fn=worth_another_try,
 )
 def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
-    """Makes the model the challenger, evaluates it and the champion, decides, and shows the decision."""
+    """Makes the model the challenger, evaluates it and the champion, decides, shows the decision, and tells of it."""
     logger = get_run_logger()
     profile = training.registry_profile
     pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
+    announce_promotions(pushed.name, training.registry, logger, profile=profile)
     # Measured on the split that was not trained on, however that was drawn.
     same = training.model_dump(mode="json", include={"layout", "labels_of", "splitting"}, exclude_none=True)
     if training.dataset_profile:
@@ -67,5 +70,6 @@ def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
         line=event_line,
     )
     logger.info("%s %s %s: %s", done.name, done.version, done.state, done.why)
+    announce_promotions(pushed.name, training.registry, logger, profile=profile)
     model_artifacts.show_promotion(done)
     return done

@@ -15,7 +15,7 @@ from pipeline.errors import ChampionChangedError, StoppedError, UsageError
 from pipeline.learning.assessment import EvaluateConfig, evaluate
 from pipeline.learning.comparison import Comparison, Metric, compare
 from pipeline.registry.changes import change_champion, registry_warnings
-from pipeline.registry.history import CHALLENGER
+from pipeline.registry.history import CHALLENGER, Entry
 from pipeline.registry.shelf import Model, Shelf, parse_reference, read_shelf, required_registry, resolve
 from pipeline.storage import join_uri, normalize_uri, recorded_uri
 from pipeline.table.evaluations import read_evaluations
@@ -139,6 +139,22 @@ def promote_model(
         comparison=verdict.comparison,
         entry=entry.number,
         warnings=registry_warnings(registry, profile=config.profile),
+    )
+
+
+def promotion_of(name: str, entry: Entry) -> Promotion:
+    """What `promote_model` returned when it made this `promote` entry of a history, its warnings apart."""
+    decision = entry.decision or {}
+    return Promotion(
+        name=name,
+        version=entry.version,
+        state="promoted",
+        why=str(decision.get("why", "")),
+        champion_before=entry.champion_before,
+        champion=entry.version,
+        forced=bool(decision.get("forced", False)),
+        comparison=Comparison.model_validate(decision["comparison"]) if decision.get("comparison") else None,
+        entry=entry.number,
     )
 
 
