@@ -53,16 +53,16 @@ def refresh_model(
 def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
     """Makes the model the challenger, evaluates it and the champion, decides, shows the decision, and tells of it."""
     logger = get_run_logger()
-    profile = training.registry_profile
-    pushed = pipeline.push_model(model_uri, training.registry, profile=profile)
-    announce_promotions(pushed.name, training.registry, logger, profile=profile)
+    registry, profile = required_registry(training.registry), training.registry_profile
+    pushed = pipeline.push_model(model_uri, registry, profile=profile)
+    announce_promotions(pushed.name, registry, logger, profile=profile)
     # Measured on the split that was not trained on, however that was drawn.
     same = training.model_dump(mode="json", include={"layout", "labels_of", "splitting"}, exclude_none=True)
     if training.dataset_profile:
         same["source_profile"] = training.dataset_profile
     asked = PromoteConfig(
         **gate.model_dump() | {"evaluation": same | gate.evaluation}, model=f"{pushed.name}@{pushed.version}",
-        registry=training.registry, dataset=training.dataset, profile=profile,
+        registry=registry, dataset=training.dataset, profile=profile,
     )  # fmt: skip
     done = follow(
         lambda listen, should_stop: pipeline.promote_model(asked, listen=listen, should_stop=should_stop),
@@ -70,6 +70,6 @@ def promote(training: TrainConfig, gate: Gate, model_uri: str) -> Promotion:
         line=event_line,
     )
     logger.info("%s %s %s: %s", done.name, done.version, done.state, done.why)
-    announce_promotions(pushed.name, training.registry, logger, profile=profile)
+    announce_promotions(pushed.name, registry, logger, profile=profile)
     model_artifacts.show_promotion(done)
     return done

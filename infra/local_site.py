@@ -24,6 +24,9 @@ from local_parts import HOST, PORTS, ROOT, STORE_KEY, Layout, Part, free_port, i
 
 #: In the environment of every process of a site, whose mark is its value: so `down` finds what a killed part left.
 MARK = "MASKMILL_SITE"
+#: What the user may have of their own.
+_STORE_URL = "AWS_ENDPOINT_URL"
+_DATABASE_URL = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 _HEALTHY_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 20.0
 
@@ -42,6 +45,8 @@ class Site:
         self.mark: str = state.get("mark") or secrets.token_hex(16)
         self.ports: dict[str, int] = state.get("ports") or dict(PORTS)
         self.own_store: bool = state.get("own_store", True)
+        #: The server's is in this folder, not at a URL that the user gave.
+        self.own_database: bool = state.get("own_database", True)
         self.processes: dict[str, dict[str, Any]] = state.get("processes") or {}
 
     @property
@@ -49,7 +54,8 @@ class Site:
         return Layout(self.folder, self.mark, self.ports, self.own_store)
 
     def save(self) -> None:
-        state = {"mark": self.mark, "ports": self.ports, "own_store": self.own_store, "processes": self.processes}
+        names = ("mark", "ports", "own_store", "own_database", "processes")
+        state = {name: getattr(self, name) for name in names}
         new = self._state_path.with_suffix(".new")
         new.write_text(json.dumps(state, indent=2) + "\n")
         new.replace(self._state_path)
@@ -156,12 +162,13 @@ def up(site: Site) -> None:
         began += 1
         print(f"  {part.name:15} is up, process {site.processes[part.name]['pid']}, {time.monotonic() - began_s:.0f} s")
     print(f"\nUp{'' if began else ' already'}. Logs: {site.folder / 'logs'}; end: make down")
-    print(f"  Prefect {site.layout.api_url.removesuffix('/api')}")
+    database = "" if site.own_database else ", on your database"
+    print(f"  Prefect {site.layout.api_url.removesuffix('/api')}{database}")
     print(f"  Ray     http://{HOST}:{site.ports['dashboard']}, which asks for the token in {site.folder / 'ray-token'}")
     if site.own_store:
         print(f"  S3      {site.layout.store_url} (moto: for a tour only; it keeps everything in memory)")
     else:
-        print(f"  S3      {os.environ['AWS_ENDPOINT_URL']}, yours")
+        print(f"  S3      {os.environ[_STORE_URL]}, yours")
     print(f"In your shell: source {site.folder / 'env'}")
 
 
@@ -274,8 +281,12 @@ def main() -> None:
 
 
 def _choose(site: Site, asked: argparse.Namespace) -> None:
-    """A site that has living parts keeps its ports and its store."""
+    """A site that has living parts keeps its ports, its store and its database. Raises SiteError where this shell does
+    not name those that it had of the user: they may hold passwords, so nothing here remembers them."""
     if any(site.process(name) for name in site.processes):
+        for own, name in ((site.own_store, _STORE_URL), (site.own_database, _DATABASE_URL)):
+            if not own and not os.environ.get(name):
+                raise SiteError(f"this site was started with {name} set: set it again, or make down first")
         return
     given = {name: getattr(asked, f"{name}_port") for name in PORTS}
     site.ports = {
@@ -283,7 +294,8 @@ def _choose(site: Site, asked: argparse.Namespace) -> None:
         for name, default in PORTS.items()
     }
     # A shell that has sourced `env` names our own store.
-    site.own_store = not os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ACCESS_KEY_ID") == STORE_KEY
+    site.own_store = not os.environ.get(_STORE_URL) or os.environ.get("AWS_ACCESS_KEY_ID") == STORE_KEY
+    site.own_database = not os.environ.get(_DATABASE_URL)
 
 
 if __name__ == "__main__":

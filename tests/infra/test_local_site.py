@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from harness import wait_until, write_images, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["store", "prefect-server", "ray", "prefect-worker"]
@@ -117,6 +122,152 @@ def test_up_again_repaired_and_down(tmp_path: Path) -> None:
         down = site(folder, "down")
     assert [line.split()[0] for line in down.splitlines() if line.endswith(" ended")][: len(PARTS)] == PARTS[::-1]
     assert marked(state["mark"]) == []
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """What a shell has that has sourced the site's `env`, with this Python's programs before all others."""
+    sourced = subprocess.run(
+        ["bash", "-c", f"set -a; source '{folder}/env'; env -0"], env={}, capture_output=True, text=True, check=True
+    )
+    found = dict(line.split("=", 1) for line in sourced.stdout.split("\0") if "=" in line)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PREFECT_", "RAY_"))}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return clean | found | {"PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def in_shell(folder: Path, command: str) -> str:
+    """What a command of the README says, in the checkout."""
+    answer = subprocess.run(
+        ["bash", "-c", command.replace("infra/local_site.py", f"infra/local_site.py --folder '{folder}'")],
+        env=environment_of(folder), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, f"{command}: exit status {answer.returncode}: {answer.stdout}"
+    return answer.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.prefect
+@pytest.mark.timeout(900)
+def test_the_tour_of_the_readme(tmp_path: Path) -> None:
+    """Command for command, but for the folder and the ports."""
+    section = (ROOT / "README.md").read_text().partition("## Ten minutes")[2].partition("\n## ")[0]
+    blocks = [block.replace("\\\n", " ") for block in section.split("```")[1::2]]
+    commands = [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert commands.pop(0).startswith("make up ") and commands.pop(0).startswith("source .site/env ")
+    assert commands.pop().startswith("make down ")
+    folder = tmp_path / "site"
+
+    def images() -> str:
+        asked = 'maskmill query s3://tour/masks "SELECT count(*) FROM images" --format csv'
+        return in_shell(folder, asked).split()[-1]
+
+    said: list[str] = []
+    try:
+        site(folder, "up", "--free-ports")
+        mark = json.loads((folder / "site.json").read_text())["mark"]
+        for command in commands:
+            if "a minute later" in command:
+                assert images() == "28"
+                wait_until(lambda: images() == "56", timeout_s=300, what="the nightly", poll_s=3)
+            said.append(in_shell(folder, command))
+    finally:
+        site(folder, "down")
+    assert marked(mark) == []
+    uploaded, deployed, by_hand, nuclei, _, _, flow_runs, runs = said
+    assert "28 files are in s3://tour/photos" in uploaded and "segment-corpus/nightly" in deployed
+    assert "Completed" in by_hand
+    assert re.search(r"28\D+1,?0\d\d", nuclei), nuclei
+    assert flow_runs.count("segment-corpus") >= 2 and "COMPLETED" in flow_runs
+    assert runs.count("done") == 2, runs
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of a new, empty database, of a Postgres of this test's own."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not folders:
+        pytest.skip("no Postgres: pg_ctl is neither on PATH nor below /usr/lib/postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    # It refuses to be root's.
+    user = "postgres" if os.getuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+
+    def command(program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [folders[-1] / program, *arguments], user=user, cwd=folder, env={"PGPASSWORD": "letters", "TZ": "UTC"},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (folder / "log").read_text()
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    with (folder / "log").open("wb") as log:
+        try:
+            (folder / "password").write_text("letters")
+            (folder / "password").chmod(0o644)
+            command("initdb", "-D", "data", "-U", "prefect", "--auth=scram-sha-256", "--pwfile=password")
+            options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+            command("pg_ctl", "-D", "data", "-w", "-o", options, "start")
+            try:
+                command("createdb", "-h", "127.0.0.1", "-p", port, "-U", "prefect", "prefect")
+                yield f"postgresql+asyncpg://prefect:letters@127.0.0.1:{port}/prefect"
+            finally:
+                command("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+        finally:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.prefect
+@pytest.mark.timeout(600)
+def test_the_server_is_on_a_postgres_that_is_given(tmp_path: Path, postgres: str) -> None:
+    folder, photos = tmp_path / "site", write_images(tmp_path / "photos", 3)
+    given = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres}
+    try:
+        said = site(folder, "up", "--free-ports", environment=given)
+        assert "on your database" in said
+        mark = json.loads((folder / "site.json").read_text())["mark"]
+        assert "letters" not in said + "".join(path.read_text() for path in (folder / "env", folder / "site.json"))
+        in_shell(folder, f"python infra/local_site.py upload {photos} s3://tour/photos")
+        in_shell(folder, "prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml")
+        run = "prefect deployment run segment-corpus/adhoc -p source=s3://tour/photos -p dest=s3://tour/masks"
+        model = write_tiny_model(tmp_path / "tiny.safetensors")
+        assert "Completed" in in_shell(folder, f"{run} -p model={model} --watch")
+        assert flow_runs(postgres) == [("segment-corpus", "COMPLETED")]
+        assert not list((folder / "prefect").glob("*.db"))
+
+        # A server that was killed comes back on it, and not on one of its own.
+        psutil.Process(json.loads((folder / "site.json").read_text())["processes"]["prefect-server"]["pid"]).kill()
+        refused = site(folder, "up", status=1)
+        assert "PREFECT_SERVER_DATABASE_CONNECTION_URL set: set it again" in refused
+        assert "prefect-server  was gone" in site(folder, "up", environment=given)
+        assert "segment-corpus" in in_shell(folder, "prefect flow-run ls")
+    finally:
+        site(folder, "down")
+    assert marked(mark) == []
+    assert len(flow_runs(postgres)) == 1, "what is not the site's goes on"
+
+
+def flow_runs(url: str) -> list[tuple[str, str]]:
+    """Flow and state of every flow run in Prefect's database."""
+    import asyncpg
+
+    async def ask() -> list[tuple[str, str]]:
+        connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+        try:
+            found = await connection.fetch(
+                "SELECT flow.name, state_type::text FROM flow_run JOIN flow ON flow.id = flow_run.flow_id"
+            )
+        finally:
+            await connection.close()
+        return [tuple(row) for row in found]
+
+    return asyncio.run(ask())
 
 
 @pytest.mark.slow
