@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chaos.faultproxy import FaultProxy
 
 _START_LIMIT_S = 60.0
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the tests (`--dist loadgroup --no-loadscope-reorder`): a file stays with one; all
+    that need the Prefect server are with one, which starts it once; and what takes long comes first, or files with few
+    long tests would be last and leave the other workers idle.
+    """
+    if not config.getoption("loadgroup", False):
+        return
+    on_server = {item.path for item in items if "site" in getattr(item, "fixturenames", ())}
+    group = {item.path: "prefect" if item.path in on_server else item.path.stem for item in items}
+    sizes = Counter(group[item.path] for item in items)
+    on_ray = {group[item.path] for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group[item.path]))
+
+    def order(item: pytest.Item) -> tuple[bool, bool, int, str]:
+        name = group[item.path]
+        return name != "prefect", name not in on_ray, -sizes[name], name
+
+    items.sort(key=order)
 
 
 def free_port() -> int:
