@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -169,6 +170,19 @@ def test_a_long_module_says_why() -> None:
             text = path.read_text(encoding="utf-8")
             says_why = "Longer than most modules: " in text.partition('"""')[2].partition('"""')[0]
             assert says_why or text.count("\n") <= 400, path.relative_to(ROOT)
+
+
+def test_flows_stay_thin() -> None:
+    bodies = {}
+    for path in (ROOT / "flows").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and re.search(
+                r"\b(flow|task)\(", str([*map(ast.unparse, node.decorator_list)])
+            ):
+                assert node.end_lineno is not None
+                bodies[node.name] = node.end_lineno - node.body[0].lineno + 1
+    assert {"segment_corpus", "train_model", "evaluate_model", "refresh_model"} <= set(bodies)
+    assert {name: lines for name, lines in bodies.items() if lines >= 40} == {}
 
 
 @pytest.mark.parametrize("code", ["import models.card, models.file", "import pipeline", "import pipeline.cli"])
