@@ -238,7 +238,8 @@ def test_the_server_is_on_a_postgres_that_is_given(tmp_path: Path, postgres: str
         run = "prefect deployment run segment-corpus/adhoc -p source=s3://tour/photos -p dest=s3://tour/masks"
         model = write_tiny_model(tmp_path / "tiny.safetensors")
         assert "Completed" in in_shell(folder, f"{run} -p model={model} --watch")
-        assert flow_runs(postgres) == [("segment-corpus", "COMPLETED")]
+        kept = flow_runs(postgres)
+        assert kept.count(("segment-corpus", "COMPLETED")) == 1 and ("segment-corpus", "SCHEDULED") in kept
         assert not list((folder / "prefect").glob("*.db"))
 
         # A server that was killed comes back on it, and not on one of its own.
@@ -250,7 +251,7 @@ def test_the_server_is_on_a_postgres_that_is_given(tmp_path: Path, postgres: str
     finally:
         site(folder, "down")
     assert marked(mark) == []
-    assert len(flow_runs(postgres)) == 1, "what is not the site's goes on"
+    assert ("segment-corpus", "COMPLETED") in flow_runs(postgres), "what is not the site's goes on"
 
 
 def flow_runs(url: str) -> list[tuple[str, str]]:
