@@ -176,7 +176,7 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
         site(folder, "down")
     assert marked(mark) == []
     uploaded, deployed, by_hand, nuclei, _, _, flow_runs, runs = said
-    assert "28 files are in s3://tour/photos" in uploaded and "segment-corpus/nightly" in deployed
+    assert "29 files are in s3://tour/photos" in uploaded and "segment-corpus/nightly" in deployed
     assert "Completed" in by_hand
     assert re.search(r"28\D+1,?0\d\d", nuclei), nuclei
     assert flow_runs.count("segment-corpus") >= 2 and "COMPLETED" in flow_runs
