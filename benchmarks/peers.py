@@ -346,6 +346,17 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bo
     }
 
 
+def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The turns of two calls together, where they had the same files; else those of the second."""
+    if before is None or before["images"] != now["images"]:
+        return now
+    peers = dict(before["peers"])
+    for name, peer in now["peers"].items():
+        turns = peers[name]["turns"] if name in peers else []
+        peers[name] = peer | {"turns": [*turns, *peer["turns"]]}
+    return now | {"peers": peers, "load": max(before["load"], now["load"])}
+
+
 _COLUMNS = ("", "images/s", "ours is", "whole, s", "ours takes", "rows equal", "pixels equal")
 
 
@@ -417,7 +428,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of images")
-    parser.add_argument("--json", type=Path, help="results are added to this file, workload by workload")
+    parser.add_argument("--json", type=Path, help="results are added to those in this file, turn by turn")
+    parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="after another call")
     parser.add_argument(
         "--chart",
         type=Path,
@@ -436,14 +448,9 @@ def main() -> None:
         options.chart.with_suffix(".svg").write_text(chart.draw(panels, ours=OURS))
         print(markdown(results))
     for key in () if options.chart else options.workloads:
-        results[key] = measure(
-            key,
-            options.peers,
-            turns=options.turns,
-            scale=options.scale,
-            warm_up=key == options.workloads[0],
-            console=console,
-        )
+        warm_up = options.warm_up and key == options.workloads[0]
+        result = measure(key, options.peers, turns=options.turns, scale=options.scale, warm_up=warm_up, console=console)
+        results[key] = joined(results.get(key), result)
         show(results[key], console)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
