@@ -70,10 +70,7 @@ def numpy_strings(labels: Labels, count: int) -> Rles:
     bounds = 2 * np.searchsorted(values[order], np.arange(1, count + 2))
     # Every object: its edges, with 0 before and the size of the map behind, unless that is where it ends.
     sizes = np.diff(bounds)
-    first = bounds[:-1] + np.arange(count)
-    counts = np.empty(edges.size + count, np.int64)
-    owner_starts = first
-    np.arange(edges.size) + np.repeat(np.arange(count), sizes)
+    owner_starts = bounds[:-1] + np.arange(count)
     padded = np.empty(edges.size + 2 * count, np.int64)
     at_padded = np.arange(edges.size) + np.repeat(2 * np.arange(count) + 1, sizes)
     padded[at_padded] = edges

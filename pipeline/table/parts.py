@@ -42,7 +42,7 @@ class Part(NamedTuple):
 def part_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
     """A writer of Parquet as Parts have it: encodings, compression, statistics, a checksum for every page."""
     return pq.ParquetWriter(
-        sink, schema, compression="zstd", compression_level=1,
+        sink, schema, compression="zstd", compression_level=2,
         use_dictionary=_DICTIONARY, write_statistics=_STATISTICS, write_page_checksum=True,
     )  # fmt: skip
 
