@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The endpoint, `http://127.0.0.1:PORT`, of an S3 server of this session's own (moto: everything in
-    memory).
-    """
+@contextmanager
+def run_s3_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The endpoint, `http://127.0.0.1:PORT`, and the process of an S3 server (moto: everything in memory)."""
     endpoint = ""
     process: subprocess.Popen[bytes] | None = None
     started_s = time.monotonic()
@@ -82,9 +81,26 @@ def s3_server() -> Iterator[str]:
                 process.wait()
                 pytest.fail("the S3 server did not start; is moto[server] installed?")
             time.sleep(0.05)
-    yield endpoint
-    process.kill()
-    process.wait()
+    try:
+        yield endpoint, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 server of this session's own."""
+    with run_s3_server() as (endpoint, _):
+        yield endpoint
+
+
+@pytest.fixture
+def stoppable_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The endpoint and the process of an S3 server of this test's own, to which the environment leads."""
+    with run_s3_server() as (endpoint, process):
+        _use_endpoint(monkeypatch, endpoint)
+        yield endpoint, process
 
 
 def _use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
