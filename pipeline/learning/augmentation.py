@@ -1,26 +1,34 @@
 """Random views of an image and of what is marked on it: geometry, colour, noise. Owns: how each is varied, and that all
 maps move together. Must not know: data sets, cards, targets of networks.
 
-Kernels are torchvision's (`transforms.v2.functional`), the numbers for them come from a generator that the caller
-gives: torchvision's own classes draw from torch's global state, which threads would share.
+What is done is what the kernels of torchvision's `transforms.v2` do, and tests hold it against them. The numbers come
+from a generator that the caller gives: torchvision's own classes draw from torch's global state, which threads would
+share. Beside a network on the same cores every pass over the pixels counts, so: pixels lie channel by channel in each
+pixel, as torchvision resizes them fastest; colours go through one table; turning and bending are one warp, of the crop
+alone.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as kernels
 
 from pipeline.learning.recipe import AugmentationConfig
 
-_NEAREST = InterpolationMode.NEAREST_EXACT
+Pixels = NDArray[np.uint8]
+#: uint8 or int32.
+Maps = NDArray[Any]
+
 _GREY = 127
+_IDENTITY = np.arange(256, dtype=np.uint8)
+#: How much each of red, green and blue is seen (ITU-R BT.601).
+_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class Window(NamedTuple):
@@ -104,17 +112,17 @@ def draw_window(
 
 
 def look(
-    image_CHW: torch.Tensor,
-    maps_KHW: torch.Tensor,
+    image_HWC: Pixels,
+    maps_KHW: Maps,
     window: Window,
     config: AugmentationConfig,
     random: np.random.Generator,
     *,
     outside: int,
     size: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The view of an image (uint8 [C, h, w], bilinear) and of maps on it ([K, h, w], the nearest pixel, no new
-    values): [C, crop_height, crop_width] and [K, crop_height, crop_width].
+) -> tuple[Pixels, Maps]:
+    """The view of an image (uint8 [h, w, C], bilinear) and of maps on it ([K, h, w], uint8 or int32; the nearest pixel,
+    no new values): [crop_height, crop_width, C] and [K, crop_height, crop_width], both contiguous.
 
     Both hold what `window.source(*size)` names of an image of `size`. `outside`: what the maps say beyond the image,
     where that is not its mirror image.
@@ -122,74 +130,120 @@ def look(
     source_y, source_x = window.source(*size)
     inner_y, before_y = _placed(window.top, source_y, window.scale_y, window.height)
     inner_x, before_x = _placed(window.left, source_x, window.scale_x, window.width)
-    inner = [inner_y, inner_x]
-    if inner != list(image_CHW.shape[1:]):
-        image_CHW = kernels.resize(image_CHW, inner, antialias=True)
-        maps_KHW = kernels.resize(maps_KHW, inner, interpolation=_NEAREST)
-    if inner != [window.height, window.width]:
+    inner = inner_y, inner_x
+    if inner != image_HWC.shape[:2]:
+        image_HWC, maps_KHW = _resized(image_HWC, inner), _nearest(maps_KHW, inner)
+    if inner != (window.height, window.width):
+        rows, columns = (before_y, window.height - inner_y - before_y), (before_x, window.width - inner_x - before_x)
         if config.beyond == "mirror":
-            rows = _mirrored(window.height, before_y, inner_y)
-            columns = _mirrored(window.width, before_x, inner_x)
-            image_CHW, maps_KHW = image_CHW[:, rows][:, :, columns], maps_KHW[:, rows][:, :, columns]
+            image_HWC = _mirrored(image_HWC, rows, columns)
+            maps_KHW = np.stack([_mirrored(one, rows, columns) for one in maps_KHW])
         else:
-            padding = [
-                before_x, before_y, window.width - inner_x - before_x, window.height - inner_y - before_y,
-            ]  # fmt: skip
-            image_CHW = kernels.pad(image_CHW, padding, fill=_GREY)
-            maps_KHW = kernels.pad(maps_KHW, padding, fill=outside)
-    if window.angle:
-        image_CHW = kernels.rotate(image_CHW, window.angle, interpolation=InterpolationMode.BILINEAR, fill=_GREY)
-        maps_KHW = kernels.rotate(maps_KHW, window.angle, fill=outside)
-    if window.elastic_px:
-        displacement = _displacement(window, config.elastic_length_px, random)
-        image_CHW = kernels.elastic(image_CHW, displacement, fill=_GREY)
-        maps_KHW = kernels.elastic(maps_KHW, displacement, interpolation=InterpolationMode.NEAREST, fill=outside)
-    middle = [window.crop_height, window.crop_width]
-    middle = middle[::-1] if window.quarter_turns % 2 else middle
-    if middle != [window.height, window.width]:
-        image_CHW, maps_KHW = kernels.center_crop(image_CHW, middle), kernels.center_crop(maps_KHW, middle)
-    axes = [axis for axis, wanted in ((1, window.flip_vertical), (2, window.flip_horizontal)) if wanted]
+            image_HWC = np.pad(image_HWC, (rows, columns, (0, 0)), constant_values=_GREY)
+            maps_KHW = np.pad(maps_KHW, ((0, 0), rows, columns), constant_values=outside)
+    height, width = window.crop_height, window.crop_width
+    middle = (width, height) if window.quarter_turns % 2 else (height, width)
+    if window.angle or window.elastic_px:
+        image_HWC, maps_KHW = _warped(
+            image_HWC, maps_KHW, window, random, size=middle, length_px=config.elastic_length_px, outside=outside
+        )
+    elif middle != (window.height, window.width):
+        top, left = _middle(window, middle)
+        image_HWC = image_HWC[top : top + middle[0], left : left + middle[1]]
+        maps_KHW = maps_KHW[:, top : top + middle[0], left : left + middle[1]]
     if window.quarter_turns:
-        image_CHW = image_CHW.rot90(window.quarter_turns, (1, 2))
-        maps_KHW = maps_KHW.rot90(window.quarter_turns, (1, 2))
-    return image_CHW.flip(axes), maps_KHW.flip(axes)
+        image_HWC = np.rot90(image_HWC, window.quarter_turns)
+        maps_KHW = np.rot90(maps_KHW, window.quarter_turns, (1, 2))
+    if window.flip_vertical:
+        image_HWC, maps_KHW = image_HWC[::-1], maps_KHW[:, ::-1]
+    if window.flip_horizontal:
+        image_HWC, maps_KHW = image_HWC[:, ::-1], maps_KHW[:, :, ::-1]
+    return np.ascontiguousarray(image_HWC), np.ascontiguousarray(maps_KHW)
 
 
-def recolored(pixels_CN: torch.Tensor, config: AugmentationConfig, random: np.random.Generator) -> torch.Tensor:
-    """Colours uint8 [3, n] under another light. Give all that is to change alike at once: contrast turns about the mean
-    of what is given.
+def recolored(
+    pixels: Pixels, sample: Pixels, config: AugmentationConfig, random: np.random.Generator
+) -> tuple[Pixels, Pixels]:
+    """Colours uint8 [h, w, 3] under another light, and a sample of the image that they are of, [n, 1, 3], under the
+    same. Contrast turns about the mean of the sample.
     """
-    pixels_C1N = pixels_CN.unsqueeze(1)
+    light = _Light(pixels, sample)
     if random.random() < config.invert_probability:
-        pixels_C1N = kernels.invert(pixels_C1N)
+        light.by_table(255.0 - _IDENTITY)
     if random.random() < config.channel_order_probability:
-        pixels_C1N = pixels_C1N[torch.from_numpy(random.permutation(3))]
+        light.mix(np.eye(3)[random.permutation(3)])
     if random.random() < config.color_probability:
         if config.brightness:
-            pixels_C1N = kernels.adjust_brightness(pixels_C1N, _factor(config.brightness, random))
+            light.by_table(_IDENTITY * _factor(config.brightness, random))
         if config.contrast:
-            pixels_C1N = kernels.adjust_contrast(pixels_C1N, _factor(config.contrast, random))
+            factor = _factor(config.contrast, random)
+            light.by_table(factor * _IDENTITY + (1 - factor) * light.sample_luma())
         if config.saturation:
-            pixels_C1N = kernels.adjust_saturation(pixels_C1N, _factor(config.saturation, random))
+            factor = _factor(config.saturation, random)
+            light.mix(factor * np.eye(3) + (1 - factor) * _LUMA)
         if config.hue:
-            pixels_C1N = kernels.adjust_hue(pixels_C1N, random.uniform(-config.hue, config.hue))
+            light.turn_hue(random.uniform(-config.hue, config.hue))
         if config.gamma:
-            pixels_C1N = kernels.adjust_gamma(pixels_C1N, _factor(config.gamma, random))
+            light.by_table(255 * (_IDENTITY / 255) ** _factor(config.gamma, random))
         if config.channel_gain:
-            gains = torch.tensor([_factor(config.channel_gain, random) for _ in range(3)], dtype=torch.float32)
-            pixels_C1N = (pixels_C1N * gains[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
-    return pixels_C1N.squeeze(1)
+            gains = [_factor(config.channel_gain, random) for _ in range(3)]
+            light.by_table(_IDENTITY[:, None] * np.array(gains))
+    return light.pixels(), light.sample
 
 
-def blurred(image_CHW: torch.Tensor, config: AugmentationConfig, random: np.random.Generator) -> torch.Tensor:
-    """uint8 [C, h, w], as often and as much as the settings say."""
+class _Light:
+    """Steps over the colours of an image, each rounded to uint8; those that look at one channel at a time are gathered
+    in a table. The sample is always up to date.
+    """
+
+    def __init__(self, pixels: Pixels, sample: Pixels) -> None:
+        self.sample = sample
+        self._pixels = pixels
+        self._table: Pixels | None = None
+
+    def by_table(self, values: NDArray[Any]) -> None:
+        """float [256] or, for each channel its own, [256, 3]: what becomes of each value."""
+        table = np.rint(values).clip(0, 255).astype(np.uint8)
+        self.sample = _looked_up(self.sample, table)
+        if self._table is None:
+            self._table = table
+        elif self._table.ndim == table.ndim == 1:
+            self._table = table[self._table]
+        else:
+            first, second = (np.broadcast_to(one.reshape(256, -1), (256, 3)) for one in (self._table, table))
+            self._table = np.take_along_axis(second, first, axis=0)
+
+    def mix(self, matrix: NDArray[Any]) -> None:
+        """float [3, 3]: what each channel becomes of all."""
+        self.sample = np.asarray(cv2.transform(self.sample, matrix), dtype=np.uint8)
+        self._pixels = np.asarray(cv2.transform(self.pixels(), matrix), dtype=np.uint8)
+
+    def turn_hue(self, share: float) -> None:
+        turned = [
+            kernels.adjust_hue(torch.from_numpy(one).permute(2, 0, 1), share).permute(1, 2, 0).contiguous().numpy()
+            for one in (self.pixels(), self.sample)
+        ]
+        self._pixels, self.sample = turned
+
+    def sample_luma(self) -> float:
+        """Mean brightness of the sample, 0..255."""
+        return float(cv2.mean(cv2.cvtColor(self.sample, cv2.COLOR_RGB2GRAY))[0])
+
+    def pixels(self) -> Pixels:
+        if self._table is not None:
+            self._pixels, self._table = _looked_up(self._pixels, self._table), None
+        return self._pixels
+
+
+def blurred(image_HWC: Pixels, config: AugmentationConfig, random: np.random.Generator) -> Pixels:
+    """uint8 [h, w, C], as often and as much as the settings say."""
     if not config.blur_px or random.random() >= config.blur_probability:
-        return image_CHW
+        return image_HWC
     sigma = max(0.1, random.uniform(0, config.blur_px))
     size = 2 * math.ceil(2 * sigma) + 1
-    if size // 2 >= min(image_CHW.shape[1:]):
-        return image_CHW
-    return kernels.gaussian_blur(image_CHW, [size, size], [sigma, sigma])
+    if size // 2 >= min(image_HWC.shape[:2]):
+        return image_HWC
+    return np.asarray(cv2.GaussianBlur(image_HWC, (size, size), sigma, borderType=cv2.BORDER_REFLECT_101), np.uint8)
 
 
 def disturbed(inputs_CHW: torch.Tensor, config: AugmentationConfig, random: np.random.Generator) -> torch.Tensor:
@@ -203,13 +257,18 @@ def disturbed(inputs_CHW: torch.Tensor, config: AugmentationConfig, random: np.r
         inputs_CHW = (inputs_CHW + torch.from_numpy(field)) / math.sqrt(1 + strength**2)
     if config.noise and random.random() < config.noise_probability:
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
-        noise = torch.randn(inputs_CHW.shape, generator=generator)
-        inputs_CHW = inputs_CHW + random.uniform(0, config.noise) * noise
+        channels, height, width = inputs_CHW.shape
+        noise_HWC = torch.randn(height, width, channels, generator=generator)
+        inputs_CHW = inputs_CHW.add(noise_HWC.permute(2, 0, 1), alpha=random.uniform(0, config.noise))
     return inputs_CHW
 
 
 def _factor(spread: float, random: np.random.Generator) -> float:
     return 1 + random.uniform(-spread, spread)
+
+
+def _looked_up(pixels: Pixels, table: Pixels) -> Pixels:
+    return np.asarray(cv2.LUT(pixels, table if table.ndim == 1 else table[None]), dtype=np.uint8)
 
 
 def _span(start: float, cut: float, length: int) -> slice:
@@ -225,19 +284,64 @@ def _placed(start: float, source: slice, scale: float, cut: int) -> tuple[int, i
     return inner, min(cut - inner, max(0, round(-start * scale)))
 
 
-def _mirrored(length: int, before: int, inner: int) -> torch.Tensor:
-    """int64 [length]: which of `inner` pixels is shown where, reflected at both ends as often as needed."""
-    position = (torch.arange(length) - before) % max(1, 2 * inner - 2)
-    return torch.minimum(position, (2 * inner - 2 - position).clamp_min(0))
+def _resized(image_HWC: Pixels, size: tuple[int, int]) -> Pixels:
+    """Bilinear; a smaller image is the mean of what it leaves out. OpenCV has nothing that does this."""
+    image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
+    resized: Pixels = kernels.resize(image_CHW, list(size), antialias=True).permute(1, 2, 0).contiguous().numpy()
+    return resized
 
 
-def _displacement(window: Window, length_px: float, random: np.random.Generator) -> torch.Tensor:
-    """float32 [1, h, w, 2] as torchvision's `elastic` takes it: in halves of the view's size."""
-    size = window.height, window.width
-    coarse = tuple(max(2, round(side / length_px)) for side in size)
-    fields: list[NDArray[np.float32]] = []
-    for side in (size[1], size[0]):
-        field = random.standard_normal(coarse, dtype=np.float32)
-        field = np.asarray(cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC))
-        fields.append(field * np.float32(2 * window.elastic_px / side))
-    return torch.from_numpy(np.stack(fields, axis=-1))[None]
+def _nearest(maps_KHW: Maps, size: tuple[int, int]) -> Maps:
+    """The pixel under the middle of each, as torchvision's NEAREST_EXACT."""
+    rows, columns = (
+        ((np.arange(side) + 0.5) * (length / side)).astype(np.int64)
+        for side, length in zip(size, maps_KHW.shape[1:], strict=True)
+    )
+    return maps_KHW.take(rows, axis=1).take(columns, axis=2)
+
+
+def _mirrored(pixels: Any, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+    """[h, w] or [h, w, C] with so many more before and after, reflected as often as needed."""
+    return cv2.copyMakeBorder(pixels, *rows, *columns, cv2.BORDER_REFLECT_101)
+
+
+def _middle(window: Window, size: tuple[int, int]) -> tuple[int, int]:
+    """Where the crop begins in what was cut out."""
+    return round((window.height - size[0]) / 2), round((window.width - size[1]) / 2)
+
+
+def _warped(
+    image_HWC: Pixels,
+    maps_KHW: Maps,
+    window: Window,
+    random: np.random.Generator,
+    *,
+    size: tuple[int, int],
+    length_px: float,
+    outside: int,
+) -> tuple[Pixels, Maps]:
+    """The middle, of `size`, of what was cut out, bent and turned about its own."""
+    (top, left), (height, width) = _middle(window, size), size
+    y = np.arange(top, top + height, dtype=np.float32)[:, None] - np.float32((window.height - 1) / 2)
+    x = np.arange(left, left + width, dtype=np.float32)[None] - np.float32((window.width - 1) / 2)
+    if window.elastic_px:
+        coarse = tuple(max(2, round(side / length_px)) for side in size)
+        shift_y, shift_x = (
+            cv2.resize(
+                np.float32(window.elastic_px) * random.standard_normal(coarse, dtype=np.float32),
+                (width, height),
+                interpolation=cv2.INTER_CUBIC,
+            )
+            for _ in range(2)
+        )
+        y, x = y + shift_y, x + shift_x
+    sine, cosine = np.float32(math.sin(math.radians(window.angle))), np.float32(math.cos(math.radians(window.angle)))
+    from_y = x * sine + y * cosine + np.float32((window.height - 1) / 2)
+    from_x = x * cosine - y * sine + np.float32((window.width - 1) / 2)
+    warped = cv2.remap(image_HWC, from_x, from_y, cv2.INTER_LINEAR, borderValue=(_GREY,) * 4)
+    rows, columns = np.rint(from_y).astype(np.int64), np.rint(from_x).astype(np.int64)
+    beyond = (rows < 0) | (rows >= window.height) | (columns < 0) | (columns >= window.width)
+    flat = rows.clip(0, window.height - 1) * window.width + columns.clip(0, window.width - 1)
+    found = maps_KHW.reshape(len(maps_KHW), -1).take(flat, axis=1)
+    found[:, beyond] = outside
+    return np.asarray(warped, dtype=np.uint8), found

@@ -17,15 +17,21 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from pipeline.errors import InfrastructureError, StorageError, UsageError
 from pipeline.storage import join_uri, normalize_uri, open_storage
 
 _PROGRESS_KEY = "maskmill_training"
+#: What safetensors calls the types that networks and optimisers have.
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _NAME = re.compile(r"(checkpoint|best)-(\d{8})\.safetensors")
 #: A checkpoint that is being written when the machine dies is never seen; one is kept besides for the curious.
 _KEPT = 2
@@ -165,7 +171,23 @@ class CheckpointFolder:
             ) from error
 
 
-def _packed(tensors: Mapping[str, torch.Tensor], progress: Progress | None) -> bytes:
-    metadata = {_PROGRESS_KEY: progress.model_dump_json()} if progress else None
-    packed: bytes = save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, metadata=metadata)
-    return packed
+def _packed(tensors: Mapping[str, torch.Tensor], progress: Progress | None) -> memoryview:
+    """A safetensors file: the header's length, the header, the tensors. The library's `save` copies each tensor several
+    times, four to seven times the work of this.
+    """
+    header: dict[str, Any] = {"__metadata__": {_PROGRESS_KEY: progress.model_dump_json()}} if progress else {}
+    placed: list[tuple[torch.Tensor, int, int]] = []
+    end = 0
+    # The widest first, so that each begins at a multiple of its own width.
+    for name, tensor in sorted(tensors.items(), key=lambda pair: -pair[1].element_size()):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        placed.append((tensor, start, end))
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    packed = np.empty(8 + len(head) + end, dtype=np.uint8)
+    packed[: 8 + len(head)] = np.frombuffer(len(head).to_bytes(8, "little") + head, dtype=np.uint8)
+    body = torch.from_numpy(packed[8 + len(head) :])
+    for tensor, start, end in placed:
+        body[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    return packed.data

@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -164,7 +166,10 @@ class Examples:
         ]
         if self.kind == "detection":
             return Batch(names, [one[0] for one in examples], [one[1] for one in examples])  # type: ignore[misc]
-        inputs = torch.stack([one[0] for one in examples]).contiguous(memory_format=torch.channels_last)
+        # Each is channels_last already; torch.stack would turn them twice.
+        inputs = torch.empty(len(examples), *examples[0][0].shape, memory_format=torch.channels_last)
+        for place, (one, _, _) in zip(inputs, examples, strict=True):
+            place.copy_(one)
         targets = torch.stack([one[1] for one in examples])  # type: ignore[misc]
         emphasis = None if self.kind == "classes" else torch.stack([one[2] for one in examples])  # type: ignore[misc]
         return Batch(names, inputs, targets, emphasis)
@@ -222,30 +227,28 @@ class Examples:
         focus = self._focus(picture, random)
         window = views.draw_window((height, width), self.crop, self.augmentation, random, scale=scale, focus=focus)
         rows, columns = window.source(height, width)
-        image_CHW = torch.from_numpy(picture.pixels[rows, columns]).permute(2, 0, 1)
-        sample_CN = _grid(picture.pixels)
-        recolored = views.recolored(torch.cat([image_CHW.flatten(1), sample_CN], dim=1), self.augmentation, random)
-        pixels = image_CHW[0].numel()
-        statistics = _changed(picture.statistics, sample_CN, recolored[:, pixels:])
-        image_CHW = recolored[:, :pixels].view(image_CHW.shape)
-        maps_KHW = torch.from_numpy(picture.maps[:, rows, columns])
+        sample = _grid(picture.pixels)
+        pixels, changed = views.recolored(picture.pixels[rows, columns], sample, self.augmentation, random)
+        statistics = _changed(picture.statistics, sample, changed)
         outside = {"classes": IGNORED, "boundaries": -1, "detection": 0}[self.kind]
-        image_CHW, maps_KHW = views.look(
-            image_CHW, maps_KHW, window, self.augmentation, random, outside=outside, size=(height, width)
-        )
-        inputs_CHW = self._inputs(views.blurred(image_CHW, self.augmentation, random), statistics)
+        pixels, maps_KHW = views.look(
+            pixels, picture.maps[:, rows, columns], window, self.augmentation, random,
+            outside=outside, size=(height, width),
+        )  # fmt: skip
+        inputs_CHW = self._inputs(views.blurred(pixels, self.augmentation, random), statistics)
         inputs_CHW = views.disturbed(inputs_CHW, self.augmentation, random)
         if self.kind == "classes":
-            return inputs_CHW, maps_KHW[0].to(torch.int64), None
+            return inputs_CHW, torch.from_numpy(maps_KHW[0]).to(torch.int64), None
         if self.kind == "boundaries":
-            targets, emphasis = boundary_targets(maps_KHW[0].contiguous().numpy())
+            targets, emphasis = boundary_targets(maps_KHW[0])  # type: ignore[arg-type]
             return inputs_CHW, torch.from_numpy(targets), torch.from_numpy(emphasis)
-        return inputs_CHW, detection_targets(maps_KHW[1:], picture.channels, maps_KHW[0] > 0), None
+        layers_KHW = torch.from_numpy(maps_KHW)
+        return inputs_CHW, detection_targets(layers_KHW[1:], picture.channels, layers_KHW[0] > 0), None
 
-    def _inputs(self, image_CHW: torch.Tensor, statistics: tuple[float, float]) -> torch.Tensor:
-        pixels = select_bands(image_CHW.permute(1, 2, 0).numpy(), self.card.preprocessing)
+    def _inputs(self, pixels: NDArray[np.uint8], statistics: tuple[float, float]) -> torch.Tensor:
+        bands = select_bands(pixels, self.card.preprocessing)
         return normalize(
-            torch.from_numpy(np.ascontiguousarray(pixels))[None],
+            torch.from_numpy(np.ascontiguousarray(bands))[None],
             torch.tensor([statistics], dtype=torch.float32),
             self.card.preprocessing,
             dtype=torch.float32,
@@ -296,13 +299,15 @@ class Examples:
         return labels.objects
 
 
-def _single_threaded(threads: int) -> ThreadPoolExecutor:
-    """A pool of threads in each of which torch computes by that thread alone. Its helpers would wait for each other and
-    for those of the step by spinning: on 2 busy cores that made a batch 10 to 30 times as expensive.
+@contextmanager
+def _single_threaded(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads in each of which torch and OpenCV compute by that thread alone. Their helpers would wait for
+    each other and for those of the step by spinning: on 2 busy cores that made a batch 10 to 30 times as expensive.
 
-    torch keeps the number of helpers by thread, but a new thread takes what any thread has set last.
+    torch keeps the number of helpers by thread, but a new thread takes what any thread has set last; OpenCV has one
+    number for all.
     """
-    usual = torch.get_num_threads()
+    usual, usual_opencv = torch.get_num_threads(), cv2.getNumThreads()
     ready = threading.Barrier(threads + 1)
 
     def prepare() -> None:
@@ -311,12 +316,16 @@ def _single_threaded(threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()
         ready.wait()
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="examples", initializer=prepare)
-    for _ in range(threads):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(usual)
-    return pool
+    with ThreadPoolExecutor(threads, thread_name_prefix="examples", initializer=prepare) as pool:
+        for _ in range(threads):
+            pool.submit(int)
+        ready.wait()
+        torch.set_num_threads(usual)
+        cv2.setNumThreads(1)
+        try:
+            yield pool
+        finally:
+            cv2.setNumThreads(usual_opencv)
 
 
 def _channels(card: Card, dataset: Dataset, kind: str) -> NDArray[np.uint8]:
@@ -354,18 +363,19 @@ def _crop(card: Card, dataset: Dataset, augmentation: AugmentationConfig) -> tup
     return tuple(min(least, max(step, round(side / step) * step)) for side in sides)  # type: ignore[return-value]
 
 
-def _grid(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 [3, n]: pixels on a regular grid over the image, about _SAMPLE_PX of them."""
+def _grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [n, 1, 3]: pixels on a regular grid over the image, about _SAMPLE_PX of them."""
     stride = max(1, int((pixels.shape[0] * pixels.shape[1] / _SAMPLE_PX) ** 0.5))
-    return torch.from_numpy(np.ascontiguousarray(pixels[::stride, ::stride])).reshape(-1, 3).T
+    return pixels[::stride, ::stride].reshape(-1, 1, 3)
 
 
-def _changed(statistics: tuple[float, float], before_CN: torch.Tensor, after_CN: torch.Tensor) -> tuple[float, float]:
+def _changed(
+    statistics: tuple[float, float], before: NDArray[np.uint8], after: NDArray[np.uint8]
+) -> tuple[float, float]:
     """Mean and deviation of an image in other colours, from those that it had and a sample of its pixels before and
     after. Exact where nothing changed.
     """
-    if torch.equal(before_CN, after_CN):
+    if np.array_equal(before, after):
         return statistics
-    old, new = before_CN.float(), after_CN.float()
-    ratio = float(new.std(correction=0)) / max(float(old.std(correction=0)), 1e-6)
-    return statistics[0] + float(new.mean()) - float(old.mean()), statistics[1] * ratio
+    old, new = image_statistics(before), image_statistics(after)
+    return statistics[0] + new[0] - old[0], statistics[1] * new[1] / max(old[1], 1e-6)

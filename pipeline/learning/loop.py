@@ -126,8 +126,13 @@ class Loop:
         progress = self._restored(found) if found else Progress()
         resumed_step = progress.step
         began_s = time.monotonic() - progress.elapsed_s
-        while not progress.finished:
-            progress = self._epoch(progress, began_s)
+        # One stream for the whole run: what is prepared ahead at the end of an epoch is what the next begins with.
+        stream: Any = self._examples.stream(
+            progress.step * self._config.accumulate, self._peers.rank, self._peers.world, threads=self._readers()
+        )
+        with contextlib.closing(stream) as batches:
+            while not progress.finished:
+                progress = self._epoch(progress, began_s, batches)
         weights = None
         if self._peers.first:
             weights = {name: tensor.detach().cpu() for name, tensor in self._average.tensors.items()}
@@ -138,12 +143,12 @@ class Loop:
 
     # ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _epoch(self, progress: Progress, began_s: float) -> Progress:
+    def _epoch(self, progress: Progress, began_s: float, batches: Iterator[Batch]) -> Progress:
         """One epoch, its measurement and its checkpoint; the last may be shorter."""
         config, peers = self._config, self._peers
         tally = EpochTally()
         end = (progress.epoch + 1) * self._epoch_steps
-        step, over = self._steps(progress, end, began_s, tally)
+        step, over = self._steps(progress, end, began_s, batches, tally)
         epoch = progress.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -209,47 +214,45 @@ class Loop:
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _steps(self, progress: Progress, end: int, began_s: float, tally: EpochTally) -> tuple[int, bool]:
+    def _steps(
+        self, progress: Progress, end: int, began_s: float, batches: Iterator[Batch], tally: EpochTally
+    ) -> tuple[int, bool]:
         """Takes steps up to number `end`, or to the end of the run; gives the steps done and whether that is all."""
         config, step, watch = self._config, progress.step, self._watch
         Frozen.at(progress.epoch, config).apply(self._module)
         network = self._wrapped()
-        batches: Any = self._examples.stream(
-            step * config.accumulate, self._peers.rank, self._peers.world, threads=self._readers()
-        )
-        with contextlib.closing(batches):
-            entered_s = time.monotonic()
-            share = self._share(step, began_s)
-            for taken in itertools.count():
-                # Workers agree on the clock, and on stopping, now and then: asking at each step would be waiting.
-                if self._peers.world == 1 or taken % _AGREE_STEPS == 0:
-                    share = self._share(step, began_s)
-                    if self._peers.agreed(self._should_stop()):
-                        raise StoppedError("stopped on request: the same command continues from the last epoch")
-                elif self._total_steps is not None:
-                    share = self._share(step, began_s)
-                # At least one: measuring may have used up the last of the time.
-                if step >= end or (share >= 1 and taken):
-                    break
-                rate = config.learning_rate * rate_factor(
-                    share, shape=config.schedule, warmup=config.warmup, power=config.poly_power
-                )
-                set_rate(self._optimizer, rate)
-                figures, names, waited_s = self._step(network, batches, step)
-                tally.wait_s += waited_s
-                step += 1
-                self._average.follow(step)
-                watch.note(step, figures, names, tally)
-                tally.images += config.batch_size
-                tally.train_s = time.monotonic() - entered_s
-                if self._peers.first:
-                    self._tell(
-                        StepEvent(
-                            step, progress.epoch + 1, share, watch.loss, tally.images_per_s, time.monotonic() - began_s
-                        )
-                    )
-            watch.settle(tally)
+        entered_s = time.monotonic()
+        share = self._share(step, began_s)
+        for taken in itertools.count():
+            # Workers agree on the clock, and on stopping, now and then: asking at each step would be waiting.
+            if self._peers.world == 1 or taken % _AGREE_STEPS == 0:
+                share = self._share(step, began_s)
+                if self._peers.agreed(self._should_stop()):
+                    raise StoppedError("stopped on request: the same command continues from the last epoch")
+            elif self._total_steps is not None:
+                share = self._share(step, began_s)
+            # At least one: measuring may have used up the last of the time.
+            if step >= end or (share >= 1 and taken):
+                break
+            rate = config.learning_rate * rate_factor(
+                share, shape=config.schedule, warmup=config.warmup, power=config.poly_power
+            )
+            set_rate(self._optimizer, rate)
+            figures, names, waited_s = self._step(network, batches, step)
+            tally.wait_s += waited_s
+            step += 1
+            self._average.follow(step)
+            watch.note(step, figures, names, tally)
+            tally.images += config.batch_size
             tally.train_s = time.monotonic() - entered_s
+            if self._peers.first:
+                self._tell(
+                    StepEvent(
+                        step, progress.epoch + 1, share, watch.loss, tally.images_per_s, time.monotonic() - began_s
+                    )
+                )
+        watch.settle(tally)
+        tally.train_s = time.monotonic() - entered_s
         return step, self._share(step, began_s) >= 1
 
     def _step(
@@ -277,12 +280,20 @@ class Loop:
             for name, part in {"loss": loss, **{f"loss_{name}": part for name, part in parts.items()}}.items():
                 portion_of = 1 if name == "loss" else config.accumulate
                 figures[name] = figures.get(name, torch.zeros((), device=loss.device)) + part.detach() / portion_of
-        limit = math.inf if config.clip_norm is None else config.clip_norm
-        figures["gradient_norm"] = torch.nn.utils.clip_grad_norm_(
-            [one for one in self._module.parameters() if one.grad is not None], limit
-        )
+        figures["gradient_norm"] = self._clipped()
         self._optimizer.step()
         return figures, names, waited_s
+
+    def _clipped(self) -> torch.Tensor:
+        """The norm of the gradient, which is then at most what the settings say: `clip_grad_norm_`, without its pass
+        over the gradients where that would multiply them by 1. (On a GPU looking would be waiting.)
+        """
+        learning = [one for one in self._module.parameters() if one.grad is not None]
+        norm = torch.nn.utils.get_total_norm([one.grad for one in learning if one.grad is not None])
+        limit = self._config.clip_norm
+        if limit is not None and not (norm.device.type == "cpu" and norm < limit):
+            torch.nn.utils.clip_grads_with_norm_(learning, limit, norm)
+        return norm
 
     def _share(self, step: int, began_s: float) -> float:
         """Of the run, that is done before this step: 0..1 and above."""

@@ -165,9 +165,9 @@ class AwsAccess:
             answer = self._client.head_object(Bucket=bucket, Key=key)
         return ObjectInfo(clean_etag(answer["ETag"]), answer["ContentLength"], answer["LastModified"])
 
-    def put(self, bucket: str, key: str, data: bytes, *, new: bool) -> None:
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, new: bool) -> None:
         with _errors_as_os_errors(f"s3://{bucket}/{key}"):
-            self._client.put_object(Bucket=bucket, Key=key, Body=data, **({"IfNoneMatch": "*"} if new else {}))
+            self._client.put_object(Bucket=bucket, Key=key, Body=bytes(data), **({"IfNoneMatch": "*"} if new else {}))
 
     def delete(self, bucket: str, key: str) -> None:
         with _errors_as_os_errors(f"s3://{bucket}/{key}"):

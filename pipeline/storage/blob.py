@@ -56,7 +56,7 @@ class ObjectInfo(NamedTuple):
 
 
 class Storage(Protocol):
-    """One store, opened for one root. All methods are thread safe and take absolute URIs.
+    """One store, opened for one root. All methods are thread safe and take absolute URIs. A memoryview is one of bytes.
 
     Every failure is a StorageError whose `kind` is `missing`, `denied` or `fetch_failed`, raised after the
     store's own retries. Pickles without credentials: the copy finds its own in its own environment."""
@@ -88,7 +88,7 @@ class Storage(Protocol):
         StorageError(kind="missing"). Errors come while iterating."""
         ...
 
-    def put_new(self, uri: str, data: bytes) -> bool:
+    def put_new(self, uri: str, data: bytes | memoryview) -> bool:
         """Create `uri` in one atomic step. True: created. False: it was there already, whoever wrote it;
         nothing was changed.
 
@@ -96,7 +96,7 @@ class Storage(Protocol):
         and then a retry says False."""
         ...
 
-    def put(self, uri: str, data: bytes) -> None:
+    def put(self, uri: str, data: bytes | memoryview) -> None:
         """Write or replace `uri` in one atomic step. Safe to retry."""
         ...
 

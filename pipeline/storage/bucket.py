@@ -145,7 +145,7 @@ class BucketStorage:
 
     # -- writing
 
-    def put_new(self, uri: str, data: bytes) -> bool:
+    def put_new(self, uri: str, data: bytes | memoryview) -> bool:
         """As `Storage.put_new`: one PUT with `If-None-Match: *`. "Already exists" is confirmed by a HEAD,
         because AWS answers 409 also to a write that collided with one that then fails.
         """
@@ -180,7 +180,7 @@ class BucketStorage:
                 wait_before_retry(attempt)
         raise AssertionError("unreachable")
 
-    def put(self, uri: str, data: bytes) -> None:
+    def put(self, uri: str, data: bytes | memoryview) -> None:
         bucket, key = self._split(uri)
 
         def write() -> None:

@@ -156,7 +156,7 @@ class DiskStorage:
         jobs = Jobs([_Folder(root, frozenset([(status.st_dev, status.st_ino)]))], readers=1)
         return spread(jobs, partial(_read_folders, parallel=parallel), parallel=parallel)
 
-    def put_new(self, uri: str, data: bytes) -> bool:
+    def put_new(self, uri: str, data: bytes | memoryview) -> bool:
         path = local_path(uri)
         try:
             temporary = self._write_temporary(path, [data])
@@ -167,13 +167,16 @@ class DiskStorage:
         except OSError as error:
             _raise_for(error, "write", uri)
 
-    def put(self, uri: str, data: bytes) -> None:
-        self.put_stream(uri, lambda: [data])
+    def put(self, uri: str, data: bytes | memoryview) -> None:
+        self._put(uri, [data])
 
     def put_stream(self, uri: str, chunks: Callable[[], Iterable[bytes]]) -> None:
+        self._put(uri, chunks())
+
+    def _put(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
         path = local_path(uri)
         try:
-            temporary = self._write_temporary(path, chunks())
+            temporary = self._write_temporary(path, chunks)
             try:
                 os.replace(temporary, path)
                 _sync_folder(os.path.dirname(path))
@@ -231,7 +234,7 @@ class DiskStorage:
     def filesystem(self, sizes: Mapping[str, int] | None = None) -> None:
         return None
 
-    def _write_temporary(self, path: str, chunks: Iterable[bytes]) -> str:
+    def _write_temporary(self, path: str, chunks: Iterable[bytes | memoryview]) -> str:
         _make_folders(os.path.dirname(path))
         inside = self._root_path == "/" or path.startswith(self._root_path + "/")
         folder = os.path.join(self._root_path if inside else os.path.dirname(path), "_tmp")

@@ -180,14 +180,14 @@ class RemoteStorage:
         if uris:
             yield listing_batch(uris, etags, sizes, modified_us)
 
-    def put_new(self, uri: str, data: bytes) -> bool:
+    def put_new(self, uri: str, data: bytes | memoryview) -> bool:
         path = self._writable_path(uri)
         try:
             if self._scheme == "memory":
                 with _MEMORY_LOCK:
-                    self._files.pipe_file(path, data, mode="create")
+                    self._files.pipe_file(path, bytes(data), mode="create")
             else:
-                self._files.pipe_file(path, data, mode="create")
+                self._files.pipe_file(path, bytes(data), mode="create")
         except FileExistsError:
             return False
         except Exception as error:
@@ -196,10 +196,10 @@ class RemoteStorage:
             raise self._failure("write", uri, error) from error
         return True
 
-    def put(self, uri: str, data: bytes) -> None:
+    def put(self, uri: str, data: bytes | memoryview) -> None:
         path = self._writable_path(uri)
         try:
-            self._files.pipe_file(path, data)
+            self._files.pipe_file(path, bytes(data))
         except Exception as error:
             raise self._failure("write", uri, error) from error
 

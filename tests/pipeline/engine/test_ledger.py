@@ -77,7 +77,7 @@ class _Deaf:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
 
-    def put_new(self, uri: str, data: bytes) -> bool:
+    def put_new(self, uri: str, data: bytes | memoryview) -> bool:
         created = self._storage.put_new(uri, data)
         return bool(created) and "/_log/" not in uri
 

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional as kernels
 
 from pipeline.learning.augmentation import Window, blurred, disturbed, draw_window, look, recolored
 from pipeline.learning.recipe import AugmentationConfig
@@ -23,7 +30,10 @@ def seen(
     window = draw_window(size, crop, config, random, **how)  # type: ignore[arg-type]
     rows, columns = window.source(*size)
     cut = image[:, rows, columns]
-    return *look(cut, cut[:1], window, config, random, outside=OUTSIDE, size=size), window
+    pixels, maps = look(
+        cut.permute(1, 2, 0).contiguous().numpy(), cut[:1].numpy(), window, config, random, outside=OUTSIDE, size=size
+    )
+    return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(maps), window
 
 
 @pytest.fixture
@@ -112,21 +122,99 @@ def test_scale_is_a_factor_of_the_cards_size(image: torch.Tensor) -> None:
     assert len(sizes) > 10
 
 
+def colors() -> NDArray[np.uint8]:
+    """uint8 [n, 1, 3], neither grey nor near black or white."""
+    return np.random.default_rng(0).integers(60, 190, (400, 1, 3)).astype(np.uint8)
+
+
 def test_colors_change_alike_and_labels_do_not() -> None:
-    pixels = torch.arange(0, 240, dtype=torch.uint8).reshape(3, 80)
-    random = np.random.default_rng
-    assert torch.equal(recolored(pixels, PLAIN, random(0)), pixels)
+    pixels, random = colors(), np.random.default_rng
+    assert np.array_equal(recolored(pixels, pixels, PLAIN, random(0))[0], pixels)
     inverted = PLAIN.model_copy(update={"invert_probability": 1.0})
-    assert torch.equal(recolored(pixels, inverted, random(0)), 255 - pixels)
-    ordered = recolored(pixels, PLAIN.model_copy(update={"channel_order_probability": 1.0}), random(1))
-    assert sorted(map(tuple, ordered.tolist())) == sorted(map(tuple, pixels.tolist()))
-    for name in ("brightness", "contrast", "saturation", "gamma", "hue", "channel_gain"):
-        still = dict.fromkeys(("brightness", "contrast", "saturation"), 0.0)
-        config = PLAIN.model_copy(update={**still, "color_probability": 1.0, name: 0.4})
-        changed = recolored(pixels, config, random(2))
-        assert changed.dtype == torch.uint8
-        assert not torch.equal(changed, pixels), name
-        assert torch.equal(changed, recolored(pixels, config, random(2)))
+    assert np.array_equal(recolored(pixels, pixels, inverted, random(0))[0], 255 - pixels)
+    reordered = PLAIN.model_copy(update={"channel_order_probability": 1.0})
+    orders = {tuple(recolored(pixels, pixels, reordered, random(seed))[0][0, 0].tolist()) for seed in range(40)}
+    assert orders == set(itertools.permutations(pixels[0, 0].tolist()))
+    wild = {name: 0.3 for name in ("brightness", "contrast", "saturation", "gamma", "hue", "channel_gain")}
+    config = PLAIN.model_copy(
+        update=wild | {"color_probability": 1.0, "invert_probability": 0.5, "channel_order_probability": 0.5}
+    )
+    for seed in range(20):
+        changed, sample = recolored(pixels[:100], pixels[50:], config, random(seed))
+        assert changed.dtype == sample.dtype == np.uint8
+        # A colour becomes the same colour in the image and in the sample.
+        assert np.array_equal(changed[50:], sample[:50])
+        assert not np.array_equal(changed, pixels[:100])
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("brightness", kernels.adjust_brightness),
+        ("contrast", kernels.adjust_contrast),
+        ("saturation", kernels.adjust_saturation),
+        ("gamma", kernels.adjust_gamma),
+        ("hue", kernels.adjust_hue),
+    ],
+)
+def test_colors_are_those_of_torchvision(name: str, kernel: Callable[..., torch.Tensor]) -> None:
+    still = dict.fromkeys(("brightness", "contrast", "saturation"), 0.0)
+    config = PLAIN.model_copy(update={**still, "color_probability": 1.0, name: 0.4})
+    pixels = colors()
+    for seed in range(10):
+        changed, _ = recolored(pixels, pixels, config, np.random.default_rng(seed))
+        random = np.random.default_rng(seed)
+        random.random(3)  # whether to invert, to change the order, and to change the light
+        amount = random.uniform(-0.4, 0.4) if name == "hue" else 1 + random.uniform(-0.4, 0.4)
+        expected = kernel(torch.from_numpy(pixels).permute(2, 0, 1), amount).permute(1, 2, 0).numpy()
+        # Rounded here, cut off there.
+        assert np.abs(changed.astype(int) - expected).max() <= 1
+        assert np.abs(changed.astype(int) - pixels).max() > 1
+
+
+@pytest.mark.parametrize("size", [(30, 45), (90, 135), (47, 61)])
+def test_sizes_change_as_in_torchvision(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (60, 90, 3)).astype(np.uint8)
+    maps = random.integers(0, 1000, (2, 60, 90)).astype(np.int32)
+    whole = Window(0, 0, size[0] / 60, size[1] / 90, *size, 0, 0, 0, False, False, *size)
+    view, seen_maps = look(image, maps, whole, PLAIN, random, outside=-1, size=(60, 90))
+    expected = kernels.resize(torch.from_numpy(image).permute(2, 0, 1).contiguous(), list(size), antialias=True)
+    assert np.array_equal(view, expected.permute(1, 2, 0).numpy())
+    nearest = kernels.resize(torch.from_numpy(maps), list(size), interpolation=kernels.InterpolationMode.NEAREST_EXACT)
+    assert np.array_equal(seen_maps, nearest.numpy())
+
+
+@pytest.mark.parametrize("angle", [17.0, -40.0])
+def test_turns_are_those_of_torchvision(angle: float) -> None:
+    """All that is cut out is turned; the crop is the middle of it."""
+    random = np.random.default_rng(0)
+    image = cv2.GaussianBlur(random.integers(0, 256, (96, 96, 3)).astype(np.uint8), (0, 0), 2)
+    maps = (image[None, :, :, 0] > 128).astype(np.int32)
+    window = Window(0, 0, 1, 1, 96, 96, angle, 0, 0, False, False, 64, 48)
+    view, seen_maps = look(image, maps, window, PLAIN, random, outside=-1, size=(96, 96))
+    bilinear, nearest = kernels.InterpolationMode.BILINEAR, kernels.InterpolationMode.NEAREST
+    turned = kernels.rotate(torch.from_numpy(image).permute(2, 0, 1), angle, interpolation=bilinear, fill=127)
+    expected = kernels.center_crop(turned, [64, 48]).permute(1, 2, 0).numpy()
+    assert np.abs(view.astype(int) - expected).max() <= 2
+    turned = kernels.rotate(torch.from_numpy(maps), angle, interpolation=nearest, fill=-1)
+    assert (seen_maps == kernels.center_crop(turned, [64, 48]).numpy()).mean() > 0.998
+
+
+def test_blur_is_that_of_torchvision() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    config = PLAIN.model_copy(update={"blur_probability": 1.0})
+    changes = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        random.random()  # whether to blur
+        sigma = max(0.1, random.uniform(0, config.blur_px))
+        size = 2 * math.ceil(2 * sigma) + 1
+        expected = kernels.gaussian_blur(torch.from_numpy(image).permute(2, 0, 1), [size, size], [sigma, sigma])
+        found = blurred(image, config, np.random.default_rng(seed)).astype(int)
+        assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 2
+        changes.append(np.abs(found - image).max())
+    assert max(changes) > 60
 
 
 def test_noise_and_stray_light_have_the_strength_that_they_say() -> None:
@@ -138,9 +226,9 @@ def test_noise_and_stray_light_have_the_strength_that_they_say() -> None:
     veiled = PLAIN.model_copy(update={"veil_probability": 1.0})
     deviations = [float(disturbed(inputs, veiled, np.random.default_rng(seed)).std()) for seed in range(20)]
     assert deviations == pytest.approx([1.0] * 20, abs=0.1)
-    sharp = (inputs * 40 + 128).clamp(0, 255).to(torch.uint8)
+    sharp = (inputs * 40 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     blurry = PLAIN.model_copy(update={"blur_probability": 1.0})
-    left = [float(blurred(sharp, blurry, np.random.default_rng(seed)).float().std()) for seed in range(20)]
+    left = [float(blurred(sharp, blurry, np.random.default_rng(seed)).astype(float).std()) for seed in range(20)]
     # Gaussian noise under a blur of s pixels keeps 1 / (2 s sqrt(pi)) of its deviation: 0.19 for 1.5.
     assert 0.17 * 40 < min(left) < 0.25 * 40
     assert max(left) > 0.7 * 40

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.errors import InfrastructureError
 from pipeline.learning.checkpoints import CheckpointFolder, Progress
@@ -39,3 +40,22 @@ def test_two_checkpoints_and_what_they_name_are_kept(tmp_path: Path) -> None:
     folder.finish({"version": "abc"})
     assert folder.outcome() == {"version": "abc"}
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_checkpoint_is_a_safetensors_file_whatever_is_in_it(tmp_path: Path) -> None:
+    tensors = {
+        "channels_last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(3).to(torch.bfloat16), "number": torch.tensor(7), "none": torch.zeros(0, 2),
+        "yes": torch.tensor([True, False, True]), "byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "part": torch.randn(6, 6)[::2, 1:], "wide": torch.randn(5, dtype=torch.float64),
+        "weight": torch.nn.Parameter(torch.randn(2)),
+    }  # fmt: skip
+    folder = CheckpointFolder(str(tmp_path))
+    folder.save(Progress(step=3), tensors)
+    read = load_file(tmp_path / "checkpoint-00000003.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    found = folder.latest()
+    assert found is not None and found.progress.step == 3
