@@ -53,7 +53,8 @@ def test_it_comes_back_as_labels(task: str, tmp_path: Path) -> None:
     table = Exported(tmp_path, task)
     outcome = table.export("coco", images=True)
     assert outcome.skipped == {"error": 1, "gone": 1}
-    assert not check_labels(str(tmp_path / "out")).problems
+    # Of so few images none may be drawn for val.
+    assert {one.kind for one in check_labels(str(tmp_path / "out")).problems} <= {"empty_split"}
     labels = Dataset(str(tmp_path / "out"))
     uris = {one["file_name"]: one["coco_url"] for one in _body(tmp_path)["images"]}
     assert len(labels) == 5
