@@ -80,6 +80,7 @@ class SegmentConfig(BaseModel):
     ray_address: str | None = Field(None, description="Address of a running Ray cluster.")
     source_profile: str | None = Field(None, description="AWS profile for SOURCE.")
     dest_profile: str | None = Field(None, description="AWS profile for DEST.")
+    registry_profile: str | None = Field(None, description="AWS profile for the model and its registry.")
     shared_filesystem: bool = Field(False, description="Local paths mean the same on every node of the cluster.")
     suffixes: tuple[str, ...] = Field(DEFAULT_SUFFIXES, description="File endings that count as images in a listing.")
     run_date: dt.date | None = Field(None, description="The date that the run files under. Default: today, UTC.")

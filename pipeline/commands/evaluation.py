@@ -119,7 +119,13 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     ray_address: RayAddress = None,
     shared_filesystem: SharedFilesystem = False,
     source_profile: Annotated[str | None, option("AWS profile for DATASET.", panel=WHERE, metavar="NAME")] = None,
-    dest_profile: Annotated[str | None, option("AWS profile for DEST.", panel=WHERE, metavar="NAME")] = None,
+    dest_profile: Annotated[
+        str | None,
+        option("AWS profile for DEST. Default: in the registry that of the registry.", panel=WHERE, metavar="NAME"),
+    ] = None,
+    registry_profile: Annotated[
+        str | None, option("AWS profile for the model and its registry.", panel=WHERE, metavar="NAME")
+    ] = None,
 ) -> None:
     """Measure a model on labelled images: masks by the fleet, counts by image, scores with intervals.
 
@@ -139,7 +145,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
         precision=precision, compile=compiled, settings=card_changes(change), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, max_error_rate=max_error_rate, retry_errors=retry_errors, wait=wait,
         ray_address=ray_address, source_profile=source_profile, dest_profile=dest_profile,
-        shared_filesystem=shared_filesystem,
+        registry_profile=registry_profile, shared_filesystem=shared_filesystem,
     )  # type: ignore[arg-type] # fmt: skip
     display = screen.Screen(quiet=as_json)
     try:

@@ -22,6 +22,7 @@ from pipeline.commands.options import (
     LabelsOf,
     Layout,
     Registry,
+    RegistryProfile,
     interruptible,
     splitting,
 )
@@ -37,9 +38,9 @@ Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Kept in the hi
 
 
 @app.command("list")
-def models_list(registry: Registry = None, as_json: Json = False) -> None:
+def models_list(registry: Registry = None, registry_profile: RegistryProfile = None, as_json: Json = False) -> None:
     """Models that a name can reach."""
-    lines = pipeline.models(registry)
+    lines = pipeline.models(registry, profile=registry_profile)
     if as_json:
         print(json.dumps([line._asdict() | {"origin": without_secrets(line.origin)} for line in lines]))
         return
@@ -53,19 +54,20 @@ def models_list(registry: Registry = None, as_json: Json = False) -> None:
 
 
 @app.command("show")
-def models_show(reference: Ref, registry: Registry = None) -> None:
+def models_show(reference: Ref, registry: Registry = None, registry_profile: RegistryProfile = None) -> None:
     """A model's card, as JSON."""
     from pipeline.registry import resolve
 
-    model = resolve(reference, registry=registry)
+    model = resolve(reference, registry=registry, profile=registry_profile)
     body = {"version": model.version, "file": without_secrets(model.origin), "size_bytes": len(model.data)}
     print(json.dumps(body | model.card.model_dump(mode="json"), indent=2))
 
 
 @app.command("push")
-def models_push(
+def models_push(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Path or URL of a .safetensors file.")],
     registry: Registry = None,
+    registry_profile: RegistryProfile = None,
     alias: Annotated[
         str, typer.Option(metavar="NAME", help="What it is called besides; '' for nothing.")
     ] = "challenger",
@@ -73,7 +75,7 @@ def models_push(
     as_json: Json = False,
 ) -> None:
     """Put a model file into a registry, under the name on its card, as the challenger."""
-    pushed = pipeline.push_model(model, registry, alias=alias or None, reason=reason)
+    pushed = pipeline.push_model(model, registry, alias=alias or None, reason=reason, profile=registry_profile)
     screen.warn(pushed.warnings)
     if as_json:
         print(json.dumps(pushed._asdict() | {"uri": without_secrets(pushed.uri)}))
@@ -108,6 +110,12 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
     reason: Reason = None,
     engine: Annotated[str, typer.Option(metavar="auto|local|ray", help="Of the evaluations.")] = "auto",
     actors: Annotated[int | None, typer.Option(metavar="N", help="Workers of the evaluations, at most.")] = None,
+    dataset_profile: Annotated[str | None, typer.Option(metavar="NAME", help="AWS profile for DATASET.")] = None,
+    registry_profile: RegistryProfile = None,
+    evaluations_profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="AWS profile for the evaluations. Default: that of the registry."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a challenger the champion, if it beats the present one on the same images; exit status 5 if it does not.
@@ -123,7 +131,8 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
             done = pipeline.promote_model(
                 model, registry, dataset=dataset, split=split, evaluations=evaluations, metric=metric,
                 confidence=confidence, max_class_drop=max_class_drop, force=force, reason=reason,
-                evaluation=evaluation, listen=display.listen, should_stop=should_stop,
+                evaluation=evaluation, profile=registry_profile, dataset_profile=dataset_profile,
+                evaluations_profile=evaluations_profile, listen=display.listen, should_stop=should_stop,
             )  # fmt: skip
     except StoppedError as stopped:
         display.console.print(str(stopped), soft_wrap=True)
@@ -142,9 +151,15 @@ def models_promote(  # noqa: PLR0917 - typer's way: every option of the command 
 
 
 @app.command("rollback")
-def models_rollback(name: Name, registry: Registry = None, reason: Reason = None, as_json: Json = False) -> None:
+def models_rollback(
+    name: Name,
+    registry: Registry = None,
+    registry_profile: RegistryProfile = None,
+    reason: Reason = None,
+    as_json: Json = False,
+) -> None:
     """Make the champion before the present one the champion again."""
-    entry = pipeline.rollback_model(name, registry, reason=reason)
+    entry = pipeline.rollback_model(name, registry, reason=reason, profile=registry_profile)
     print(
         entry.model_dump_json(indent=2)
         if as_json
@@ -157,19 +172,22 @@ def models_alias(
     reference: Annotated[str, typer.Argument(metavar="REF", help="name@version or name@alias.")],
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Any name but champion.")],
     registry: Registry = None,
+    registry_profile: RegistryProfile = None,
     reason: Reason = None,
 ) -> None:
     """Give a version of a registry one more name, which another version then loses."""
     from pipeline.registry import set_alias
 
-    entry = set_alias(reference, alias, registry=registry, reason=reason)
+    entry = set_alias(reference, alias, registry=registry, reason=reason, profile=registry_profile)
     print(screen.plain(f"{alias} is {entry.version}" if entry else f"{alias} is {reference} already"))
 
 
 @app.command("history")
-def models_history(name: Name, registry: Registry = None, as_json: Json = False) -> None:
+def models_history(
+    name: Name, registry: Registry = None, registry_profile: RegistryProfile = None, as_json: Json = False
+) -> None:
     """Every decision about a name, the oldest first, with its numbers."""
-    entries = pipeline.model_history(name, registry)
+    entries = pipeline.model_history(name, registry, profile=registry_profile)
     if as_json:
         print(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
         return

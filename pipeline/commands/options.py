@@ -27,6 +27,9 @@ def option(help_text: str, *names: str, panel: str = "Options", metavar: str | N
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `maskmill runs list` shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+RegistryProfile = Annotated[
+    str | None, typer.Option("--registry-profile", metavar="NAME", help="AWS profile for the registry.")
+]
 DestProfile = Annotated[str | None, typer.Option("--dest-profile", metavar="NAME", help="AWS profile for DEST.")]
 
 Registry = Annotated[

@@ -102,6 +102,9 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     shared_filesystem: SharedFilesystem = False,
     source_profile: Annotated[str | None, option("AWS profile for SOURCE.", panel=WHERE, metavar="NAME")] = None,
     dest_profile: Annotated[str | None, option("AWS profile for DEST.", panel=WHERE, metavar="NAME")] = None,
+    registry_profile: Annotated[
+        str | None, option("AWS profile for the model and its registry.", panel=WHERE, metavar="NAME")
+    ] = None,
     lease_ttl: Annotated[
         float,
         option("A driver silent for this long is taken for dead.", panel=WHERE, metavar="SECONDS"),
@@ -120,7 +123,8 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
         batch_size=batch_size, shard_size=shard_size, threads=threads, precision=precision, limit=limit, canary=canary,
         dry_run=dry_run, retry_errors=retry_errors, force=force, max_error_rate=max_error_rate, wait=wait,
         ray_address=ray_address, shared_filesystem=shared_filesystem, source_profile=source_profile,
-        dest_profile=dest_profile, suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
+        dest_profile=dest_profile, registry_profile=registry_profile,
+        suffixes=tuple(suffix or DEFAULT_SUFFIXES), max_pixels=max_pixels,
         memory_bytes=memory_mb << 20, run_date=run_date.date() if run_date else None, lease_ttl_s=lease_ttl,
         settings=card_changes(change), compile=compiled, report=report, drift=drift_config(drift),
         limits=limits,

@@ -112,6 +112,11 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
     shared_filesystem: Annotated[
         bool | None, option("Local paths mean the same on every node.", "--shared-filesystem", panel=_WHERE)
     ] = None,
+    dataset_profile: Annotated[str | None, option("AWS profile for DATASET.", panel=_WHERE, metavar="NAME")] = None,
+    registry_profile: Annotated[
+        str | None,
+        option("AWS profile for the registry, --out, checkpoints and --init.", panel=_WHERE, metavar="NAME"),
+    ] = None,
     checkpoints: Annotated[
         str | None, option("Default: _training in the registry, or beside the file.", panel=_WHERE, metavar="URL")
     ] = None,
@@ -140,6 +145,7 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
         "learning_rate": learning_rate, "weight_decay": weight_decay, "schedule": schedule, "ema_decay": ema_decay,
         "seed": seed, "precision": precision, "engine": engine, "workers": workers, "threads": threads,
         "use_gpu": use_gpu, "ray_address": ray_address, "shared_filesystem": shared_filesystem,
+        "dataset_profile": dataset_profile, "registry_profile": registry_profile,
         "checkpoints": checkpoints, "restart": restart, "check": check,
     }  # fmt: skip
     settings = _settings(recipe, change)

@@ -84,7 +84,7 @@ class Planner:
         self._oldest_open: int | None = None
         #: Of the rows that were last asked for; "" before that.
         self.settings_digest = ""
-        shipped = resolve(config.model, registry=config.registry)
+        shipped = resolve(config.model, registry=config.registry, profile=config.registry_profile)
         try:
             #: The model with its card as this command wants it.
             self.model: Model = shipped._replace(card=with_settings(shipped.card, config.settings))

@@ -45,7 +45,7 @@ _TELL_EVERY_S = 10.0
 #: Fields that are handed on to `segment`.
 _HANDED_ON = (
     "model", "engine", "actors", "gpus_per_actor", "batch_size", "shard_size", "threads", "precision", "compile",
-    "max_error_rate", "wait", "ray_address", "source_profile", "dest_profile", "shared_filesystem", "settings",
+    "max_error_rate", "wait", "ray_address", "source_profile", "registry_profile", "shared_filesystem", "settings",
     "max_pixels", "memory_bytes", "lease_ttl_s", "retry_errors",
 )  # fmt: skip
 
@@ -90,8 +90,14 @@ class EvaluateConfig(BaseModel):
     ray_address: str | None = None
     source_profile: str | None = None
     dest_profile: str | None = None
+    registry_profile: str | None = None
     shared_filesystem: bool = False
     lease_ttl_s: float = Field(30.0, gt=0)
+
+    @property
+    def table_profile(self) -> str | None:
+        """AWS profile for where masks and evaluations live: by default that is in the registry."""
+        return self.registry_profile if self.dest is None and self.dest_profile is None else self.dest_profile
 
 
 class Assessment(BaseModel):
@@ -107,6 +113,8 @@ class Assessment(BaseModel):
     model_version: str
     settings_digest: str = ""
     task: str
+    #: Names of the model's classes, by id; for the page, and no part of what is told.
+    classes: dict[int, str] = Field({}, exclude=True)
     #: The SQL condition on the rows that are scored; None: all.
     where: str | None = None
     #: Names the rows in DEST/evaluations; None before there are any.
@@ -152,15 +160,14 @@ def evaluate(
     """
     listen = listen or (lambda event: None)
     should_stop = should_stop or (lambda: False)
-    model = resolve(config.model, registry=config.registry)
+    model = resolve(config.model, registry=config.registry, profile=config.registry_profile)
     card = _card(model, config)
     dataset = open_split(config)
-    alignment = align_classes(
-        {info.id: info.name for info in card.classes}, dataset.class_names, renamed=config.renamed
-    )
+    classes = {info.id: info.name for info in card.classes}
+    alignment = align_classes(classes, dataset.class_names, renamed=config.renamed)
     dest = normalize_uri(config.dest) if config.dest else default_dest(model, config.registry)
     min_score = counting_score(card) if config.min_score is None else config.min_score
-    storage = open_storage(dest, profile=config.dest_profile)
+    storage = open_storage(dest, profile=config.table_profile)
     items = {dataset.source.image_uri(item.name): item for item in dataset.items}
     with scratch_folder() as scratch:
         # By its file: an alias may come to mean another version while this runs.
@@ -168,7 +175,7 @@ def evaluate(
             config.model_copy(update={"model": model.origin}), dest, storage, list(items), scratch
         )
         outcome = run.segment(segment_config, listen=listen, should_stop=should_stop, corpus=corpus)
-        names = {alignment.names[alignment.index_of[info.id]] for info in card.classes}
+        names = {alignment.names[alignment.index_of[class_id]] for class_id in classes}
         found = Assessment(
             state="done" if outcome.state == "done" else "interrupted",
             dataset=recorded_uri(normalize_uri(config.dataset)),
@@ -178,6 +185,7 @@ def evaluate(
             model_version=model.version,
             settings_digest=outcome.settings_digest,
             task=card.task,
+            classes=classes,
             min_score=min_score,
             where=config.where,
             only_in_model=tuple(name for name in alignment.names if name not in dataset.class_names),
@@ -251,14 +259,18 @@ def _corpus(
     continues its own run.
     """
     text = "".join(json.dumps({"uri": uri}, ensure_ascii=False) + "\n" for uri in sorted(uris)).encode()
+    profile = config.table_profile
     source = join_uri(dest, "evaluations", "_images", f"{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
     try:
         storage.put_new(source, text)
     except StorageError as error:
         raise error.told(f"DEST cannot be written: {error}") from error
-    corpus = read_source(source, scratch=scratch, profile=config.source_profile)
+    # From here: the profile of the images need not reach DEST.
+    listed = scratch / "images.jsonl"
+    listed.write_bytes(text)
+    corpus = read_source(str(listed), scratch=scratch, profile=config.source_profile)._replace(source=source)
     handed_on = config.model_dump(include=set(_HANDED_ON))
-    return corpus, SegmentConfig(source=source, dest=dest, **handed_on)
+    return corpus, SegmentConfig(source=source, dest=dest, dest_profile=profile, **handed_on)
 
 
 def _measure(

@@ -15,14 +15,12 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from models.overrides import with_settings
 from pipeline.errors import StorageError, UsageError
 from pipeline.learning.assessment import Assessment, EvaluateConfig, open_split
 from pipeline.learning.evaluation_pictures import CROWD, FOUND, WRONG, Pair, class_color, worst_pairs
 from pipeline.learning.evaluations import align_classes
 from pipeline.learning.scores import Scores, confusion_matrix
 from pipeline.learning.slices import Slice
-from pipeline.registry import resolve
 from pipeline.storage import join_uri, normalize_uri, open_storage
 from pipeline.table.evaluations import read_evaluation
 from pipeline.wording import counted
@@ -59,12 +57,11 @@ def write_page(config: EvaluateConfig, found: Assessment, out: Path | None = Non
     """
     if found.scores is None or found.folder is None or found.evaluation_id is None:
         raise UsageError("the evaluation is not finished: give the command again")
-    storage = open_storage(found.dest, profile=config.dest_profile)
+    storage = open_storage(found.dest, profile=config.table_profile)
     table = read_evaluation(storage, found.dest, found.model_name, found.model_version, found.evaluation_id)
     dataset = open_split(config)
-    card = with_settings(resolve(config.model, registry=config.registry).card, config.settings)
-    classes = {info.id: info.name for info in card.classes}
-    alignment = align_classes(classes, dataset.class_names, renamed=config.renamed)
+    # The classes of the model that was evaluated: its name may mean another by now.
+    alignment = align_classes(found.classes, dataset.class_names, renamed=config.renamed)
     pairs = worst_pairs(table, dataset, alignment, storage, dest=found.dest, where=config.where, limit=WORST_IMAGES)
     matrix = confusion_matrix(table, where=config.where)
     html = render_page(found, matrix, pairs, background_id=dataset.background_id)

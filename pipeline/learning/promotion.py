@@ -52,7 +52,11 @@ class PromoteConfig(Gate):
     dataset: str | None = Field(None, description="Labelled images on which both models are evaluated.")
     force: bool = Field(False, description="Promote whatever the comparison says. Needs a reason.")
     reason: str | None = Field(None, description="Kept in the history.")
-    profile: str | None = Field(None, description="AWS profile of registry and evaluations.")
+    profile: str | None = Field(None, description="AWS profile of the registry.")
+    dataset_profile: str | None = Field(None, description="AWS profile of the data set.")
+    evaluations_profile: str | None = Field(
+        None, description="AWS profile of the evaluations. Default: that of the registry."
+    )
 
 
 class Promotion(BaseModel):
@@ -115,7 +119,8 @@ def promote_model(
     def measure(of: str) -> pa.Table:
         if config.dataset is None:
             assert config.evaluations is not None
-            return read_evaluations(config.evaluations, model_version=of, profile=config.profile)
+            profile = config.evaluations_profile or config.profile
+            return read_evaluations(config.evaluations, model_version=of, profile=profile)
         return _evaluated(config, config.dataset, shelf, of, registry, listen=listen, should_stop=should_stop)
 
     verdict = _judge(config, shelf, candidate, measure)
@@ -203,14 +208,18 @@ def _evaluated(
 ) -> pa.Table:
     """The rows of a version's evaluation, which is brought up to date first."""
     dest = config.evaluations or join_uri(registry, "_evaluations", shelf.name, version)
-    settings: dict[str, Any] = {"resamples": 0, "dest_profile": config.profile} | config.evaluation
+    profile = config.evaluations_profile or config.profile
+    settings: dict[str, Any] = {
+        "resamples": 0, "source_profile": config.dataset_profile, "dest_profile": profile,
+        "registry_profile": config.profile,
+    } | config.evaluation  # fmt: skip
     found = evaluate(
         EvaluateConfig(dataset=dataset, split=config.split, model=shelf.line(version).origin, dest=dest, **settings),
         **hooks,
     )
     if found.state != "done":
         raise StoppedError("stopped while the models were being evaluated: the same command continues")
-    return read_evaluations(dest, model_version=version, evaluation_id=found.evaluation_id, profile=config.profile)
+    return read_evaluations(dest, model_version=version, evaluation_id=found.evaluation_id, profile=profile)
 
 
 def _kept(config: PromoteConfig, verdict: _Verdict) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def train(
         done = begun.progress
         say(Note(f"continues after epoch {done.epoch}, step {done.step}, {done.elapsed_s / 60:.1f} min"))
     elif config.check:
-        report = check_labels(source)
+        report = check_labels(source, used=_splits(config))
         if not report.ok:
             raise BrokenLabelsError(report)
     placed = _placed(config)
@@ -136,22 +136,26 @@ def _digests(config: TrainConfig, source: LabelSource, say: Listen) -> dict[str,
     """Of the splits that are used, by their names. Raises BrokenLabelsError where images or labels are not there,
     unless labels are not to be checked.
     """
-    splits = [split for split in (config.train_split, config.val_split) if split is not None]
+    splits = _splits(config)
+    for split in splits:
+        if not source.splits.get(split, True):
+            measured = ", or measure nothing (an empty --val-split)" if split == config.val_split else ""
+            raise UsageError(f"split {split!r} of {source.title} has no images: name another{measured}")
     try:
         datasets = [Dataset(source, split) for split in splits]
-        for one in datasets:
-            if not len(one):
-                measured = ", or measure nothing (an empty val split)" if one.split == config.val_split else ""
-                raise UsageError(f"split {one.split!r} of {source.title} has no images: name another{measured}")
         say(Note(f"{source.title}: {', '.join(f'{len(one)} images in {one.split}' for one in datasets)}"))
         return {str(one.split): one.digest() for one in datasets}
     except (UsageError, StorageError) as error:
         missing = not isinstance(error, StorageError) or error.kind == "missing"
         if config.check and missing and all(split in source.splits for split in splits):
-            report = check_labels(source)
+            report = check_labels(source, used=splits)
             if not report.ok:
                 raise BrokenLabelsError(report) from error
         raise
+
+
+def _splits(config: TrainConfig) -> list[str]:
+    return [split for split in (config.train_split, config.val_split) if split is not None]
 
 
 def _do(job: Job, say: Listen, stop: Callable[[], bool]) -> Summary:

@@ -5,7 +5,7 @@ Must not know: layouts, networks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,14 @@ from pipeline.learning.labels.splits import Entry, Splitting
 from pipeline.learning.labels.truth import IGNORE_ID, LabelError, Labels
 
 Kind = Literal[
-    "missing_image", "missing_label", "size_mismatch", "unknown_class", "empty_mask", "duplicate", "unreadable"
+    "missing_image",
+    "missing_label",
+    "size_mismatch",
+    "unknown_class",
+    "empty_mask",
+    "duplicate",
+    "unreadable",
+    "empty_split",
 ]
 _SHOWN_OF_A_KIND = 10
 
@@ -32,11 +39,12 @@ class _Frozen(BaseModel):
 
 
 class Problem(_Frozen):
-    """One thing that is wrong, with one image."""
+    """One thing that is wrong, with one image; `empty_split`: with one split."""
 
     kind: Kind
     #: An error breaks training or makes its figures wrong; a warning may be meant so.
     severity: Literal["error", "warning"]
+    #: Of the image, or of the split.
     name: str
     detail: str
 
@@ -114,14 +122,16 @@ def check_labels(
     splitting: Splitting | None = None,
     model: str | None = None,
     profile: str | None = None,
+    used: Sequence[str] = ("train", "val"),
 ) -> LabelReport:
-    """Reads every labelled image and its label once, and reports what is wrong with them.
+    """Reads every labelled image and its label once, and reports what is wrong with them. `used`: the splits that
+    training takes.
 
-    Errors: an image that is missing or cannot be decoded; a label that is missing where a split names its image, or
-    where every image should have one; sizes that differ; ids that are no class; one image, by its bytes, in two
-    splits. Warnings: images without a label that no split names, labels with nothing in them, one image twice in a
-    split, labels that tell no objects apart where others do. Raises UsageError where it is no data set at all,
-    StorageError where storage fails.
+    Errors: a split of `used` that names no image; an image that is missing or cannot be decoded; a label that is
+    missing where a split names its image, or where every image should have one; sizes that differ; ids that are no
+    class; one image, by its bytes, in two splits. Warnings: another split without images, images without a label that
+    no split names, labels with nothing in them, one image twice in a split, labels that tell no objects apart where
+    others do. Raises UsageError where it is no data set at all, StorageError where storage fails.
     """
     if isinstance(source, str | Path):
         source = open_labels(source, layout=layout, splitting=splitting, model=model, profile=profile)
@@ -132,6 +142,7 @@ def check_labels(
             split_of.setdefault(name, []).append(split)
     findings = list(in_order(lambda entry: _look_at(opened, entry), opened.entries.values()))
     problems = [
+        *_empty_splits(opened, used),
         *_gaps(opened, split_of),
         *(problem for finding in findings for problem in finding.problems),
         *_duplicates(findings, split_of),
@@ -208,6 +219,14 @@ def _emptiness(source: LabelSource, labels: Labels, pixels: np.ndarray) -> str |
     if source.background_id is not None and pixels.sum() == pixels[source.background_id]:
         return "every pixel is background or ignored"
     return None
+
+
+def _empty_splits(source: LabelSource, used: Sequence[str]) -> Iterator[Problem]:
+    for split, names in source.splits.items():
+        if not names:
+            detail = "it names no image" + (": training would use it" if split in used else "")
+            severity: Literal["error", "warning"] = "error" if split in used else "warning"
+            yield Problem(kind="empty_split", severity=severity, name=split, detail=detail)
 
 
 def _gaps(source: LabelSource, split_of: dict[str, list[str]]) -> Iterator[Problem]:

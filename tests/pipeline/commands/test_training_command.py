@@ -129,6 +129,9 @@ def test_a_split_without_images_is_told_before_any_work(maskmill: Maskmill, tmp_
     assert said.status == 2
     assert "split 'val' of" in said.err and "has no images: name another, or measure nothing" in said.err
     assert not (tmp_path / "models").exists()
+    assert maskmill("labels", "check", folder).status == 1
+    measured_nowhere = ("--val-split", "", "--steps", "1", *OPTIONS)
+    assert maskmill("train", folder, "--registry", tmp_path / "models", *measured_nowhere).status == 0
 
 
 # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torchvision.models import mobilenet_v3_large
 from models.architectures import build, card_for
 from models.card import DetectionsPostprocessing
 from models.file import save_model
-from pipeline.errors import StoppedError, UsageError
+from pipeline.errors import InfrastructureError, StoppedError, UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.initialization import begin
 from pipeline.learning.loop import EpochEvent
@@ -158,3 +159,26 @@ def test_what_is_frozen_does_not_learn(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(before["encoder.conv1.weight"], after["encoder.conv1.weight"]) is not learns
         assert not torch.equal(before["segmentation_head.0.weight"], after["segmentation_head.0.weight"])
         assert torch.equal(before["encoder.bn1.running_mean"], after["encoder.bn1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("unet", "the weights of the encoder 'resnet18' could not be fetched .*: give a weights file"),
+        ("deeplabv3_resnet50", r"resnet50-\w+\.pth could not be fetched .*: download it elsewhere and give that file"),
+    ],
+)
+def test_published_weights_that_cannot_be_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, said: str
+) -> None:
+    """No network, and nothing that was fetched before."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # What urllib keeps of its proxies must not outlive this.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = tiny(folder, tmp_path, arch=arch, args={}, task="semantic", backbone_weights="DEFAULT")
+    with pytest.raises(InfrastructureError, match=said):
+        begin(config, Dataset(folder, "train"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pipeline.learning import promotion
 from pipeline.learning.comparison import compare
 from pipeline.registry import resolve
 from pipeline.registry.changes import change_champion
+from pipeline.storage.bucket import BucketStorage
 from pipeline.table.evaluations import evaluation_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -210,3 +213,51 @@ def test_a_promotion_that_comes_second_does_not_count(
             place.promote(f"street@{other}")
     assert place.champion() == faster
     assert [one.action for one in place.told()].count("promote") == 2
+
+
+@pytest.mark.s3
+def test_each_place_is_reached_by_its_own_profile(
+    s3_server: str, s3_client: Any, rivals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, registry and evaluations in three accounts; the environment knows none of them."""
+    names = ("labels", "models", "counts")
+    buckets = {name: f"s3://{name}-{uuid.uuid4().hex[:12]}" for name in names}
+    for name in names:
+        s3_client.create_bucket(Bucket=buckets[name].removeprefix("s3://"))
+        with (tmp_path / "config").open("a") as config, (tmp_path / "keys").open("a") as keys:
+            config.write(f"[profile {name}]\nregion = us-east-1\nendpoint_url = {s3_server}\n")
+            keys.write(f"[{name}]\naws_access_key_id = {name}\naws_secret_access_key = secret\n")
+    for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    opened: set[tuple[str, str | None]] = set()
+    prepare = BucketStorage._prepare
+
+    def recorded(storage: BucketStorage) -> None:
+        opened.add((storage.root, storage._profile))
+        prepare(storage)
+
+    monkeypatch.setattr(BucketStorage, "_prepare", recorded)
+    quick: dict[str, Any] = {"engine": "local", "threads": 1, "precision": "fp32"}
+    truth, registry = f"{buckets['labels']}/truth", f"{buckets['models']}/registry"
+    for path in rivals[:2]:
+        pipeline.push_model(path, registry, profile="models")
+    asked: dict[str, Any] = {
+        "registry": registry, "dataset": truth, "split": "all", "resamples": 100, "evaluation": quick,
+        "profile": "models", "dataset_profile": "labels",
+    }  # fmt: skip
+    with in_process():
+        pipeline.segment(
+            source=str(write_images(tmp_path / "images", 3)), dest=truth, model="street@challenger", registry=registry,
+            dest_profile="labels", registry_profile="models", **quick,
+        )  # fmt: skip
+        first = model_version(rivals[0].read_bytes())
+        pipeline.promote_model(f"street@{first}", **asked)
+        by_default = pipeline.promote_model("street", **asked)
+        elsewhere = pipeline.promote_model(
+            f"street@{first}", **asked, evaluations=f"{buckets['counts']}/dest", evaluations_profile="counts"
+        )
+    assert (by_default.state, elsewhere.state) == ("promoted", "kept")
+    seen = {(name, profile) for root, profile in opened for name in names if root.startswith(buckets[name])}
+    assert seen == {(name, name) for name in names}

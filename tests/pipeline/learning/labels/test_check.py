@@ -43,9 +43,27 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
     assert any(line.startswith("tree") and line.split()[2] == "4" for line in lines)
 
 
+def test_a_split_without_images(tmp_path: Path) -> None:
+    """What training would refuse is an error; a split that it does not look at may be meant so."""
+    folder = write_mask_folder(tmp_path)
+    names = json.loads((folder / "splits.json").read_text())
+    (folder / "splits.json").write_text(json.dumps(names | {"val": [], "test": []}))
+    found = {
+        used: [(one.kind, one.severity, one.name) for one in check_labels(folder, used=used).problems]
+        for used in (("train", "val"), ("train",))
+    }
+    test = ("empty_split", "warning", "test")
+    assert found == {
+        ("train", "val"): [("empty_split", "error", "val"), test],
+        ("train",): [("empty_split", "warning", "val"), test],
+    }
+    assert not check_labels(folder).ok
+
+
 @pytest.mark.parametrize("write", [write_coco, write_voc, write_cityscapes])
 def test_other_layouts_are_fine_too(tmp_path: Path, write: object) -> None:
-    report = check_labels(write(tmp_path))  # type: ignore[operator]
+    # Of four images whose split is drawn, none may be in val.
+    report = check_labels(write(tmp_path), used=("train",))  # type: ignore[operator]
     assert report.ok, report.text()
     assert sum(one.objects or 0 for one in report.classes) == {"coco": 4, "voc": 6, "cityscapes": 3}[report.layout]
 
@@ -134,7 +152,8 @@ def test_run_lengths_of_another_mask_are_unreadable(tmp_path: Path, counts: obje
     content = json.loads((folder / "annotations.json").read_text())
     content["annotations"][0]["segmentation"] = {"size": list(SIZE), "counts": counts}
     save_json(folder / "annotations.json", content)
-    assert [(one.kind, one.name) for one in check_labels(folder).problems] == [("unreadable", "0.png")]
+    found = [(one.kind, one.name) for one in check_labels(folder).problems]
+    assert found == [("empty_split", "val"), ("unreadable", "0.png")]
 
 
 def test_what_systems_leave_in_folders_is_no_image(tmp_path: Path) -> None:
