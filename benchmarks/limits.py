@@ -2,7 +2,7 @@
 
     python benchmarks/limits.py [--source URI] [--model REF] [--images N] [--seconds S] [--out FILE]
 
-Without --source the images are 480×360 JPEGs, made by code, in a folder of this machine and in moto's S3 server on it,
+Without --source the images are 480×360 JPEGs of nuclei, in a folder of this machine and in moto's S3 server on it,
 which is slow: what it costs the client in CPU is ours, its objects per second are moto's. The store of a user is
 measured by `--source s3://bucket/some/prefix`, which is only read. --out writes what `maskmill segment --limits`
 takes, of all stores together.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from efficiency import write_images
 from rich.console import Console
 from s3_client import moto
+from side_by_side.corpora import write_nuclei
 
 import pipeline
 from models.masks import decode_mask_png, decode_rle, encode_label_rles, encode_mask_png
@@ -35,7 +35,7 @@ from pipeline.storage import open_storage
 def made_images(folder: Path, options: Any) -> Ceilings:
     """Ceilings for images on this machine's disk and, of the store alone, in moto."""
     (folder / "photos").mkdir()
-    paths = write_images(folder / "photos", options.images)
+    paths = write_nuclei(folder / "photos", options.images)
     found = pipeline.limits(str(folder / "photos"), options.model, seconds=options.seconds)
     with moto():
         import boto3
