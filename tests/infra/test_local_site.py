@@ -159,9 +159,9 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
     assert commands.pop().startswith("make down ")
     folder = tmp_path / "site"
 
-    def images() -> str:
-        asked = 'maskmill query s3://tour/masks "SELECT count(*) FROM images" --format csv'
-        return in_shell(folder, asked).split()[-1]
+    def nightly_is_done() -> bool:
+        images = in_shell(folder, 'maskmill query s3://tour/masks "SELECT count(*) FROM images" --format csv')
+        return images.split()[-1] == "56" and in_shell(folder, "maskmill runs list s3://tour/masks").count("done") >= 2
 
     said: list[str] = []
     try:
@@ -169,8 +169,7 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
         mark = json.loads((folder / "site.json").read_text())["mark"]
         for command in commands:
             if "a minute later" in command:
-                assert images() == "28"
-                wait_until(lambda: images() == "56", timeout_s=300, what="the nightly", poll_s=3)
+                wait_until(nightly_is_done, timeout_s=300, what="the nightly", poll_s=3)
             said.append(in_shell(folder, command))
     finally:
         site(folder, "down")
@@ -180,7 +179,7 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
     assert "Completed" in by_hand
     assert re.search(r"28\D+1,?0\d\d", nuclei), nuclei
     assert flow_runs.count("segment-corpus") >= 2 and "COMPLETED" in flow_runs
-    assert runs.count("done") == 2, runs
+    assert runs.count("done") >= 2, runs
 
 
 @pytest.fixture
