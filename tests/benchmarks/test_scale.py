@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -25,16 +27,20 @@ def benchmark(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_scale_benchmark_simulates_every_shard(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    short = ("--actors", "5", "--start-seconds", "0.05", "--shard-seconds", "0.05")
-    said = benchmark("scale", "--millions", "0.02", "--s3-millions", "0", *short, "--json", str(figures))
-    disk = json.loads(figures.read_text())["disk"]
-    assert disk["first"]["planned"] == disk["reconcile"]["rows"] == 20_000
-    fleet = disk["fleet"]
+def test_the_scale_benchmark_simulates_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    planning, scale = importlib.import_module("planning"), importlib.import_module("scale")
+    planning.make_inputs(tmp_path, 20_000)
+    options = argparse.Namespace(
+        folder=tmp_path, dest=f"file://{tmp_path}/dest", actors=5, start_seconds=0.05, shard_seconds=0.05,
+        memory_bytes=1 << 30,
+    )  # fmt: skip
+    assert scale.first_step(options)["planned"] == 20_000
+    assert scale.freeze_step(options)["bytes"] > 0
+    fleet = scale.fleet_step(options)
     assert fleet["shards"] == fleet["calls"]["run"] == 20 and fleet["shard_size"] == 1000
     assert fleet["run_seconds"] > fleet["first_receipt_s"] > 0.05 and fleet["sent_bytes"] > 20_000 * 50
-    assert "cost of a million images" in said
+    assert scale.reconcile_step(options)["rows"] == 20_000
 
 
 @pytest.mark.s3

@@ -136,6 +136,7 @@ def test_measured_ceilings_are_in_the_record_of_a_run_and_in_its_report(
     assert "Against the limits" in page and limits["measured"] in page and "all on the CPU" in page
 
 
+@pytest.mark.slow
 def test_images_in_tiles_are_measured_in_tiles(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     make_image(tmp_path / "photos" / "large.png", 1, width=700, height=650)
