@@ -56,6 +56,8 @@ class Progress(BaseModel):
     stale: int = 0
     #: Nothing is left to be trained.
     finished: bool = False
+    #: When, in UTC and ISO 8601; "" before.
+    finished_at: str = ""
     #: CPU threads that it was computed with: with others the last bits differ.
     threads: int = 0
     #: Who wrote it.
@@ -115,6 +117,10 @@ class CheckpointFolder:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Says that the run is over, and forgets its checkpoints; trace and curves stay."""
         self._storage.put(join_uri(self.uri, "outcome.json"), json.dumps(outcome, indent=1).encode())
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Forgets the checkpoints of a run that is over."""
         for kind, step in self._listed():
             self._storage.delete(self._uri(kind, step))
 

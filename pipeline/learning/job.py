@@ -123,6 +123,8 @@ def do_job(
         config, train, data_sha256=job.train_sha256, device=device, precision=precision, workers=peers.world
     )
     provenance |= {"steps": progress.step, "epochs": progress.epoch, "minutes": round(progress.elapsed_s / 60, 1)}
+    # As the checkpoint says it: a run that is killed while it publishes shall not make the same model anew.
+    provenance |= {"trained_at": progress.finished_at or provenance["trained_at"]}
     provenance |= {"kept_step": kept_step, "chosen_by": config.val_split if keeps_best else None}
     data = finished_model(
         card, fitted.weights, provenance=provenance, train=train, val=val, device=device, precision=precision

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,8 @@ class Loop:
         progress = self._restored(found) if found else Progress()
         resumed_step = progress.step
         began_s = time.monotonic() - progress.elapsed_s
+        if self._peers.first:
+            self._keep_trace(progress)  # of a checkpoint after which the run was killed
         # One stream for the whole run: what is prepared ahead at the end of an epoch is what the next begins with.
         stream: Any = self._examples.stream(
             progress.step * self._config.accumulate, self._peers.rank, self._peers.world, threads=self._readers()
@@ -179,6 +182,7 @@ class Loop:
         progress = progress.model_copy(
             update={
                 "step": step, "epoch": epoch, "elapsed_s": row["elapsed_s"], "trace": (*progress.trace, row),
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds") if over else "",
                 "finished": over, "threads": torch.get_num_threads(), **update,
             }
         )  # fmt: skip
@@ -194,6 +198,9 @@ class Loop:
             self._folder.save_best(progress.step, self._average.tensors)
         self._folder.save(progress, self._tensors())
         # After the checkpoint: an epoch that is done again must not find the row of the one that was lost.
+        self._keep_trace(progress)
+
+    def _keep_trace(self, progress: Progress) -> None:
         for row in progress.trace[-2:]:
             self._folder.put(trace_name(int(row["epoch"])), trace_parquet([row]))  # type: ignore[arg-type]
 

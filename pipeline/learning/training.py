@@ -104,6 +104,7 @@ def train(
         folder.clear()
     over = folder.outcome()
     if over is not None:
+        folder.tidy()  # it may have been killed while it did
         say(Note(f"trained before: {over['version']} (restart to train again)"))
         return _again(config, key, uri, Summary(**over))
     begun = folder.latest()

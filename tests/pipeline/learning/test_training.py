@@ -13,6 +13,8 @@ from typing import Any
 import duckdb
 import pytest
 import torch
+from chaos.faulty_storage import Call, Event, Stage
+from dying_storage import KilledError
 from PIL import Image
 
 from models.file import load_module
@@ -170,6 +172,27 @@ def test_killed_and_continued_from_a_bucket(
     assert outcome.uri.startswith(f"{s3_bucket}/models/discs/")
     assert equal(weights(outcome.uri), undisturbed)
     assert not keys("/checkpoint-")
+
+
+@pytest.mark.parametrize("last", ["trace/00003.parquet", "outcome.json", "checkpoint-00000006.safetensors"])
+def test_killed_at_its_end_it_leaves_one_model_and_nothing_that_it_needs_no_more(
+    folder: Path, tmp_path: Path, last: str, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """Before the last row of the trace, after the model was published, and while it was clearing up."""
+    config = tiny(folder, tmp_path, epochs=3)
+
+    def script(call: Call) -> Event:
+        writes = {"trace/00003.parquet": "put_new", "outcome.json": "put"}.get(last, "delete")
+        return "kill" if call.method == writes and call.name.endswith(last) else None
+
+    with Stage(script).set(), pytest.raises(KilledError):
+        train(config)
+    outcome = train(config)
+    assert equal(weights(outcome.uri), undisturbed)
+    run = Path(local_path(outcome.folder))
+    names = {path.name for path in run.rglob("*.*")}
+    assert names == {"00001.parquet", "00002.parquet", "00003.parquet", "curves.png", "outcome.json"}
+    assert [path.stem for path in (tmp_path / "discs").glob("*.safetensors")] == [outcome.version]
 
 
 def test_sgd_learns_and_continues_bit_for_bit(
