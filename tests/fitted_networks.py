@@ -46,21 +46,33 @@ def fitted_network(
     torch.manual_seed(seed)
     network: Any = build(card).train()
     for part in network.modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            # torchvision's mobile networks would forget their first statistics in hundreds of steps.
-            part.momentum = 0.1
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    mean, std = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     for step in range(steps):
-        drawn = [draw_shapes(side_px, side_px, seed=1000 + step * batch + index) for index in range(batch)]
-        inputs = torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).float() / 255
-        truth = torch.from_numpy(np.stack([classes for _, classes in drawn]))
-        answer = network((inputs - mean) / std)
+        inputs, truth = _batch(step, batch, side_px)
+        answer = network(inputs)
         loss = functional.cross_entropy(answer["out"] if isinstance(answer, dict) else answer, truth)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    # Statistics of what the network is now: while it learned, it was another at each step.
+    for part in network.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.reset_running_stats()
+            part.momentum = None
+    with torch.no_grad():
+        for step in range(4):
+            network(_batch(step, 8, side_px)[0])
     return network.eval()
+
+
+def _batch(step: int, size: int, side_px: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised pictures, and the class of each pixel."""
+    drawn = [draw_shapes(side_px, side_px, seed=1000 + step * size + index) for index in range(size)]
+    mean, std = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    inputs = torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).float() / 255
+    return (inputs - mean) / std, torch.from_numpy(np.stack([classes for _, classes in drawn]))

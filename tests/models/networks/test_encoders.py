@@ -16,20 +16,21 @@ from models.folding import fold_batch_norms
 from models.segmenter import Segmenter
 
 #: One of each kind of block that is not in the others: they cost a second each.
-QUICK = ("resnet18", "densenet121", "efficientnet-b0", "mit_b0", "tu-convnext_atto", "tu-lambda_resnet26t")
+QUICK = ("densenet121", "mit_b0", "tu-convnext_atto", "tu-lambda_resnet26t")
 #: One of each family.
 FAMILIES = (
-    "resnext50_32x4d", "dpn68", "vgg11", "vgg11_bn", "se_resnet50", "inceptionv4", "inceptionresnetv2", "mobilenet_v2",
-    "mobileone_s0", "xception", "timm-efficientnet-b0", "timm-tf_efficientnet_lite0", "timm-skresnet18",
-    "tu-convnextv2_atto", "tu-regnety_002", "tu-resnetv2_50", "tu-resnest14d", "tu-res2net50_26w_4s", "tu-gernet_s",
-    "tu-repvgg_a0", "tu-ghostnet_100", "tu-mobilenetv3_small_050", "tu-mobilenetv4_conv_small_035",
-    "tu-efficientvit_b0", "tu-mobilevit_xxs", "tu-mobilevitv2_050", "tu-pvt_v2_b0", "tu-edgenext_xx_small",
-    "tu-fastvit_t8", "tu-dla34", "tu-rexnet_100", "tu-selecsls42", "tu-poolformer_s12", "tu-caformer_s18",
-    "tu-efficientformer_l1", "tu-starnet_s1", "tu-repghostnet_050", "tu-inception_next_atto", "tu-cspresnet50",
-    "tu-darknet53", "tu-nf_regnet_b0", "tu-eca_nfnet_l0", "tu-tresnet_m", "tu-vovnet39a", "tu-ese_vovnet19b_dw",
-    "tu-tinynet_e", "tu-mnasnet_small", "tu-fbnetc_100", "tu-hardcorenas_a", "tu-lcnet_050", "tu-twins_pcpvt_small",
-    "tu-mambaout_femto", "tu-tiny_vit_5m_224", "tu-repvit_m0_9", "tu-focalnet_tiny_srf", "tu-hgnet_tiny",
-    "tu-hgnetv2_b0", "tu-skresnet18", "tu-swiftformer_xs", "tu-mixnet_s", "tu-gcresnext26ts",
+    "resnet18", "efficientnet-b0", "resnext50_32x4d", "dpn68", "vgg11", "vgg11_bn", "se_resnet50", "inceptionv4",
+    "inceptionresnetv2", "mobilenet_v2", "mobileone_s0", "xception", "timm-efficientnet-b0",
+    "timm-tf_efficientnet_lite0", "timm-skresnet18", "tu-convnextv2_atto", "tu-regnety_002", "tu-resnetv2_50",
+    "tu-resnest14d", "tu-res2net50_26w_4s", "tu-gernet_s", "tu-repvgg_a0", "tu-ghostnet_100",
+    "tu-mobilenetv3_small_050", "tu-mobilenetv4_conv_small_035", "tu-efficientvit_b0", "tu-mobilevit_xxs",
+    "tu-mobilevitv2_050", "tu-pvt_v2_b0", "tu-edgenext_xx_small", "tu-fastvit_t8", "tu-dla34", "tu-rexnet_100",
+    "tu-selecsls42", "tu-poolformer_s12", "tu-caformer_s18", "tu-efficientformer_l1", "tu-starnet_s1",
+    "tu-repghostnet_050", "tu-inception_next_atto", "tu-cspresnet50", "tu-darknet53", "tu-nf_regnet_b0",
+    "tu-eca_nfnet_l0", "tu-tresnet_m", "tu-vovnet39a", "tu-ese_vovnet19b_dw", "tu-tinynet_e", "tu-mnasnet_small",
+    "tu-fbnetc_100", "tu-hardcorenas_a", "tu-lcnet_050", "tu-twins_pcpvt_small", "tu-mambaout_femto",
+    "tu-tiny_vit_5m_224", "tu-repvit_m0_9", "tu-focalnet_tiny_srf", "tu-hgnet_tiny", "tu-hgnetv2_b0",
+    "tu-skresnet18", "tu-swiftformer_xs", "tu-mixnet_s", "tu-gcresnext26ts",
 )  # fmt: skip
 #: Those that take one size only.
 OF_ONE_SIZE = {
