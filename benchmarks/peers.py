@@ -9,7 +9,8 @@ in turn (A B C A B C), after a warm-up of each before the first workload. All th
 ours, image by image.
 
 `images/s` counts from the first image that is begun to the end of writing; `whole` is the wall time of the whole
-process, its imports and its cluster included.
+process, its imports and its cluster included. `core-ms`, where groups of processes can be made (cgroups, as root): CPU
+time of all of a peer's processes an image, without that of its start; it says the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class Turn(NamedTuple):
 
     wall_s: float
     work_s: float
+    #: Of the process and all that it started; None where this system does not let one count.
+    core_s: float | None = None
 
 
 class FailedError(RuntimeError):
@@ -143,6 +146,7 @@ def run(name: str, job: Job, scratch: Path, environment: dict[str, str]) -> Turn
     python = interpreter(PEERS[name])
     assert python is not None
     log_path = scratch / "log"
+    group = cpu_account(scratch.name)
     began_s = time.time()
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -151,6 +155,8 @@ def run(name: str, job: Job, scratch: Path, environment: dict[str, str]) -> Turn
             start_new_session=True,
         )  # fmt: skip
         try:
+            if group:
+                (group / "cgroup.procs").write_text(str(process.pid))
             process.wait(_LIMIT_S)
         except subprocess.TimeoutExpired:
             pass
@@ -159,11 +165,26 @@ def run(name: str, job: Job, scratch: Path, environment: dict[str, str]) -> Turn
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     wall_s = time.time() - began_s
+    core_s = None
+    if group:
+        core_s = int((group / "cpuacct.usage").read_text()) / 1e9
+        with contextlib.suppress(OSError):  # what the peer left behind is still in it
+            group.rmdir()
     said = log_path.read_text(errors="replace")
     ended = [line for line in said.splitlines() if line.startswith("ended ")]
     if process.returncode or not ended:
         raise FailedError(f"{name} ended with status {process.returncode} after {wall_s:.0f} s:\n{said[-2000:]}")
-    return Turn(wall_s, float(ended[-1].split()[1]) - begun_at(Path(job.dest)))
+    return Turn(wall_s, float(ended[-1].split()[1]) - begun_at(Path(job.dest)), core_s)
+
+
+def cpu_account(name: str) -> Path | None:
+    """A new group of processes whose CPU time is counted, daemons included; None without such groups, or the right."""
+    group = Path("/sys/fs/cgroup/cpuacct") / f"{name}-{time.monotonic_ns()}"
+    try:
+        group.mkdir()
+    except OSError:
+        return None
+    return group
 
 
 def begun_at(dest: Path) -> float:
@@ -288,6 +309,7 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bo
     found: dict[str, list[Turn]] = {name: [] for name in names}
     agreements: dict[str, Agreement] = {}
     failures: dict[str, str] = {}
+    few: dict[str, Turn] = {}
     ours: dict[str, dict[str, Any]] = {}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="maskmill-peers-") as temporary:
@@ -324,7 +346,9 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bo
                         continue
                     finally:
                         shutil.rmtree(dest, ignore_errors=True)
-                    if turn >= 0:
+                    if turn < 0:
+                        few[name] = done
+                    else:
                         found[name].append(done)
                         console.print(f"{key} {turn} {name}: {images / done.work_s:.1f}/s, whole {done.wall_s:.1f} s")
     return {
@@ -338,6 +362,7 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bo
             name: {
                 "installed": name in installed,
                 "turns": [turn._asdict() for turn in found[name]],
+                "few": few[name]._asdict() if name in few else None,
                 "agreement": agreements[name]._asdict() if name in agreements else None,
                 "failure": failures.get(name),
             }
@@ -353,11 +378,12 @@ def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
     peers = dict(before["peers"])
     for name, peer in now["peers"].items():
         turns = peers[name]["turns"] if name in peers else []
-        peers[name] = peer | {"turns": [*turns, *peer["turns"]]}
+        few = peer["few"] or (peers[name]["few"] if name in peers else None)
+        peers[name] = peer | {"turns": [*turns, *peer["turns"]], "few": few}
     return now | {"peers": peers, "load": max(before["load"], now["load"])}
 
 
-_COLUMNS = ("", "images/s", "ours is", "whole, s", "ours takes", "rows equal", "pixels equal")
+_COLUMNS = ("", "images/s", "ours is", "whole, s", "ours takes", "core-ms", "rows equal", "pixels equal")
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -365,7 +391,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     rates, walls = medians(result)
     for name, peer in result["peers"].items():
         if name not in rates:
-            yield (name, "failed" if peer["installed"] else "not installed", *[""] * 5)
+            yield (name, "failed" if peer["installed"] else "not installed", *[""] * (len(_COLUMNS) - 2))
             continue
         agreed = peer["agreement"]
         yield (
@@ -374,6 +400,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{rates[OURS] / rates[name]:.2f} ×" if OURS in rates else "",
             f"{walls[name]:.1f}",
             f"{walls[OURS] / walls[name]:.2f} ×" if OURS in walls else "",
+            f"{core_ms(result, name):.2f}" if core_ms(result, name) else "",
             f"{agreed['rows']:,} of {agreed['of']:,}" if agreed else "",
             f"{agreed['pixels']:.4%}" if agreed else "",
         )
@@ -412,6 +439,15 @@ def broken_costs(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     free, broken = medians(results["free"])[0], medians(results["broken"])[0]
     # Of the files of `broken`, half are good.
     return {name: 2 * free[name] / broken[name] - 1 for name in free.keys() & broken.keys()}
+
+
+def core_ms(result: dict[str, Any], name: str) -> float:
+    """Of all cores, an image: what the whole process took more than one of a few images. 0 where that is not known."""
+    peer = result["peers"][name]
+    spent = [turn["core_s"] for turn in peer["turns"] if turn["core_s"] is not None]
+    if not (spent and peer["few"] and peer["few"]["core_s"]):
+        return 0.0
+    return 1e3 * (statistics.median(spent) - peer["few"]["core_s"]) / result["images"]
 
 
 def medians(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

@@ -107,12 +107,14 @@ def test_what_was_measured_can_be_drawn(peers: Any, tmp_path: Path) -> None:
 
 def test_turns_of_several_calls_are_joined(peers: Any) -> None:
     def result(seconds: float, images: int = 10) -> dict[str, Any]:
-        turn = {"wall_s": 2 * seconds, "work_s": seconds}
-        peer = {"installed": True, "turns": [turn], "agreement": None, "failure": None}
+        turn = {"wall_s": 2 * seconds, "work_s": seconds, "core_s": 4 * seconds}
+        few = turn | {"core_s": 2.0}
+        peer = {"installed": True, "turns": [turn], "few": few, "agreement": None, "failure": None}
         return {"title": "t", "images": images, "batch_size": 1, "load": seconds, "peers": {"maskmill": peer}}
 
     both = peers.joined(peers.joined(None, result(1.0)), result(4.0))
     assert peers.medians(both) == ({"maskmill": 4.0}, {"maskmill": 5.0})
+    assert peers.core_ms(both, "maskmill") == 800.0
     assert "medians of 2" in peers.markdown({"free": both})
     assert peers.joined(both, result(1.0, images=20)) == result(1.0, images=20)
     assert peers.broken_costs({"free": both, "broken": result(3.0, images=20)}) == pytest.approx({"maskmill": 0.2})
