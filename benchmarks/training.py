@@ -117,6 +117,19 @@ class Contest:
         images = (self.config.steps or 0) * self.config.batch_size
         return Speed(images / (ends[-1][0] - ends[0][0]), (ends[-1][1] - ends[0][1]) / images)
 
+    def crops(self, steps: int) -> float:
+        """Core-seconds of a crop, by one thread, from images that are decoded: the median step."""
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        spent_s = []
+        for step in range(steps):
+            began_s = time.thread_time()
+            self.examples.batch(step)
+            spent_s.append(time.thread_time() - began_s)
+        torch.set_num_threads(usual)
+        return statistics.median(spent_s) / self.config.batch_size
+
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -130,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop-px", type=int, default=256)
     parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only what a crop costs")
     parser.add_argument("--threads", type=int, help="of the network; 1 on a machine that does other work")
     options = parser.parse_args()
     if options.threads:
@@ -146,6 +159,10 @@ def main() -> None:
         )  # fmt: skip
         contest = Contest(config, device, precision, options.epoch_steps)
         batches = [contest.examples.batch(step).to(device) for step in range(4)]
+        contest.crops(options.images // options.batch_size + 1)  # decodes
+        print(f"a crop alone: {1e3 * contest.crops(options.steps):.2f} core-ms")
+        if not options.rounds:
+            return
         speeds: dict[str, list[Speed]] = {"bare": [], "ours": []}
         contest.bare(batches)  # kernels are chosen at their first use
         for number in range(options.rounds):
