@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from chaos.segment_scene import FIRST_NIGHT, SECOND_NIGHT, Row, SegmentScene, sh
 from harness import write_tiny_model
 
 import pipeline
-from pipeline.errors import InfrastructureError, MaskmillError
+from pipeline.errors import HeldError, InfrastructureError, MaskmillError
 
 #: What the others do, given the scene and the folder; and which night's images there are then.
 Others = Callable[[SegmentScene, str], Literal["first", "second"]]
@@ -27,11 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _act(scene: SegmentScene, folder: str) -> None:
-    """The command, again where a sentence says so: a run that was given up meanwhile is planned anew."""
+    """The command, again where a sentence says so: a run that was given up meanwhile is planned anew, and a heartbeat
+    that was on its way when its driver came to stand still is waited out."""
     for _ in range(3):
-        with contextlib.suppress(InfrastructureError):
+        with contextlib.suppress(InfrastructureError, HeldError):
             scene.act(folder)
             return
+        time.sleep(0.5)
     scene.act(folder)
 
 
