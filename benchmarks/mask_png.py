@@ -31,10 +31,11 @@ from rich.table import Table
 from side_by_side.stand_in import street
 
 from models import masks
-from models.architectures import DEFAULT_COLORS
 from models.masks import decode_mask_png, encode_mask_png
+from models.palettes import distinct_color
 
 Encode = Callable[[np.ndarray], bytes]
+COLORS = [distinct_color(index) for index in range(12)]
 
 
 def opencv(ids: np.ndarray) -> bytes:
@@ -46,7 +47,7 @@ def opencv(ids: np.ndarray) -> bytes:
 def pillow(level: int) -> Encode:
     def encode(ids: np.ndarray) -> bytes:
         image, buffer = Image.fromarray(ids), io.BytesIO()
-        colors = [*DEFAULT_COLORS, *[(128, 128, 128)] * (256 - len(DEFAULT_COLORS))]
+        colors = [*COLORS, *[(128, 128, 128)] * (256 - len(COLORS))]
         image.putpalette([channel for color in colors for channel in color])
         image.save(buffer, "PNG", compress_level=level)
         return buffer.getvalue()
@@ -59,7 +60,7 @@ def deflated_by(compress: Callable[[Any], bytes]) -> Encode:
 
     def encode(ids: np.ndarray) -> bytes:
         with mock.patch.object(masks.zlib_ng, "compress", lambda data, level: compress(data)):
-            return encode_mask_png(ids, DEFAULT_COLORS)
+            return encode_mask_png(ids, COLORS)
 
     return encode
 
@@ -80,7 +81,7 @@ def ways() -> tuple[dict[str, Encode], list[str]]:
         "Pillow, level 6": pillow(6),
         "zlib, level 1, strategy RLE": deflated_by(zlib_rle),
         "zlib-ng, level 1": deflated_by(lambda data: compress(data, 1)),
-        "zlib-ng, level 2 (what we do)": lambda ids: encode_mask_png(ids, DEFAULT_COLORS),
+        "zlib-ng, level 2 (what we do)": lambda ids: encode_mask_png(ids, COLORS),
         "zlib-ng, level 3": deflated_by(lambda data: compress(data, 3)),
     }
     missing = []
