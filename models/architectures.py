@@ -90,14 +90,14 @@ def build(card: Card, *, blank: bool = False, most_bytes: int | None = None) -> 
     """
     found = architecture(card.architecture)
     args = _valid_args(found, card)
-    if args.output_channels != card.network_channels:
-        raise ValueError(
-            f"{card.architecture} puts out {args.output_channels} channels, the card needs {card.network_channels}"
-        )
     if found.detects != (card.postprocessing.kind == "detections"):
         raise ValueError(
             f"{card.architecture} {'finds' if found.detects else 'finds no'} instances by itself: "
             f"its postprocessing cannot be {card.postprocessing.kind!r}"
+        )
+    if args.output_channels != card.network_channels:
+        raise ValueError(
+            f"{card.architecture} puts out {args.output_channels} channels, the card needs {card.network_channels}"
         )
     with _NoRandomNumbers() if blank else nullcontext(), _Budget(card, most_bytes) if most_bytes else nullcontext():
         network = found.make(args, input_channels=card.input_channels).eval()

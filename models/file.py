@@ -68,17 +68,12 @@ def load_module(data: bytes) -> tuple[Card, torch.nn.Module]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from models.architectures import build
-
     card = read_card(data)
     try:
         state = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ModelFileError(f"the weights of model {card.name!r} cannot be read: {error}") from error
-    try:
-        module = build(card, blank=True, most_bytes=_NETWORK_BYTES_PER_BYTE * len(data) + _NETWORK_BYTES)
-    except ValueError as error:
-        raise ModelFileError(f"model {card.name!r} cannot be built: {error}") from error
+    module = build_for(card, file_bytes=len(data))
     _check_fit(card, module.state_dict(), state)
     module.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -87,6 +82,20 @@ def load_module(data: bytes) -> tuple[Card, torch.nn.Module]:
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise ModelFileError(f"model {card.name!r} holds NaN or infinity in {name!r}: its training went wrong")
     return card, module.eval()
+
+
+def build_for(card: Card, *, file_bytes: int) -> torch.nn.Module:
+    """The card's network without its weights, which lie in a file of so many bytes: cheap, and enough to know whether
+    a card, such as one with the settings of a run, is one that its network can serve.
+
+    Raises ModelFileError where it is not: sizes that do not go with the network's stride, an unknown architecture.
+    """
+    from models.architectures import build
+
+    try:
+        return build(card, blank=True, most_bytes=_NETWORK_BYTES_PER_BYTE * file_bytes + _NETWORK_BYTES)
+    except ValueError as error:
+        raise ModelFileError(f"model {card.name!r} cannot be built: {error}") from error
 
 
 def save_model(path: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor], card: Card) -> str:

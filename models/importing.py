@@ -243,7 +243,7 @@ def _encoder_preprocessing(encoder: str, weights: str) -> dict[str, Any]:
         with _quiet_hub():
             found: dict[str, Any] = get_preprocessing_params(encoder, weights)
     except (OSError, RuntimeError) as error:
-        raise _unreachable(encoder, error) from error
+        raise _unreachable(encoder, weights, error) from error
     except (ValueError, KeyError) as error:
         raise WeightsError(f"the encoder {encoder!r} has no weights {weights!r}: {reason(error)}") from error
     return found
@@ -255,9 +255,15 @@ def _load_encoder(network: Any, encoder: str, weights: str, card: Card) -> None:
     depth = card.architecture_args.get("encoder_depth")
     try:
         with _quiet_hub():
-            trained = get_encoder(encoder, card.input_channels, **({"depth": depth} if depth else {}), weights=weights)
+            trained = get_encoder(
+                encoder,
+                card.input_channels,
+                **({"depth": depth} if depth else {}),
+                # timm's encoders have one set each, and are told only whether to take it.
+                weights=True if encoder.startswith("tu-") else weights,
+            )
     except (OSError, RuntimeError) as error:
-        raise _unreachable(encoder, error) from error
+        raise _unreachable(encoder, weights, error) from error
     except (ValueError, KeyError) as error:
         raise WeightsError(f"the encoder {encoder!r} has no weights {weights!r}: {reason(error)}") from error
     wanted = network.encoder.state_dict()
@@ -276,11 +282,23 @@ def _quiet_hub() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _unreachable(encoder: str, error: Exception) -> DownloadError:
+def _unreachable(encoder: str, weights: str, error: Exception) -> DownloadError:
     return DownloadError(
-        f"the weights of the encoder {encoder!r} could not be fetched ({reason(error)}): "
-        "give a weights file of a trained network instead"
+        f"the weights {weights!r} of the encoder {encoder!r}, {_published_at(encoder, weights)}, could not be fetched "
+        f"({reason(error)}): import them where there is a network, and bring the file that this makes; or give the "
+        "state dict of a whole network, decoder and all, as the weights file"
     )
+
+
+def _published_at(encoder: str, weights: str) -> str:
+    """Where an encoder's weights come from."""
+    import timm
+    from segmentation_models_pytorch.encoders import encoders
+
+    if not encoder.startswith("tu-"):
+        return f"https://huggingface.co/{encoders[encoder]['pretrained_settings'][weights]['repo_id']}"
+    found: Any = timm.get_pretrained_cfg(encoder[3:])
+    return f"https://huggingface.co/{found.hf_hub_id}" if found.hf_hub_id else str(found.url)
 
 
 def _channels(state: Mapping[str, torch.Tensor] | None, keys: Sequence[str]) -> int | None:

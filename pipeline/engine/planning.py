@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from models.card import Card
+from models.file import build_for
 from models.overrides import with_settings
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus
@@ -88,6 +90,9 @@ class Planner:
         try:
             #: The model with its card as this command wants it.
             self.model: Model = shipped._replace(card=with_settings(shipped.card, config.settings))
+            if _asks_of_network(self.model.card) != _asks_of_network(shipped.card):
+                # A card as it was shipped is its workers' to refuse. These are answered before there are any.
+                build_for(self.model.card, file_bytes=len(shipped.data))
         except ValueError as error:
             raise UsageError(f"--set: {error}") from error
         as_shipped, as_asked = shipped.card.model_dump(), self.model.card.model_dump()
@@ -278,6 +283,11 @@ class Planner:
 
     def _known_precision(self) -> Precision | None:
         return self.precedent().precision if self._config.precision == "auto" else self._config.precision
+
+
+def _asks_of_network(card: Card) -> tuple[Any, ...]:
+    """What a run can change of a card that its network may not serve."""
+    return card.size_policy, card.postprocessing.kind
 
 
 def _digest(settings: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def import_model(out: str | os.PathLike[str], **settings: Any) -> Model:
         card, state_dict = import_model(ImportConfig(**settings))
         save_model(path, state_dict, card)
     except DownloadError as error:
-        raise InfrastructureError(str(error)) from error
+        raise InfrastructureError(f"{error} (--weights-file)") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

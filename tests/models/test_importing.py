@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import segmentation_models_pytorch as library
@@ -82,6 +83,23 @@ def test_published_weights_come_with_classes_colours_and_preprocessing(
 def test_what_cannot_be_fetched_says_so(no_network: Path) -> None:
     with pytest.raises(DownloadError, match=r"lraspp.*\.pth could not be fetched .*download it elsewhere"):
         imported(source="torchvision:lraspp_mobilenet_v3_large", weights="DEFAULT")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "place"),
+    [("resnet18", "smp-hub/resnet18.imagenet"), ("tu-convnext_atto", "timm/convnext_atto.d2_in1k")],
+)
+def test_an_encoder_that_cannot_be_fetched_says_which_and_what_to_do(
+    encoder: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = (
+        rf"the weights 'imagenet' of the encoder '{encoder}', https://huggingface.co/{place}, could not be fetched "
+        r"\(.+\): import them where there is a network, .* or give the state dict of a whole network"
+    )
+    with pytest.raises(DownloadError, match=message):
+        imported(source=f"smp:unet/{encoder}", weights="imagenet", args=SMALL_UNET)
 
 
 @pytest.mark.parametrize(

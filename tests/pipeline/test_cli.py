@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import psutil
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -521,7 +522,13 @@ def test_models_import(maskmill: Maskmill, tmp_path: Path, monkeypatch: pytest.M
     # What urllib keeps of its proxies must not outlive this.
     monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    said = maskmill("models", "import", "torchvision:lraspp_mobilenet_v3_large", "--out", out)
-    assert said.status == 1
-    assert "could not be fetched" in said.err
-    assert out.read_bytes() == before
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for arguments, place in [
+        (("torchvision:lraspp_mobilenet_v3_large",), "lraspp_mobilenet_v3_large-d234d4ea.pth"),
+        (("smp:unet/resnet18", "--weights", "imagenet"), "smp-hub/resnet18.imagenet"),
+    ]:
+        said = maskmill("models", "import", *arguments, "--out", out)
+        assert said.status == 1
+        assert place in said.err and "could not be fetched" in said.err and "--weights-file" in said.err
+        assert out.read_bytes() == before

@@ -450,6 +450,35 @@ def test_a_file_that_is_no_model_is_a_usage_error(bench: Bench, damage: str, ima
     assert not bench.dest.exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size_policy": {"kind": "tile", "tile_px": 4}}, "tile_px 4 is smaller than the network's stride 8"),
+        ({"size_policy": {"kind": "tile", "tile_px": 68}}, "tile_px 68 is not a multiple of the network's stride 8"),
+        (
+            {"size_policy": {"kind": "letterbox", "height_px": 64, "width_px": 4}},
+            "width_px 4 is smaller than the network's stride 8",
+        ),
+        ({"postprocessing": {"kind": "detections"}}, "unet finds no instances by itself"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_settings_that_the_network_cannot_serve_bring_up_no_worker(
+    bench: Bench,
+    *,
+    settings: dict[str, Any],
+    said: str,
+    dry_run: bool,
+    image_folder: Callable[..., Path],
+    instance_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(InlineCrew, "start", lambda crew: pytest.fail("a worker was brought up"))
+    with pytest.raises(UsageError, match=said):
+        bench.segment(image_folder(1), model=str(instance_model), settings=settings, dry_run=dry_run)
+    assert not bench.dest.exists()
+
+
 # ── the same answer however it is cut ────────────────────────────────────────────────────────────────────────────────
 
 
