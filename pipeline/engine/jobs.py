@@ -34,6 +34,9 @@ _RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _POLL_S = 0.5
 _STATUS_EVERY_S = 2.0
 _AWAY_TIMEOUT_S = 120.0
+#: A cluster that has just come up answers before it has anybody to start a job; then it says so.
+_NO_AGENT = "No available agent"
+_AGENT_TIMEOUT_S = 25.0
 #: What a job needs, beside its drain, to write down what it came to.
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -106,7 +109,9 @@ def _submit_or_find(client: Any, config: SegmentConfig) -> tuple[str, bool]:
     """(name of the job, whether it was made here)."""
     prefix = job_prefix(config)
     inside = config.model_copy(update={"engine": "ray", "ray_address": None})
-    for _ in range(3):
+    given_up_s = time.monotonic() + _AGENT_TIMEOUT_S
+    taken = 0
+    while taken < 3:
         try:
             ours = {
                 job.submission_id: job for job in client.list_jobs() if (job.submission_id or "").startswith(prefix)
@@ -125,7 +130,11 @@ def _submit_or_find(client: Any, config: SegmentConfig) -> tuple[str, bool]:
             )
             return name, True
         except (OSError, RuntimeError) as error:
-            if "already exists" not in str(error):  # another caller's, a moment ago
+            if "already exists" in str(error):  # another caller's, a moment ago
+                taken += 1
+            elif _NO_AGENT in str(error) and time.monotonic() < given_up_s:
+                time.sleep(_POLL_S)
+            else:
                 raise InfrastructureError(f"the Ray cluster takes no job: {error}") from error
     raise InfrastructureError("the Ray cluster takes no job: its name was taken three times")
 

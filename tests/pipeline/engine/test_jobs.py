@@ -16,6 +16,7 @@ from harness import SHAPE, Case, part_count, terminal_rows, wait_until
 from ray_site import RaySite, ray_site
 
 from pipeline.config import SegmentConfig
+from pipeline.engine import jobs
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.jobs import (
     _client,
@@ -99,6 +100,31 @@ def test_a_server_that_is_no_ray_cluster_is_said_at_once(s3_server: str, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # Ray would go there instead
     with pytest.raises(InfrastructureError, match="no Ray Jobs API"):
         check_jobs_address(s3_server)
+
+
+class _Young:
+    """Ray's client of a cluster whose agents are not up yet: it takes the third job that it is handed."""
+
+    def __init__(self) -> None:
+        self.handed: list[str] = []
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> None:
+        self.handed.append(submission_id)
+        if len(self.handed) < 3:
+            raise RuntimeError("status code 500: No available agent to submit job, please try again later..")
+
+
+def test_a_cluster_that_has_just_come_up_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_POLL_S", 0.01)
+    young = _Young()
+    name, is_new = jobs._submit_or_find(young, asked())
+    assert is_new and young.handed == [name] * 3
+    monkeypatch.setattr(jobs, "_AGENT_TIMEOUT_S", 0.0)
+    with pytest.raises(InfrastructureError, match="No available agent"):
+        jobs._submit_or_find(_Young(), asked())
 
 
 @pytest.fixture
