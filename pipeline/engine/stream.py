@@ -620,5 +620,8 @@ def _blame(error: Exception) -> tuple[str, str]:
     """`error_kind` and message of what a model, or the work after it, did to one image."""
     message = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
-        return "out_of_memory", f"even alone in its batch this image is too large for the device's memory: {message}"
+        return "out_of_memory", (
+            "even alone in its batch this image is too large for the device's memory; it would take less in tiles, "
+            f"or in smaller ones (--set size_policy.kind=tile, size_policy.tile_px): {message}"
+        )
     return "model_failed", message

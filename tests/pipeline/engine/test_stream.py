@@ -276,6 +276,7 @@ def test_running_out_of_memory_is_the_worlds_fault(tmp_path: Path) -> None:
 
     (row,) = run(Threshold(before=before), [write(tmp_path, [(64, 64)])])
     assert row["error_kind"] == "out_of_memory" and "too large for the device's memory" in row["error_message"]
+    assert "less in tiles" in row["error_message"]
 
 
 def test_a_batch_that_memory_does_not_hold_is_halved_for_good(tmp_path: Path) -> None:
