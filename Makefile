@@ -15,7 +15,7 @@ demo: .venv/.demo ## segment the images in examples/nuclei with the shipped mode
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests; more for pytest in ARGS="..."
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" --durations=8 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --durations=8 $(ARGS)
 
 chaos: .venv/.dev ## kills and faults at random moments: long
 	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows tests/infra tests/pipeline/engine/test_jobs.py tests/pipeline/table/test_forget.py $(ARGS)

@@ -26,24 +26,39 @@ from chaos.faultproxy import FaultProxy
 _START_LIMIT_S = 60.0
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several workers share the tests (`--dist loadgroup --no-loadscope-reorder`): a file stays with one; all
-    that need the Prefect server are with one, which starts it once; and what takes long comes first, or files with few
-    long tests would be last and leave the other workers idle.
-    """
-    if not config.getoption("loadgroup", False):
+#: Tests of the Prefect server are in one folder.
+_ON_SERVER = "tests/flows/"
+
+
+def _scope(nodeid: str) -> str:
+    """What stays with one worker where several share the tests: a file, and all that need the Prefect server, which is
+    started once then."""
+    path = nodeid.partition("::")[0]
+    return _ON_SERVER if path.startswith(_ON_SERVER) else path
+
+
+# The groups of `--dist loadgroup` are not seen any more: xdist 3.8 writes them where pytest 9.2 does not read.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, or files with few long tests would be last and leave the other workers idle."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    on_server = {item.path for item in items if "site" in getattr(item, "fixturenames", ())}
-    group = {item.path: "prefect" if item.path in on_server else item.path.stem for item in items}
-    sizes = Counter(group[item.path] for item in items)
-    on_ray = {group[item.path] for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item.path]))
+    sizes = Counter(_scope(item.nodeid) for item in items)
+    on_ray = {_scope(item.nodeid) for item in items if item.get_closest_marker("ray")}
 
     def order(item: pytest.Item) -> tuple[bool, bool, int, str]:
-        name = group[item.path]
-        return name != "prefect", name not in on_ray, -sizes[name], name
+        scope = _scope(item.nodeid)
+        return scope != _ON_SERVER, scope not in on_ray, -sizes[scope], scope
 
     items.sort(key=order)
 
