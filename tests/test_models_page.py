@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from models.architectures import ARCHITECTURES, card_for
-from models.card import Card
+from models.card import Card, DetectionsPostprocessing, WatershedPostprocessing
 from models.file import load_module
 from models.overrides import SETTABLE, parse_settings, with_settings
 from models.preprocessing import VALUE_RANGES
-from models.refinement import AugmentationSettings, CleanupSettings
+from models.refinement import AugmentationSettings, CleanupSettings, CrfSettings
 
 PAGE = Path(__file__).resolve().parents[1].joinpath("docs", "models.md").read_text(encoding="utf-8")
 #: What is between fences.
@@ -36,7 +36,8 @@ def test_every_architecture_and_its_arguments_are_there() -> None:
 def test_everything_that_can_be_set_is_there() -> None:
     names = set(re.findall(r"`([a-z_0-9]+)`", PAGE))
     assert names >= set(SETTABLE)
-    assert names >= set(CleanupSettings.model_fields)
+    for kind in (CleanupSettings, CrfSettings, WatershedPostprocessing, DetectionsPostprocessing):
+        assert names >= set(kind.model_fields) - {"kind"}
     assert names >= set(VALUE_RANGES)
     assert all(f"augmentation.{name}" in PAGE for name in AugmentationSettings.model_fields)
 

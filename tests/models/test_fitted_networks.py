@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SEMANTIC]
 )
@@ -74,13 +74,14 @@ def test_bf16_gives_the_classes_of_the_library_in_float32(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_bf16_finds_what_a_small_detector_finds_in_float32() -> None:
     pictures = [draw_discs(SIDE_PX, 2 * SIDE_PX, 8, seed=seed)[0] for seed in range(8)]
     assert assert_found_by_both(disc_detector(), detector_card(), pictures) >= 60
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", DETECTOR_ARGS)
 def test_bf16_finds_the_objects_of_the_library_in_float32(name: str) -> None:
     card = detector_card(name, DETECTOR_ARGS[name])
@@ -94,30 +95,42 @@ def test_bf16_finds_the_objects_of_the_library_in_float32(name: str) -> None:
 
 
 def assert_found_by_both(network: Any, card: Card, pictures: list[np.ndarray]) -> int:
-    """How many objects the library is sure of. Whatever one of them is sure of, the other finds too, in its place."""
+    """How many objects the library is sure of. Whatever one of them is sure of, the other finds too; and what it finds
+    is one of the library's own boxes before suppression: of two with equal scores any rounding may let the other win.
+    """
     network = copy.deepcopy(network)
     network.roi_heads.score_thresh = card.postprocessing.score_threshold  # type: ignore[union-attr]
     segmenter = Segmenter(copy.deepcopy(network), card, device="cpu", precision="bf16")
-    furthest_px, least_iou, sure = 0.0, 1.0, 0
+    all_boxes = copy.deepcopy(network)
+    all_boxes.roi_heads.nms_thresh = all_boxes.rpn.nms_thresh = 1.0
+    all_boxes.roi_heads.detections_per_img = 1_000_000
+    all_boxes.rpn._post_nms_top_n = all_boxes.rpn._pre_nms_top_n
+    furthest_px, least_iou, furthest_score, others, sure = 0.0, 1.0, 0.0, 0, 0
     for pixels in pictures:
+        image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         with torch.inference_mode():
-            (library,) = network([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+            (library,), (candidates,) = network([image]), all_boxes([image])
         prediction = run(segmenter, [pixels])[0]
         _, instances = segmenter.postprocess(prediction)
         assert prediction.detections is not None
+        assert len(instances) == len(prediction.detections.scores)
         boxes, scores = (torch.from_numpy(array) for array in prediction.detections[:2])
         overlaps = box_iou(library["boxes"], boxes)
-        assert (overlaps[library["scores"] > SURE].max(dim=1).values > 0.9).all()
-        assert (overlaps[:, scores > SURE].max(dim=0).values > 0.9).all()
-        for index in torch.where(library["scores"] > SURE)[0].tolist():
-            partner = int(overlaps[index].argmax())
-            theirs, mine = (library["masks"][index, 0] >= 0.5).numpy(), decode_rle(instances[partner].rle)
-            furthest_px = max(furthest_px, float((library["boxes"][index] - boxes[partner]).abs().max()))
+        assert (overlaps[library["scores"] > SURE].max(dim=1).values > 0.5).all()
+        assert (overlaps[:, scores > SURE].max(dim=0).values > 0.5).all()
+        sure += int((library["scores"] > SURE).sum())
+        for index in torch.where(scores > SURE)[0].tolist():
+            partner = int((candidates["boxes"] - boxes[index]).abs().amax(dim=1).argmin())
+            theirs, mine = (candidates["masks"][partner, 0] >= 0.5).numpy(), decode_rle(instances[index].rle)
+            furthest_px = max(furthest_px, float((candidates["boxes"][partner] - boxes[index]).abs().max()))
+            furthest_score = max(furthest_score, float((candidates["scores"][partner] - scores[index]).abs()))
             least_iou = min(least_iou, np.count_nonzero(theirs & mine) / np.count_nonzero(theirs | mine))
-            sure += 1
+            others += bool((overlaps[:, index] <= 0.9).all())
     print(
-        f"{card.architecture}: of {sure} boxes within {furthest_px:.3f} px, of masks an IoU of {least_iou:.4f} at least"
+        f"{card.architecture}: of {sure} boxes within {furthest_px:.3f} px, scores within {furthest_score:.4f}, masks "
+        f"an IoU of {least_iou:.4f} at least; {others} times another box of the same object"
     )
-    assert furthest_px < 0.5
+    assert furthest_px < 0.5 and furthest_score < 0.05
     assert least_iou > 0.9
+    assert others <= sure // 10
     return sure
