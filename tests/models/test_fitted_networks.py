@@ -132,5 +132,5 @@ def assert_found_by_both(network: Any, card: Card, pictures: list[np.ndarray]) -
     )
     assert furthest_px < 0.5 and furthest_score < 0.05
     assert least_iou > 0.9
-    assert others <= sure // 10
+    assert others <= max(2, sure // 10)
     return sure

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import CLASSES, DETECTORS, small_card
 from torch import distributed, multiprocessing
 
-from models.architectures import build, card_for, untrained_card
+from models.architectures import ARCHITECTURES, build, card_for, untrained_card
 from models.detection_losses import DetectionTraining
 from models.losses import IGNORED, cross_entropy, dice, focal, lovasz
 from pipeline.learning.examples import Batch
@@ -105,6 +106,45 @@ def test_a_network_that_detects_has_its_own_losses() -> None:
         parts = objective.parts(module, seen)
         assert set(parts) == {"objectness", "proposal_boxes", "classes", "boxes", "masks"}
     assert network.roi_heads.fg_bg_sampler.batch_size_per_image == 8
+
+
+#: One of each family; the others take seconds.
+QUICK = frozenset({"unet", "pspnet", "segformer", "lraspp_mobilenet_v3_large", "maskrcnn_mobilenet_v3_large_fpn"})
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ARCHITECTURES]
+)
+def test_every_weight_of_every_architecture_can_learn(name: str) -> None:
+    card = small_card(name)
+    torch.manual_seed(0)
+    network: Any = build(card).train()
+    generator = torch.Generator().manual_seed(0)
+    inputs: Any = torch.randn(2, 3, 64, 64, generator=generator)
+    targets: Any = torch.randint(0, len(CLASSES), (2, 64, 64), generator=generator)
+    if name in DETECTORS:
+        inputs, targets = list(inputs), [square(16, 48, label=label) for label in (1, 2)]
+    objective = Objective(card, LossConfig())
+    parts = objective.parts(objective.trainee(network), Batch(("a", "b"), inputs, targets))
+    torch.stack(list(parts.values())).sum().backward()
+    # The library keeps the classifier of DPT's transformer, and never calls it.
+    weights = {
+        key: weight
+        for key, weight in network.named_parameters()
+        if not key.startswith(("encoder.model.norm.", "encoder.model.head."))
+    }
+    assert [key for key, weight in weights.items() if weight.grad is None or not weight.grad.any()] == []
+    assert all(weight.grad.isfinite().all() for weight in weights.values())
+
+
+def square(low: int, high: int, *, label: int) -> dict[str, torch.Tensor]:
+    """What a detector learns from: one object in 64 × 64 pixels."""
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[0, low:high, low:high] = 1
+    return {
+        "boxes": torch.tensor([[low, low, high, high]], dtype=torch.float32), "labels": torch.tensor([label]),
+        "masks": masks, "ignored": torch.zeros(64, 64, dtype=torch.bool),
+    }  # fmt: skip
 
 
 def test_class_weights_are_one_for_each_channel() -> None:
