@@ -133,6 +133,16 @@ def disturbed_everywhere(
     return Tally(len(chosen), changes, struck, unreached, time.monotonic() - began_s)
 
 
+def stalled_everywhere(scene: Scene, place: Place) -> int:
+    """The command with all of its calls late: the same end at once. At how many calls."""
+    _, wanted = recorded(scene, place)
+    folder = place.copy("stalled")
+    with Stage(lambda call: "stall", places={"HERE": folder}).set() as stage:
+        scene.act(folder)
+    assert scene.end(folder) == wanted
+    return len(stage.calls)
+
+
 def assert_recovers(scene: Scene, folder: str, wanted: object) -> None:
     """The same command, as often as a sentence says that it is to be given again, comes to the end that is wanted."""
     scene.look(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chaos.faulty_storage import Fault
-from chaos.killed_calls import BEFORE, Place, Scene, disturbed_everywhere
+from chaos.killed_calls import BEFORE, Place, Scene, disturbed_everywhere, stalled_everywhere
 from chaos.other_scenes import (
     EvaluateScene,
     ExportScene,
@@ -118,9 +118,16 @@ def test_killed_at_every_call(place: Place, street: list[str], discs: str, comma
     assert tally.struck > 3 and not tally.unreached
 
 
-@pytest.mark.parametrize("fault", ["fail", "lose", "deaf"])
+@pytest.mark.parametrize("fault", ["fail", "deny", "tear", "lose", "deaf"])
 @COMMANDS
 def test_every_call_fails_once(place: Place, street: list[str], discs: str, command: Command, fault: Fault) -> None:
     tally = disturbed_everywhere(command(place, street, discs), place, fault=fault)
     print(f"\n{fault}: {tally}")
     assert tally.struck > 3 and not tally.unreached
+
+
+@COMMANDS
+def test_every_call_stalls(place: Place, street: list[str], discs: str, command: Command) -> None:
+    stalled = stalled_everywhere(command(place, street, discs), place)
+    print(f"\nstalled: {stalled} calls")
+    assert stalled > 3

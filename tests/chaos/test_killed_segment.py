@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chaos.faulty_storage import Fault
-from chaos.killed_calls import BEFORE, Place, disturbed_everywhere
+from chaos.killed_calls import BEFORE, Place, disturbed_everywhere, stalled_everywhere
 from chaos.segment_scene import FIRST_NIGHT, SECOND_NIGHT, SegmentScene, show
 from harness import write_tiny_model
 
@@ -69,3 +69,11 @@ def test_every_call_fails_once(place: Place, model: str, night: Any, fault: Faul
     tally = disturbed_everywhere(night(place, model), place, fault=fault)
     print(f"\n{fault}: {tally}")
     assert tally.struck > 30 and not tally.unreached
+
+
+@pytest.mark.slow
+@NIGHTS
+def test_every_call_stalls(place: Place, model: str, night: Any) -> None:
+    stalled = stalled_everywhere(night(place, model), place)
+    print(f"\nstalled: {stalled} calls")
+    assert stalled > 30
