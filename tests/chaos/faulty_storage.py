@@ -38,7 +38,6 @@ Fault = Literal["kill", "fail", "deny", "stall", "tear", "lose", "deaf"]
 #: What changes a store.
 CHANGES = frozenset({"put_new", "put", "put_stream", "replace", "delete"})
 _STALL_S = 0.05
-# What differs between two runs of the same command.
 _PASSING = [
     (re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}"), "RUN"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
@@ -57,6 +56,8 @@ class Call(NamedTuple):
         return f"{self.method} {self.name} #{self.number}"
 
 
+#: The changes that a command has made, and the one that it has half done.
+State = tuple[str, ...]
 #: What is to happen at a call: a fault, or something that is done while the process stands still before it.
 Event = Fault | Callable[[], object] | None
 Script = Callable[[Call], Event]
@@ -110,14 +111,15 @@ class Stage:
     """
 
     def __init__(
-        self, script: Script = nothing, *, places: Mapping[str, str] | None = None, really: bool = False,
-        tears_show: bool = False,
+        self, script: Script = nothing, *, places: Mapping[str, str] | None = None,
+        last_words: Callable[[State | None], object] | None = None, tears_show: bool = False,
     ) -> None:  # fmt: skip
-        """`really`: a kill is a SIGKILL to this process, instead of a KilledError from this call and all later ones.
+        """With `last_words` a kill is a SIGKILL to this process, after these are said of what it leaves; else it is a
+        KilledError from this call and all later ones.
         `tears_show`: a torn write leaves half of its bytes under the object's name."""
         self._script = script
         self._places = [(uri.rstrip("/"), name) for name, uri in (places or {}).items()]
-        self._really = really
+        self._last_words = last_words
         self._lock = threading.Lock()
         self._numbers: Counter[tuple[str, str]] = Counter()
         self.tears_show = tears_show
@@ -127,6 +129,28 @@ class Stage:
         self._moving.set()
         self.calls: list[Call] = []
         self.killed = False
+        self._done: list[str] = []
+        self._under_way = 0
+        self._struck: tuple[int, str] | None = None
+
+    @property
+    def left(self) -> State | None:
+        """By which changes this command has left what is there now: where they are equal, all of it is, but for ids and
+        times. None where they do not say it: something was written after a fault, and may tell of it, or still is.
+        """
+        if self._struck is None or self._under_way:
+            return None
+        before, half_done = self._struck
+        if any(not change.startswith("delete ") for change in self._done[before:]):
+            return None
+        return (*sorted(self._done), half_done)
+
+    def ended(self, method: str, uri: str, *, done: bool) -> None:
+        """A change that `fault` was asked about has ended."""
+        with self._lock:
+            if threading.current_thread().name != "lease":
+                self._under_way -= 1
+                self._done += [f"{method} {self._name(uri)}"] * done
 
     @contextmanager
     def set(self) -> Iterator[Stage]:
@@ -152,11 +176,15 @@ class Stage:
             call = Call(method, name, self._numbers[method, name])
             self.calls.append(call)
             event = self._script(call)
+            if event is not None:
+                self._struck = len(self._done), str(call) if event == "tear" and method in CHANGES else ""
             if event == "kill":
-                if self._really:
+                if self._last_words is not None:
+                    self._last_words(self.left)
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.killed = True
                 raise KilledError
+            self._under_way += method in CHANGES
         if not callable(event):
             return event
         self._moving.clear()
@@ -174,9 +202,14 @@ class Stage:
             if uri == place or uri.startswith(place + "/"):
                 uri = name + uri[len(place) :]
                 break
-        for pattern, text in _PASSING:
-            uri = pattern.sub(text, uri)
-        return uri
+        return lasting(uri)
+
+
+def lasting(uri: str) -> str:
+    """Without what differs between two runs of the same command."""
+    for pattern, text in _PASSING:
+        uri = pattern.sub(text, uri)
+    return uri
 
 
 class FaultyStorage:
@@ -213,7 +246,7 @@ class FaultyStorage:
         fault = self._stage.fault("list", prefix_uri)
         self._before(fault, "list", prefix_uri)
         if fault not in ("tear", "lose", "deaf"):
-            return self._storage.list(prefix_uri, parallel=parallel)
+            return _iterated(self._storage.list(prefix_uri, parallel=parallel))
         return self._torn(prefix_uri, parallel)
 
     def _torn(self, prefix_uri: str, parallel: int) -> Iterator[pa.RecordBatch]:
@@ -257,7 +290,7 @@ class FaultyStorage:
                 *(self._watched(f"file_{name}", read) for name, read in files._reads._asdict().items())
             )
         elif isinstance(files, MemoryFileSystem):
-            return _FaultyMemory(self._watched("file_open", lambda uri: None))
+            return _FaultyMemory(lambda name, uri: self._read(name, uri, lambda: None))
         return files
 
     def _watched(self, name: str, read: Callable[..., Any]) -> Callable[..., Any]:
@@ -278,12 +311,17 @@ class FaultyStorage:
 
     def _write(self, method: str, uri: str, data: bytes | None, call: Callable[[], Any]) -> Any:
         fault = self._stage.fault(method, uri)
-        self._before(fault, method, uri)
-        if fault == "tear":
-            if data is not None:
-                self._tear(uri, data[: len(data) // 2])
-            raise _failed(method, uri)
-        answer = call()
+        done = False
+        try:
+            self._before(fault, method, uri)
+            if fault == "tear":
+                if data is not None:
+                    self._tear(uri, data[: len(data) // 2])
+                raise _failed(method, uri)
+            answer = call()
+            done = True
+        finally:
+            self._stage.ended(method, uri, done=done)
         if fault == "lose":
             raise _failed(method, uri)
         return None if fault == "deaf" else answer
@@ -306,17 +344,37 @@ class FaultyStorage:
 
 
 class _FaultyMemory(MemoryFileSystem):  # type: ignore[misc]
-    """fsspec's memory, whose every opening of a file is told first. What it holds is the class's."""
+    """fsspec's memory, whose methods are told first when others call them. What it holds is the class's."""
 
     cachable = False
+    _tell: Callable[[str, str], None] | None = None
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[str, str], None]) -> None:
         super().__init__()
+        self._inside = threading.local()
         self._tell = tell
 
-    def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
-        self._tell(f"memory:/{path}")
-        return super()._open(path, *arguments, **options)
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or name == "unstrip_protocol" or not callable(found) or self._tell is None:
+            return found
+
+        def told(path: Any = "", *arguments: Any, **options: Any) -> Any:
+            if getattr(self._inside, "already", False):
+                return found(path, *arguments, **options)
+            self._inside.already = True
+            try:
+                self._tell(f"file_{name}", "memory:/" + self._strip_protocol(path))
+                return found(path, *arguments, **options)
+            finally:
+                self._inside.already = False
+
+        return told
+
+
+def _iterated(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """In a frame of this module, by which `watched_clients` knows whose requests they are."""
+    yield from batches
 
 
 def _failed(method: str, uri: str) -> StorageError:
