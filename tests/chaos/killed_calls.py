@@ -31,6 +31,12 @@ from pipeline.errors import MaskmillError
 from pipeline.storage import local_path
 
 _CHILD_LIMIT_S = 120.0
+#: What the commands import, most of them when they need it.
+_IMPORTED = [
+    "chaos.killed_calls", "chaos.segment_scene", "chaos.other_scenes", "pipeline.engine.run", "pipeline.table.forget",
+    "pipeline.table.prune", "pipeline.insight.export", "pipeline.learning.evaluation", "pipeline.storage.bucket",
+    "models.segmenter", "segmentation_models_pytorch",
+]  # fmt: skip
 #: The folder that is copied: what is there before the command.
 BEFORE = "before"
 
@@ -211,7 +217,7 @@ def strike(scene: Scene, place: Place, folder: str, call: Call, fault: Fault) ->
 
 def _killed_for_real(scene: Scene, folder: str, call: Call) -> tuple[bool, State | None]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chaos.killed_calls", "pipeline.engine.run", "models.segmenter", "harness"])
+    context.set_forkserver_preload(_IMPORTED)
     heard, told = context.Pipe(duplex=False)
     child = context.Process(target=_act_and_die, args=(scene, folder, call, dict(os.environ), told))
     child.start()

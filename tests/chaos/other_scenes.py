@@ -242,5 +242,8 @@ class EvaluateScene(_TableScene):
     def end(self, folder_uri: str) -> object:
         dest = f"{folder_uri}/dest"
         assert pipeline.verify(dest, deep=True) == []
-        rows = pipeline.connect(dest).sql("SELECT * EXCLUDE (evaluated_at, run_id) FROM evaluations ORDER BY image_uri")
+        rows = pipeline.connect(dest).sql(
+            "SELECT * EXCLUDE (evaluation_id, evaluated_at, run_id, attempt, processed_at) FROM evaluations "
+            "ORDER BY image_uri"
+        )
         return terminal_rows(dest), str(rows.fetchall())
