@@ -42,7 +42,8 @@ _PASSING = [
     (re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}"), "RUN"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
     (re.compile(r"/[0-9a-f]{12}\.safetensors\b"), "/VERSION.safetensors"),  # which says how long training took
-    (re.compile(r"/evaluation=[0-9a-f]{12}/"), "/evaluation=ID/"),  # of the Parts' names
+    (re.compile(r"/evaluation=[0-9a-f]{12}\b"), "/evaluation=ID"),  # of the Parts' names
+    (re.compile(r"/maskmill-run-[^/]+/"), "/SCRATCH/"),
     (re.compile(r"\b\d{19,20}\b"), "NS"),
 ]
 
