@@ -1,18 +1,19 @@
 """Time and peak memory of planning over 1, 10 and 20 million images, on Parts as a run leaves them.
 
-    python benchmarks/planning.py [--millions 1 10 20 100] [--scratch DIR] [--memory-gib 3]
+    python benchmarks/planning.py [--millions 1 10 20 100] [--nights first usual …] [--scratch DIR] [--memory-gib 3]
 
 Four nights each: the first (nothing is done, all is frozen into a list), the same out of an S3 Inventory on this disk
-(which is read, then planned: its lines might repeat, and that is looked for), a quiet one (all is done), and a usual
-one (1 % new, 1 % changed, 1 % gone). Measured are `work_left` and `find_changes`, the whole question from listing file
-and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs is not
-measured, nor listing a store (see benchmarks/README.md).
+(whose digests are checked, which is read and asked whether a line repeats, then planned), a quiet one (all is done),
+and a usual one (1 % new, 1 % changed, 1 % gone). Measured are `work_left` and `find_changes`, the whole question from
+listing file and Parts to counts, frozen list and what is gone from SOURCE, in a process of its own. Making the inputs
+is not measured, nor listing a store (see benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import json
 import os
 import resource
@@ -24,10 +25,11 @@ import time
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.corpus.manifest import read_source
+from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.plan import Question, work_left
 from pipeline.storage import open_storage
 from pipeline.table.catalog import Current, part_sizes, sql_text
@@ -39,6 +41,7 @@ DIGEST = "0123456789ab"
 VERSION = "ba9876543210"
 RUN_ID = "20260101T000000Z-000000"
 FOLDER = "s3://photos-of-the-fleet/2026"
+NIGHTS = ("first", "inventory", "quiet", "usual")
 
 
 def make_inputs(folder: Path, images: int) -> None:
@@ -110,7 +113,11 @@ def make_inventory(folder: Path) -> None:
         f"TO {sql_text(str(place / 'data'))} (FORMAT parquet, COMPRESSION zstd, FILE_SIZE_BYTES '250MB', "
         "OVERWRITE_OR_IGNORE)"
     )
-    files = [{"key": str(path.relative_to(place))} for path in sorted((place / "data").rglob("*.parquet"))]
+    files = []
+    for path in sorted((place / "data").rglob("*.parquet")):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "md5").hexdigest()
+        files.append({"key": str(path.relative_to(place)), "MD5checksum": digest})
     manifest = {"sourceBucket": bucket, "destinationBucket": "arn:aws:s3:::i", "fileFormat": "Parquet", "files": files}
     (place / "manifest.json").write_text(json.dumps(manifest))
 
@@ -120,13 +127,16 @@ def plan_once(folder: Path, night: str, memory_bytes: int, dest: str | None = No
     dest = dest or f"file://{folder / ('new' if night in ('first', 'inventory') else 'dest')}"
     storage = open_storage(dest)
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-", dir=folder) as scratch:
-        began_s = time.perf_counter()
-        corpus_path, reading_s = folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), 0.0
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        listing, reading_s = folder / ("usual.parquet" if night == "usual" else "corpus.parquet"), 0.0
         if night == "inventory":
-            corpus_path = read_source(str(folder / "inventory" / "manifest.json"), scratch=Path(scratch)).path
+            corpus = read_source(str(folder / "inventory" / "manifest.json"), scratch=Path(scratch))
             reading_s = time.perf_counter() - began_s
+        else:
+            rows = pq.read_metadata(listing).num_rows
+            corpus = Corpus(f"read_parquet({sql_text(str(listing))})", rows, True, True, FOLDER)
         question = Question(
-            corpus_path=corpus_path, corpus_is_distinct=night != "inventory",
+            corpus=corpus.sql, corpus_rows=corpus.rows, corpus_is_distinct=corpus.distinct,
             part_sizes=part_sizes(storage, f"{dest}/segments"), held={}, settings_digest=DIGEST,
             unmatched_path=None if night == "inventory" else Path(scratch, "unmatched.parquet"),
         )  # fmt: skip
@@ -134,22 +144,25 @@ def plan_once(folder: Path, night: str, memory_bytes: int, dest: str | None = No
             question, storage, scratch=Path(scratch), list_path=Path(scratch, "work.parquet"),
             memory_bytes=memory_bytes,
         )  # fmt: skip
-        changes = find_changes(
-            storage, dest, listing_path=question.corpus_path, coverage=Coverage(FOLDER),
-            current=Current("bench", VERSION, DIGEST), scratch=Path(scratch), unmatched_path=question.unmatched_path,
-            memory_bytes=memory_bytes,
-        )  # fmt: skip
-        seconds = time.perf_counter() - began_s
+        gone = 0
+        if corpus.full_listing:  # only then is it asked for
+            gone = find_changes(
+                storage, dest, listing=corpus.sql, coverage=Coverage(FOLDER),
+                current=Current("bench", VERSION, DIGEST), scratch=Path(scratch),
+                unmatched_path=question.unmatched_path, memory_bytes=memory_bytes,
+            ).removed  # fmt: skip
+        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return {
-        "seconds": seconds, "reading_s": reading_s, "peak_bytes": peak_bytes, "planned": counts.planned,
-        "images": counts.images, "gone": changes.removed,
+        "seconds": seconds, "cpu_s": cpu_s, "reading_s": reading_s, "peak_bytes": peak_bytes, "planned": counts.planned,
+        "images": counts.images, "gone": gone,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 10, 20])
+    parser.add_argument("--nights", nargs="+", choices=NIGHTS, default=NIGHTS)
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--memory-gib", type=float, default=3.0)
     parser.add_argument("--once", nargs=2, metavar=("FOLDER", "NIGHT"), help=argparse.SUPPRESS)
@@ -161,7 +174,7 @@ def main() -> None:
     table = Table(
         title=f"planning, {os.cpu_count()} cores, DuckDB with {options.memory_gib:g} GiB, load {os.getloadavg()[0]:.1f}"
     )
-    for column in ("images", "night", "planned", "gone", "seconds", "peak memory"):
+    for column in ("images", "night", "planned", "gone", "seconds", "core-seconds", "peak memory"):
         table.add_column(column, justify="left" if column == "night" else "right")
     scratch = Path(tempfile.mkdtemp(prefix="maskmill-bench-", dir=options.scratch))
     try:
@@ -169,14 +182,15 @@ def main() -> None:
             images = int(millions * 1e6)
             folder = scratch / str(images)
             make_inputs(folder, images)
-            make_inventory(folder)
+            if "inventory" in options.nights:
+                make_inventory(folder)
             expected = {
                 "inventory": images,
                 "first": images,
                 "quiet": 0,
                 "usual": images // 100 + sum(1 for i in range(images // 100, images) if i % 100 == 7),
             }
-            for night in ("first", "inventory", "quiet", "usual"):
+            for night in options.nights:
                 command = [
                     sys.executable,
                     __file__,
@@ -194,6 +208,7 @@ def main() -> None:
                     f"{int(got['planned']):,}",
                     f"{int(got['gone']):,}",
                     f"{got['seconds']:.1f}" + (f" ({got['reading_s']:.1f} reading)" if got["reading_s"] else ""),
+                    f"{got['cpu_s']:.1f}",
                     f"{got['peak_bytes'] / 2**30:.2f} GiB",
                 )
             shutil.rmtree(folder)

@@ -168,7 +168,9 @@ def first_step(options: Any) -> dict[str, Any]:
     """A first night: everything is left, and is listed."""
     storage = open_storage(options.dest + "-new")
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        question = Question(options.folder / "corpus.parquet", True, {}, {}, planning.DIGEST)
+        listing = options.folder / "corpus.parquet"
+        rows = pq.read_metadata(listing).num_rows
+        question = Question(f"read_parquet('{listing}')", rows, True, {}, {}, planning.DIGEST)
         counts = work_left(
             question, storage, scratch=Path(scratch), list_path=options.folder / "work.parquet",
             memory_bytes=options.memory_bytes,

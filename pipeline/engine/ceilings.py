@@ -21,8 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import duckdb
 import numpy as np
-import pyarrow.parquet as pq
 
 from models.mosaic import DetectionMosaic, Mosaic
 from pipeline.config import DEFAULT_SUFFIXES, PrecisionChoice
@@ -110,7 +110,7 @@ def measure(
     resolved = resolve(model, registry=registry)
     load = os.getloadavg()[0]
     corpus, listed_per_s = _listed(source, scratch, suffixes, profile)
-    uris = _sample(corpus.path)
+    uris = _sample(corpus)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         device = pool.submit(describe_device).result()
     on_gpu = gpu_count() > 0 and device.device.startswith("cuda")
@@ -154,7 +154,7 @@ def measure_store(
 ) -> dict[str, StoreCeiling]:
     """As `measure`, of the store alone: for one more store beside those of `Ceilings.stores`."""
     corpus, listed_per_s = _listed(source, scratch, suffixes, profile)
-    uris = _sample(corpus.path)
+    uris = _sample(corpus)
     with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
         found = [future.result()[0] for future in [pool.submit(_read, uris, seconds, profile) for _ in range(cores())]]
     return {store_root(uris[0]): _store(found, listed_per_s)}
@@ -168,16 +168,16 @@ def _listed(source: str, scratch: Path, suffixes: Sequence[str], profile: str | 
     return corpus, corpus.rows / seconds if corpus.full_listing else None
 
 
-def _sample(path: Path) -> list[str]:
+def _sample(corpus: Corpus) -> list[str]:
     """Images from all over the corpus, of one store."""
-    file = pq.ParquetFile(path)
-    step = max(1, file.metadata.num_rows // _SAMPLE_IMAGES)
+    step = max(1, corpus.rows // _SAMPLE_IMAGES)
     found: list[str] = []
     at = 0
-    for batch in file.iter_batches(columns=["uri"]):
-        rows = range(-at % step, batch.num_rows, step)
-        found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
-        at += batch.num_rows
+    with duckdb.connect() as connection:
+        for batch in connection.sql(f"SELECT uri FROM {corpus.sql}").to_arrow_reader():
+            rows = range(-at % step, batch.num_rows, step)
+            found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
+            at += batch.num_rows
     return [uri for uri in found if store_root(uri) == store_root(found[0])][:_SAMPLE_IMAGES]
 
 

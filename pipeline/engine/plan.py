@@ -41,14 +41,17 @@ _KEY = "hash({0}, {1}) AS key_a, hash({0} || ' ' || {1}) AS key_b"
 
 
 class Question(NamedTuple):
-    """What planning needs to know. `corpus_path`: Parquet of MANIFEST_SCHEMA. `held`: open runs and their lists.
+    """What planning needs to know. `corpus`: what stands after FROM in DuckDB, with the columns of MANIFEST_SCHEMA and
+    `corpus_rows` rows; `corpus_is_distinct` where it is known that none repeats a URI. `held`: open runs and their
+    lists.
 
     `forgotten`: images that no plan may hold again, whatever SOURCE says.
     `unmatched_path`: where to list the images (Parquet of image_uri) of the terminal rows whose image the corpus does
     not hold under the etag that they were planned with; None where nobody asks.
     """
 
-    corpus_path: Path
+    corpus: str
+    corpus_rows: int
     corpus_is_distinct: bool
     part_sizes: Mapping[str, int]
     held: dict[str, Path]
@@ -89,12 +92,12 @@ def _without_forgotten(connection: Any, question: Question, scratch: Path) -> tu
         return question, 0
     rest = scratch / "unforgotten.parquet"
     kept = connection.execute(
-        f"COPY (SELECT * FROM read_parquet({sql_text(str(question.corpus_path))}) "
+        f"COPY (SELECT * FROM {question.corpus} "
         f"WHERE NOT {question.forgotten.condition(connection, 'uri')}) TO {sql_text(str(rest))} "
         "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
     ).fetchone()[0]
-    lines = pq.read_metadata(question.corpus_path).num_rows
-    return question._replace(corpus_path=rest), lines - kept
+    left = question._replace(corpus=f"read_parquet({sql_text(str(rest))})", corpus_rows=kept)
+    return left, question.corpus_rows - kept
 
 
 def _answer(connection: Any, question: Question, list_path: Path | None) -> WorkCounts:
@@ -102,10 +105,10 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         ((value,),) = connection.execute(sql).fetchall()
         return int(value)
 
-    listed = f"read_parquet({sql_text(str(question.corpus_path))})"
     of_these_settings = f"settings_digest = {sql_text(question.settings_digest)}"
     rows = f"(SELECT * FROM {read_parts_sql(list(question.part_sizes))} WHERE {of_these_settings})"
-    lines = number(f"SELECT count(*) FROM {listed}")
+    # Counted by whoever read it: to count an inventory is to read it.
+    listed, lines = question.corpus, question.corpus_rows
     images = lines
     twice = np.empty(0, np.uint64) if question.corpus_is_distinct else _repeated(connection, listed, lines)
     if not len(twice):
@@ -128,6 +131,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
         _join(connection, rows, final, question.unmatched_path if final == TERMINAL else None)
     else:
         connection.execute("CREATE VIEW undone AS SELECT * FROM corpus")
+        undone = images
     if question.unmatched_path is not None and not (asked and final == TERMINAL):
         _write_unmatched(
             connection,
@@ -135,7 +139,8 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
             f"(SELECT image_uri, {_KEY.format('image_uri', 'listed_etag')} FROM {rows} WHERE {TERMINAL}) t "
             f"ANTI JOIN (SELECT {_KEY.format('uri', 'etag')} FROM corpus) c",
         )
-    undone = number("SELECT count(*) FROM undone")
+    if asked:
+        undone = number("SELECT count(*) FROM undone")
 
     past_rows = 0
     if question.part_sizes and undone:

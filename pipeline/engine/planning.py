@@ -238,8 +238,9 @@ class Planner:
         }
         folder = f"segments/model={model.card.name}/version={model.version}"
         question = Question(
-            corpus_path=corpus.path,
-            corpus_is_distinct=corpus.full_listing,
+            corpus=corpus.sql,
+            corpus_rows=corpus.rows,
+            corpus_is_distinct=corpus.distinct,
             part_sizes=part_sizes(self._ledger.storage, join_uri(self._ledger.dest, folder)),
             held=held,
             settings_digest=digest,
@@ -264,7 +265,7 @@ class Planner:
             return find_changes(
                 storage,
                 dest,
-                listing_path=corpus.path,
+                listing=corpus.sql,
                 coverage=Coverage(*corpus.span),
                 current=current,
                 scratch=self._scratch,

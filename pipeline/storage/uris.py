@@ -109,6 +109,11 @@ def duckdb_path(uri: str) -> str:
     return path
 
 
+def sql_text(text: str) -> str:
+    """`text` as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def check_web_address(uri: str) -> None:
     """Raises UsageError where an `http://` or `https://` URI names no host, or nothing that could be one."""
     shown = without_secrets(uri)

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.errors import BYTES_KINDS, InfrastructureError, StorageError, UsageError
-from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage
+from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage, sql_text
 from pipeline.table.functions import add_functions
 from pipeline.table.runs import RunFiles, read_runs, runs_table
 from pipeline.table.schema import SCHEMA_VERSION, SCHEMAS, SEGMENTS, parse_part_name
@@ -129,11 +129,6 @@ def scratch_is_full() -> InfrastructureError:
         f"the disk of the temporary folder {tempfile.gettempdir()} is full: free some space, or set TMPDIR to a folder "
         "with more, and run the same command again"
     )
-
-
-def sql_text(text: str) -> str:
-    """`text` as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def connect(dest: str, *, profile: str | None = None) -> Any:

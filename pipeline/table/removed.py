@@ -84,15 +84,15 @@ def find_changes(
     storage: Storage,
     dest: str,
     *,
-    listing_path: Path,
+    listing: str,
     coverage: Coverage,
     current: Current,
     scratch: Path,
     unmatched_path: Path | None = None,
     memory_bytes: int = 3 << 30,
 ) -> Changes:
-    """Compares a full listing (Parquet of uri, etag; no uri twice) with what the view `images` would show once a run of
-    `current` is closed.
+    """Compares a full listing (what stands after FROM, with uri and etag; no uri twice) with what the view `images`
+    would show once a run of `current` is closed.
 
     `unmatched_path`: Parquet of image_uri, the images of the terminal rows of `current` that the listing does not hold
     under their listed etag, where somebody knows them already: finding them is nearly all of the cost.
@@ -108,7 +108,7 @@ def find_changes(
         return Changes()
     try:
         connection.execute("SET preserve_insertion_order = false")
-        connection.execute(f"CREATE VIEW listing AS SELECT uri, etag FROM read_parquet({sql_text(str(listing_path))})")
+        connection.execute(f"CREATE VIEW listing AS SELECT uri, etag FROM {listing}")
         _compare(connection, coverage, current, unmatched_path)
         removed = "SELECT DISTINCT image_uri FROM odd_shown SEMI JOIN (FROM odd WHERE gone) USING (image_uri)"
         returned = f"{_REVERTED} UNION {_BACK}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,14 +30,14 @@ from models.card import TilePolicy
 from models.file import CARD_KEY, ModelFileError, read_card
 from pipeline.corpus.decode import decode, peek
 from pipeline.corpus.entries import read_entries
-from pipeline.corpus.inventory import read_inventory
+from pipeline.corpus.inventory import find_parts, query_parts, read_parts
 from pipeline.corpus.raw import peek_bands, read_bands
 from pipeline.corpus.signatures import split_signatures
 from pipeline.corpus.windows import open_windows
 from pipeline.errors import ImageError, MaskmillError
 from pipeline.learning.labels.source import open_labels
 from pipeline.registry.history import entry_uri, read_entry, read_state
-from pipeline.storage import open_storage
+from pipeline.storage import LISTING_SCHEMA, open_storage
 
 MAX_PIXELS = 1 << 20
 _WINDOW_PX = 64
@@ -101,7 +102,17 @@ def _inventory(data: bytes) -> None:
     """The manifest, a NUL byte, and its part, which `part.parquet` names."""
     manifest, _, part = data.partition(b"\0")
     with _Folder({"manifest.json": manifest, "part.parquet": part}) as (uri, storage):
-        _quietly(lambda: list(read_inventory(f"{uri}/manifest.json", storage)))
+
+        def read() -> None:
+            parts = find_parts(f"{uri}/manifest.json", storage, folder=Path(_SCRATCH))
+            query = query_parts(parts, where="true")
+            rows = pa.Table.from_batches(read_parts(parts), LISTING_SCHEMA)
+            if query is not None:
+                with duckdb.connect() as connection:
+                    connection.execute("SET TimeZone = 'UTC'")
+                    assert rows.equals(connection.sql(f"SELECT * FROM {query.sql}").to_arrow_table())
+
+        _quietly(read)
 
 
 def _model_file(data: bytes) -> None:

@@ -49,7 +49,8 @@ class Desk:
             lists[run_id] = self.folder / f"{run_id}.parquet"
             lists[run_id].write_bytes(make_list(uris, etag="other"))
         question = Question(
-            corpus_path=corpus_path,
+            corpus=f"read_parquet('{corpus_path}')",
+            corpus_rows=len(rows),
             corpus_is_distinct=flags.pop("distinct", len(set(corpus)) == len(corpus)),
             part_sizes=dict.fromkeys(self.parts, 0),
             held=lists,

@@ -38,8 +38,8 @@ def look(
         "tiny-semantic", version.get("model_version", "0123456789ab"), version.get("settings_digest", "5e771465d1e5")
     )
     return find_changes(
-        table.ledger.storage, table.dest, listing_path=path, coverage=coverage or Coverage(PHOTOS), current=current,
-        scratch=scratch,
+        table.ledger.storage, table.dest, listing=f"read_parquet('{path}')", coverage=coverage or Coverage(PHOTOS),
+        current=current, scratch=scratch,
     )  # fmt: skip
 
 
