@@ -126,7 +126,7 @@ def layout_of(page: tifffile.TiffPage, size_bytes: int) -> Layout | None:
         raise ImageError(f"the TIFF ends {end - size_bytes} bytes too early", kind="truncated")
     if plain and not page.is_tiled and offsets.all() and counts.all():
         edges, offsets, counts = _in_pieces(edges, offsets, row_bytes, planes)
-    elif min(rows_px, height) * row_bytes > _SEGMENT_BYTES:
+    elif (rows_px if page.is_tiled else min(rows_px, height)) * row_bytes > _SEGMENT_BYTES:  # tiles are stored whole
         return None
     function, bands, dtype = look
     orientation = page.tags.valueof(274, 1)

@@ -298,6 +298,16 @@ def test_a_damaged_segment_is_corrupt_and_the_others_are_read() -> None:
     assert caught.value.kind == "corrupt"
 
 
+def test_a_tile_that_is_taller_than_memory_is_damage() -> None:
+    """The image is small: it is its tile that would take 25 GB."""
+    data = bytearray(VICTIMS[0])
+    data[tifffile.TiffFile(io.BytesIO(VICTIMS[0])).pages.first.tags[323].valueoffset + 3] = 16
+    assert outcome(bytes(data)) == "unread"
+    with pytest.raises(ImageError) as caught:
+        decode(bytes(data), max_pixels=10**6)
+    assert caught.value.kind in {"corrupt", "truncated", "too_large"}
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     victim=st.sampled_from(VICTIMS),

@@ -164,7 +164,10 @@ def test_what_is_frozen_does_not_learn(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "said"),
     [
-        ("unet", "the weights of the encoder 'resnet18' could not be fetched .*: give a weights file"),
+        (
+            "unet",
+            r"the weights 'imagenet' of the encoder 'resnet18', https://\S+, could not be fetched .*: import them",
+        ),
         ("deeplabv3_resnet50", r"resnet50-\w+\.pth could not be fetched .*: download it elsewhere and give that file"),
     ],
 )
