@@ -28,6 +28,8 @@ class StandIn:
     def __init__(self, seconds_per_image: float) -> None:
         self.card: Card = untrained_card("stand-in", class_names=tuple(f"class-{i}" for i in range(CLASSES)))
         self._seconds_per_image = seconds_per_image
+        for seed in range(_MASKS):  # a network is ready when it is loaded, too
+            street(seed)
 
     input_dtype = np.dtype(np.uint8)
     input_channels = 3
@@ -82,6 +84,7 @@ def answer(height: int, width: int, seed: int) -> Prediction:
     return Prediction(class_ids, pixels, np.full(CLASSES, 0.9), 0.9, 0.1, None)
 
 
+@functools.cache
 def street(seed: int, height: int = 360, width: int = 480) -> np.ndarray:
     """A label map with the statistics of a street scene: bands, boxes and poles in 11 classes, uint8 [h, w]."""
     random = np.random.default_rng(seed)
