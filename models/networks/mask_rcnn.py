@@ -71,7 +71,11 @@ def _make(name: str, args: MaskRcnnArgs, *, input_channels: int) -> torch.nn.Mod
     if name == "maskrcnn_resnet50_fpn_v2":
         if args.norm != "frozen":
             raise ValueError(f"norm is not for {name}, which has BatchNorm of its own")
-        return detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **sizes)
+        # It takes no anchors but makes its own, as many at a place as these.
+        anchors = sizes.pop("rpn_anchor_generator", None)
+        network = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **sizes)
+        network.rpn.anchor_generator = anchors or network.rpn.anchor_generator
+        return network
     # With weights torchvision freezes the norm of these; a frozen one has fewer buffers, and the same arithmetic.
     norms: dict[str, Any] = {
         "frozen": functools.partial(FrozenBatchNorm2d, eps=args.batchnorm_eps),

@@ -41,9 +41,12 @@ def test_lower_stages_and_small_anchors_are_for_small_objects() -> None:
     assert usual.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),) * 3
 
 
-def test_resnet_has_one_size_of_anchor_on_each_level() -> None:
-    made = network("maskrcnn_resnet50_fpn", anchor_sizes_px=[8, 16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"])
+def test_resnet_has_one_size_of_anchor_on_each_level(name: str) -> None:
+    made = network(name, anchor_sizes_px=[8, 16, 32, 64, 128])
     assert made.rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
+    assert made.rpn.head.cls_logits.out_channels == made.rpn.anchor_generator.num_anchors_per_location()[0] == 3
+    assert network(name).rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
 
 
 @pytest.mark.parametrize(
