@@ -233,7 +233,7 @@ def _answer(connection: Any, question: Question, list_path: Path | None) -> Work
 
 
 def _repeated(connection: Any, listed: str, lines: int) -> np.ndarray:
-    """Hashes of the URIs that stand on more than one line, and perhaps, once in many million years, of two that do not.
+    """Hashes of the URIs that stand on more than one line, and perhaps of a few that do not.
 
     Memory: 8 bytes a line. A tenth of the time and memory of grouping by URI.
     """
@@ -250,7 +250,8 @@ def _join(connection: Any, rows: str, final: str, unmatched_path: Path | None) -
     """The table `undone`: images of `corpus` without a row that is final; and, on the way, rows without an image.
 
     Keys are compared as 128 bits of hashes, a third of the time and memory of the strings. Two independent 64-bit
-    hashes of the pair: at 20 million images a chance of one in 10^24 that an image is taken for another.
+    hashes of the pair: were they random, at 20 million images a chance of one in 10^24 that an image is taken for
+    another. DuckDB's `hash` is less than random (decision 14): of its 9,589 pairs, none was one under both.
     """
     # Measured at 20 million images: an outer join takes no longer than the anti-join; a second anti-join, of rows
     # against images, takes twice its time and nearly three times its memory.

@@ -54,7 +54,7 @@ VALUES = {
 @st.composite
 def tables(draw: Any) -> pa.Table:
     """A part as the store writes it: some columns may be missing, and it may be empty."""
-    names = ["bucket", "key", "e_tag", *draw(st.lists(st.sampled_from(list(TYPES)[3:]), unique=True))]
+    names = ["bucket", "key", "e_tag", *(name for name in list(TYPES)[3:] if draw(st.booleans()))]
     rows = draw(st.integers(0, 6))
     return pa.table(
         {
@@ -138,6 +138,19 @@ def test_an_etag_that_no_image_needs_is_not_missed(tmp_path: Path) -> None:
     assert query is not None and query.rows == 1 and query.distinct
 
 
+def test_names_of_one_hash_are_not_taken_for_one_name(tmp_path: Path) -> None:
+    """These two have the same `hash` in DuckDB 2.0."""
+    keys = [
+        "photos-of-the-flee0/2026/17/cam-13/000017000039.jpg",
+        "photos-of-the-flee1/2026/17/cam-14/000017540039.jpg",
+    ]
+    alike = [part(tmp_path, one(bucket=[key.partition("/")[0]], key=[key.partition("/")[2]])) for key in keys]
+    query = query_parts(alike, where="true")
+    assert query is not None and query.distinct
+    query = query_parts([*alike, alike[0]], where="true")
+    assert query is not None and not query.distinct
+
+
 def test_names_that_duckdb_would_take_for_more(tmp_path: Path) -> None:
     folder = tmp_path / "a[b]*" / "bucket=x" / "it's"
     folder.mkdir(parents=True)
@@ -188,7 +201,7 @@ def spoil(name: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         metadata = pq.read_metadata(path)
         column = metadata.row_group(metadata.num_row_groups - 1).column(metadata.schema.names.index(name))
-        at = column.data_page_offset
+        at = column.data_page_offset if column.dictionary_page_offset is None else column.dictionary_page_offset
         data = bytearray(path.read_bytes())
         data[at : at + column.total_compressed_size] = b"\xff" * column.total_compressed_size
         path.write_bytes(data)
