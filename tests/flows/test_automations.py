@@ -42,6 +42,8 @@ def test_they_are_made_once_and_tell_of_failure_and_drift(
                     source=str(write_evenly(tmp_path / name, 255 if name == "bright" else 40)), **settings
                 )
         text = said.get(timeout=60)
+        while "'nobody'" in text:  # a server may tell twice of what happens right after an automation was updated
+            text = said.get(timeout=60)
         assert "drift" in text and "brightness 0." in text and str(tmp_path / "out") in text
         made = sorted(one["name"] for one in site.api("automations/filter", {}))
         for name in made:  # each costs the server a write per event: too much for the tests that follow
