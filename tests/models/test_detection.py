@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,7 @@ from models.segmenter import Segmenter
 LENIENT = DetectionsPostprocessing(score_threshold=0.0, top_k=25)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small layers gain nothing from more, and threads that wait for each other slow down whoever else is here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def detector(name: str, **changes: Any) -> tuple[Card, Any]:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 from small_networks import distinct_network, make_image, run, small_card
 
@@ -43,12 +42,7 @@ class Answer(NamedTuple):
         return min(getattr(one, name) for one in self.instances)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

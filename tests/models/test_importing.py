@@ -3,7 +3,6 @@ from __future__ import annotations
 import pickle
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,7 @@ from models.weights import WeightsError, read_weights
 SMALL_UNET = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small layers gain nothing from more, and threads that wait for each other slow down whoever else is here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def imported(**settings: Any) -> Any:
