@@ -187,7 +187,8 @@ class DiskStorage:
 
     def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
         """As `Storage.replace`. Who replaces holds a lock on the file's folder, so that of two only one finds its etag;
-        file systems without locks do without.
+        file systems without locks do without. What it writes is younger than what was there, however coarse the clock
+        of the file system, so that no etag comes twice.
         """
         path = local_path(uri)
         try:
@@ -195,10 +196,12 @@ class DiskStorage:
             try:
                 with _folder_lock(os.path.dirname(path)):
                     try:
-                        if _etag(os.stat(path)) != etag:
-                            return False
+                        old = os.stat(path)
                     except FileNotFoundError:
                         return False
+                    if _etag(old) != etag:
+                        return False
+                    _make_younger(temporary, old.st_mtime_ns)
                     os.replace(temporary, path)
                     _sync_folder(os.path.dirname(path))
                 return True
@@ -281,6 +284,15 @@ class DiskStorage:
                         _unlink(entry.path)
         except OSError:
             return  # housekeeping only: whatever is wrong with the folder shows when it is written to
+
+
+def _make_younger(path: str, than_ns: int) -> None:
+    """Give the file a later time than `than_ns` if it has none: Linux stamps with the time of its last tick, up to 10 ms
+    ago, FAT with even seconds."""
+    for later_ns in (1, 1_000_000, 2_000_000_000):
+        if (status := os.stat(path)).st_mtime_ns > than_ns:
+            return
+        os.utime(path, ns=(status.st_atime_ns, than_ns + later_ns))
 
 
 def _unlink(path: str) -> None:

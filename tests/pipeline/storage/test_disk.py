@@ -42,6 +42,32 @@ class TestDisk:
                 )
             assert sum(won) == 1 and path.read_bytes() == str(won.index(True) + 10).encode()
 
+    @pytest.mark.parametrize("finest_ns", [1, 4_000_000, 2_000_000_000])
+    def test_no_etag_comes_twice_within_a_tick_of_the_clock(
+        self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finest_ns: int
+    ) -> None:
+        """The file system's clock stands still, and its times are no finer than `finest_ns`."""
+        utime, write = os.utime, disk._write_temporary  # type: ignore[attr-defined]
+
+        def coarse(path: str, ns: tuple[int, int]) -> None:
+            utime(path, ns=(ns[0], ns[1] // finest_ns * finest_ns))
+
+        def stamped(path: str, chunks: Any) -> str:
+            temporary: str = write(path, chunks)
+            coarse(temporary, (0, 1_234_567_890_000_000_000))
+            return temporary
+
+        monkeypatch.setattr("os.utime", coarse)
+        monkeypatch.setattr(disk, "_write_temporary", stamped)
+        uri = f"file://{tmp_path}/x"
+        disk.put(uri, b"0")
+        etags = [disk.head(uri).etag]
+        for one in range(1, 5):
+            assert disk.replace(uri, str(one).encode(), etag=etags[-1])
+            assert not disk.replace(uri, b"9", etag=etags[-1])
+            etags.append(disk.head(uri).etag)
+        assert len(set(etags)) == 5 and disk.get(uri).data == b"4"
+
     def test_a_file_that_changes_while_it_is_read_is_read_again(
         self, disk: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
