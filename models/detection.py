@@ -4,7 +4,7 @@ around torchvision's parts, and which detections are kept. Must not know: cards'
 What has one shape for every image runs on the batch; what depends on how much was found, on each image alone or in a
 frame that is large enough for any: an image's detections do not depend on its neighbours, and are those of
 torchvision's own forward on that single image. torchvision's parts are used as they are, but for the padding to the
-largest neighbour.
+largest neighbour and, on a CPU, the pooling of regions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import boxes as box_ops
 
 from models.card import DetectionsPostprocessing
+from models.pooling import RegionMaps
 
 #: Images whose regions go through the head of boxes together: a GPU would be idle between those of one.
 _IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
@@ -47,10 +48,7 @@ def detect(
     step = network.transform.size_divisible
     padded_NCHW = torch.nn.functional.pad(resized_NCHW, (0, -size[1] % step, 0, -size[0] % step))
     inputs = padded_NCHW.to(dtype).contiguous(memory_format=torch.channels_last)
-    features = {name: level.float() for name, level in network.backbone(inputs).items()}
-    # The poolers keep what they derive from the first sizes that they see.
-    for pooler in (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool):
-        pooler.scales = pooler.map_levels = None
+    features = network.backbone(inputs)
     regions = _proposed(network, padded_NCHW, features, size, wanted)
     found: list[dict[str, torch.Tensor] | None] = []
     group = images_at_once or _IMAGES_AT_ONCE["cpu" if images_NCHW.is_cpu else "cuda"]
@@ -92,8 +90,8 @@ def _proposed(
     rpn = network.rpn
     levels = list(features.values())
     objectness, deltas = rpn.head(levels)
-    # Those of one image: all have one size.
-    anchors = rpn.anchor_generator(ImageList(images_NCHW[:1], [size]), levels)
+    # Those of one image: all have one size. Of the maps, only their sizes and type count, which must be float32.
+    anchors = rpn.anchor_generator(ImageList(images_NCHW[:1], [size]), objectness)
     counts = [int(level[0].numel()) for level in objectness]
     objectness, deltas = concat_box_prediction_layers(objectness, deltas)
     proposals_NA4 = rpn.box_coder.decode(deltas, anchors * len(wanted)).view(len(wanted), -1, 4)
@@ -126,10 +124,10 @@ def _detect_some(
     each image as there can be, so that what it computes for one does not depend on how many its neighbours have.
     """
     heads = network.roi_heads
-    nothing = next(iter(features.values())).new_zeros((0, 4))
+    nothing = next(iter(features.values())).new_zeros((0, 4), dtype=torch.float32)
     boxes = [nothing if one is None else one.boxes for one in regions]
-    sizes = [size] * len(regions)
-    pooled = heads.box_roi_pool(features, boxes, sizes)
+    maps = RegionMaps(features, [size] * len(regions))
+    pooled = maps.pool(heads.box_roi_pool, boxes)
     counts = [len(one) for one in boxes]
     if padded:
         most = network.rpn.post_nms_top_n()
@@ -151,7 +149,7 @@ def _detect_some(
         finite.append(one.finite & logits_RC.isfinite().all() & deltas.isfinite().all())
 
     kept_boxes = [nothing if one is None else one["boxes"] for one in kept]
-    pooled_masks = heads.mask_roi_pool(features, kept_boxes, sizes).split([len(one) for one in kept_boxes])
+    pooled_masks = maps.pool(heads.mask_roi_pool, kept_boxes).split([len(one) for one in kept_boxes])
     flags = iter(finite)
     for result, pooled in zip(kept, pooled_masks, strict=True):
         if result is None:

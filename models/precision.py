@@ -50,9 +50,14 @@ def compute_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     if dtype == torch.float32:
         return module
     lower_precision(module, dtype)
-    module.register_forward_pre_hook(lambda part, inputs: (inputs[0].to(dtype), *inputs[1:]))
+    module.register_forward_pre_hook(lambda part, inputs: (_narrowed(inputs[0], dtype), *inputs[1:]))
     module.register_forward_hook(_widen_output)
     return module
+
+
+def _narrowed(maps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In channels_last where it is of images, which convolutions would make of it by a copy of its own."""
+    return maps.to(dtype, memory_format=torch.channels_last) if maps.dim() == 4 else maps.to(dtype)
 
 
 def _widen_input(part: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

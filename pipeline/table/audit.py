@@ -16,7 +16,7 @@ import duckdb
 
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
 from pipeline.storage import Storage, duckdb_path, join_uri
-from pipeline.table.catalog import TERMINAL, read_parts_sql, sql_text
+from pipeline.table.catalog import TERMINAL, key_sql, read_parts_sql, sql_text
 from pipeline.table.forgotten import STAND_IN
 from pipeline.table.inspection import Inspected, reason, why_unreadable
 from pipeline.table.runs import RunFiles
@@ -90,15 +90,14 @@ class Audit:
             return []
         again = ", ".join(sql_text(run.run_id) for run in self.runs.values() if not run.damage and run.again)
         asked = f"CASE WHEN run_id IN ({again}) THEN run_id ELSE '' END" if again else "''"
-        key = f"image_uri, listed_etag, model_version, settings_digest, {asked}"
-        # 128 bits of hashes, as in planning: all keys of the table are in memory at once.
-        hashes = f"hash({key}) AS key_a, hash({asked}, {key}) AS key_b"
-        rows = f"(SELECT *, {hashes} FROM {read_parts_sql(self._all_readable(), filename=True)} WHERE {TERMINAL})"
+        # As in planning: all keys of the table are in memory at once.
+        key = key_sql("image_uri", "listed_etag", "model_version", "settings_digest", asked)
+        rows = f"(SELECT *, {key} AS key FROM {read_parts_sql(self._all_readable(), filename=True)} WHERE {TERMINAL})"
         found: list[tuple[list[str], int, str]] = self.connection.execute(
-            f"""WITH repeated AS (SELECT key_a, key_b FROM {rows} GROUP BY ALL HAVING count(*) > 1)
+            f"""WITH repeated AS (SELECT key FROM {rows} GROUP BY ALL HAVING count(*) > 1)
             SELECT files, count(*), min(image_uri) FROM (
                 SELECT min(image_uri) AS image_uri, list_sort(list(DISTINCT filename)) AS files
-                FROM {rows} SEMI JOIN repeated USING (key_a, key_b) GROUP BY key_a, key_b
+                FROM {rows} SEMI JOIN repeated USING (key) GROUP BY key
             ) GROUP BY files ORDER BY files"""
         ).fetchall()
         return found

@@ -71,6 +71,14 @@ def part_sizes(storage: Storage, prefix_uri: str) -> dict[str, int]:
     return {uri: size_bytes for uri, size_bytes in found.items() if parse_part_name(uri.rpartition("/")[2])}
 
 
+def key_sql(*columns: str) -> str:
+    """128 bits that stand for these texts together, in SQL: a third of the time and memory of comparing them. MD5, since
+    DuckDB's `hash` gives the same for many names that are alike; two of 100 million are one by a chance of 10^-23.
+    """
+    texts = ", ".join(f"strlen({column}), ' ', {column}" for column in columns)
+    return f"md5_number(concat({texts}))"
+
+
 def read_parts_sql(uris: Sequence[str], *, hive: bool = False, filename: bool = False, row_number: bool = False) -> str:
     """A FROM clause over these Parts. With `hive` the path keys become columns `model`, `version`, `date`; with
     `filename` there is a column of that name, with `row_number` `file_row_number`: a row's place in its file, from 0.

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
 from pipeline.storage import Storage, join_uri
-from pipeline.table.catalog import TERMINAL, Current, images_sql, open_table, sql_text
+from pipeline.table.catalog import TERMINAL, Current, images_sql, key_sql, open_table, sql_text
 from pipeline.table.schema import SCHEMA_VERSION
 
 REMOVED = pa.schema([("image_uri", pa.string())], {"maskmill_schema_version": SCHEMA_VERSION})
@@ -150,8 +150,7 @@ def _switches(connection: Any, current: Current) -> bool:
 def _compare(connection: Any, coverage: Coverage, current: Current, unmatched_path: Path | None) -> None:
     """Tables `odd` (images of which a row is not as listed: gone, or there with another etag), `odd_rows` (all their
     rows that could count), `odd_shown` (those that do), and `back` (images that were gone and are listed)."""
-    # Names are compared as 128 bits of hashes, as in planning: the listing's side of the join is all that is in memory.
-    key = "hash({0}, {1}) AS key_a, hash({0} || ' ' || {1}) AS key_b"
+    # Compared are keys, as in planning: the listing's side of the join is all that is in memory.
     known = "SELECT NULL::VARCHAR AS image_uri WHERE false"
     others = ""
     if unmatched_path is not None:
@@ -161,9 +160,9 @@ def _compare(connection: Any, coverage: Coverage, current: Current, unmatched_pa
     if connection.execute(f"SELECT count(*) FROM (SELECT 1 FROM _candidates {others} LIMIT 1)").fetchone()[0]:
         connection.execute(
             f"""INSERT INTO unmatched SELECT DISTINCT image_uri FROM
-                (SELECT image_uri, {key.format("image_uri", "listed_etag")} FROM _candidates {others}) s
-            ANTI JOIN (SELECT {key.format("uri", "etag")} FROM listing) l
-                ON s.key_a = l.key_a AND s.key_b = l.key_b"""
+                (SELECT image_uri, {key_sql("image_uri", "listed_etag")} AS key FROM _candidates {others}) s
+            ANTI JOIN (SELECT {key_sql("uri", "etag")} AS key FROM listing) l
+                ON s.key = l.key"""
         )
     connection.execute(
         f"""CREATE TEMP TABLE odd AS SELECT image_uri, gone, etag FROM

@@ -16,7 +16,7 @@ from tables import HOUR, Table
 
 from pipeline.errors import BYTES_KINDS, WORLD_KINDS, InfrastructureError, UsageError
 from pipeline.storage import join_uri, local_path, normalize_uri
-from pipeline.table.catalog import TERMINAL, connect, part_sizes, unreadable
+from pipeline.table.catalog import TERMINAL, connect, key_sql, part_sizes, unreadable
 
 
 @pytest.fixture
@@ -273,3 +273,11 @@ def test_a_query_on_metrics_reads_no_masks(table: Table, sql: str) -> None:
     assert read_so_far() - before < 1_000_000  # of 8 MB
     connection.sql("SELECT sum(octet_length(mask.bytes)) FROM images").fetchall()
     assert read_so_far() - before > 8_000_000
+
+
+def test_a_key_is_of_the_texts_together() -> None:
+    pairs = [("a b", "c"), ("a", "b c"), ("a 1", "1"), ("a", "1 1"), ("", "a"), ("a", ""), ("a", None), ("ä", "b")]
+    rows = pa.table({"uri": [uri for uri, _ in pairs] * 2, "etag": [etag for _, etag in pairs] * 2})
+    found = duckdb.sql(f"SELECT {key_sql('uri', 'etag')} AS key, count(*) AS rows FROM rows GROUP BY ALL").fetchall()
+    assert [count for _, count in found] == [2] * len(pairs) and None not in {key for key, _ in found}
+    assert rows.num_rows == 2 * len(pairs)
