@@ -271,7 +271,8 @@ def _join(connection: Any, rows: str, final: str, unmatched_path: Path | None) -
     if any_left:
         connection.execute("DELETE FROM undone WHERE uri IS NULL")
     perhaps = f"{rows} t SEMI JOIN unmatched u ON {hashed} = u.hash WHERE {final} {'' if any_left else 'LIMIT 0'}"
-    _write_unmatched(connection, unmatched_path, f"(SELECT image_uri, {_ROW_KEY} FROM {perhaps}) t SEMI JOIN unmatched c")
+    keyed = f"SELECT image_uri, {_ROW_KEY} FROM {perhaps}"
+    _write_unmatched(connection, unmatched_path, f"({keyed}) t SEMI JOIN unmatched c")
 
 
 def _write_unmatched(connection: Any, path: Path, joined: str) -> None:

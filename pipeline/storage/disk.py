@@ -287,8 +287,9 @@ class DiskStorage:
 
 
 def _make_younger(path: str, than_ns: int) -> None:
-    """Give the file a later time than `than_ns` if it has none: Linux stamps with the time of its last tick, up to 10 ms
-    ago, FAT with even seconds."""
+    """Give the file a later time than `than_ns` if it has none: Linux stamps with the time of its last tick, up to
+    10 ms ago, FAT with even seconds.
+    """
     for later_ns in (1, 1_000_000, 2_000_000_000):
         if (status := os.stat(path)).st_mtime_ns > than_ns:
             return

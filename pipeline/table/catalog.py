@@ -72,7 +72,7 @@ def part_sizes(storage: Storage, prefix_uri: str) -> dict[str, int]:
 
 
 def key_sql(*columns: str) -> str:
-    """128 bits that stand for these texts together, in SQL: a third of the time and memory of comparing them. MD5, since
+    """128 bits that stand for these texts together, in SQL, in less time and memory than comparing them. MD5, since
     DuckDB's `hash` gives the same for many names that are alike; two of 100 million are one by a chance of 10^-23.
     """
     texts = ", ".join(f"strlen({column}), ' ', {column}" for column in columns)

@@ -32,6 +32,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 #: Without a list Pillow would try them all, PostScript among them, which another program then runs.
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 _HIGHEST_ID = 65535
+_HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 #: Files that are read at once.
 READERS = 16
 
@@ -56,9 +57,13 @@ class Place:
         return join_uri(self.uri, name)
 
     def read_json(self, name: str) -> Any:
-        """Raises UsageError where the file is not there or is not JSON."""
+        """Raises UsageError where the file is not there or is not JSON, or has text that is no Unicode."""
         try:
-            return json.loads(self.read(name).decode("utf-8"))
+            text = self.read(name).decode("utf-8")
+            value = json.loads(text)
+            if _HALF_A_CHARACTER.search(text):
+                json.dumps(value, ensure_ascii=False).encode("utf-8")  # it may have its other half
+            return value
         except StorageError as error:
             if error.kind != "missing":
                 raise

@@ -105,6 +105,18 @@ def encoded(pixels: np.ndarray, name: str) -> bytes:
     return buffer.getvalue()
 
 
+def test_half_a_character_is_a_sentence_and_two_halves_are_one(tmp_path: Path) -> None:
+    """Found by fuzzing: a name that no file can have, and no digest is of."""
+    write_coco(tmp_path, count=1)
+    text = (tmp_path / "annotations.json").read_text()
+    for half in (r"\ud83d", r"\uDE00", r"\ude00\ud83d"):
+        (tmp_path / "annotations.json").write_text(text.replace("0.png", f"{half}.png"))
+        with pytest.raises(UsageError, match="not valid JSON"):
+            open_labels(tmp_path)
+    (tmp_path / "annotations.json").write_text(text.replace("0.png", r"\ud83d\ude00.png"))
+    assert list(open_labels(tmp_path).entries) == ["😀.png"]
+
+
 def test_a_label_image_that_would_unfold_beyond_all_measure_is_a_sentence() -> None:
     from awkward_corpus import bomb
 
