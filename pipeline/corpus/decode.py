@@ -75,6 +75,8 @@ def peek(data: bytes) -> tuple[int, int]:
             except ValueError:
                 width, height = _PLUGINS[name](io.BytesIO(data)).size
             orientation = header.jpeg_orientation(data)
+        elif name == "PNG" and (size := header.png_size(data)) is not None:
+            (height, width), orientation = size, header.png_orientation(data, check=False)
         elif name == "WEBP":
             (height, width), orientation = header.webp_size(data), header.webp_orientation(data)
         else:

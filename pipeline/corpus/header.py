@@ -174,6 +174,14 @@ def jpeg_fault(data: bytes) -> tuple[str, str] | None:
     return ("truncated", "the JPEG ends inside its header") if end + 4 > len(data) else None
 
 
+def png_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a PNG whose first chunk is a whole IHDR; None where it is none, which a decoder may explain.
+    """
+    if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
+        return None
+    return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+
+
 def png_orientation(data: bytes, *, check: bool) -> int:
     """The Exif orientation of a PNG, wherever its eXIf chunk is.
 
