@@ -33,8 +33,8 @@ from models.preprocessing import picture_statistics
 from models.segmenter import supports_bf16
 from pipeline.corpus.decode import decode
 from pipeline.engine.crew import cores
-from pipeline.engine.stream import StreamConfig
-from pipeline.engine.worker import ShardTask, Worker, WorkerSpec, code_digest, load_segmenter
+from pipeline.engine.messages import ShardTask, StreamConfig, WorkerSpec, code_digest
+from pipeline.engine.worker import Worker, load_segmenter
 from pipeline.registry import resolve
 from pipeline.table.schema import WORK
 

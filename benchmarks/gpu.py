@@ -56,8 +56,9 @@ from models.card import Card
 from models.preprocessing import normalize
 from models.segmenter import Segmenter
 from pipeline.engine.intake import place_image
+from pipeline.engine.messages import StreamConfig
 from pipeline.engine.rows import Ref, RowMaker
-from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.engine.stream import Stream
 from pipeline.storage import Blob, file_uri, open_storage
 from pipeline.table.parts import PartBuilder
 from pipeline.table.schema import WORK

@@ -49,10 +49,9 @@ import planning
 
 from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.ledger import Command, Ledger, Plan, WorkCounts
+from pipeline.engine.messages import Device, Receipt, ShardTask, StreamConfig, StreamCounts, WorkerSpec
 from pipeline.engine.plan import Question, choose_shard_size, shard_lists, work_left
 from pipeline.engine.reconciliation import Session, reconcile
-from pipeline.engine.stream import StreamConfig, StreamCounts
-from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
 from pipeline.storage import open_storage
 
 ROW_BYTES = 8 << 10

@@ -23,8 +23,9 @@ from stand_in import StandIn
 
 from models.preprocessing import picture_statistics
 from pipeline.corpus.decode import decode
+from pipeline.engine.messages import WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.engine.worker import WorkerSpec, load_segmenter
+from pipeline.engine.worker import load_segmenter
 from pipeline.errors import ImageError
 from pipeline.table.schema import SEGMENTS
 

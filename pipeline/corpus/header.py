@@ -175,8 +175,7 @@ def jpeg_fault(data: bytes) -> tuple[str, str] | None:
 
 
 def png_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a PNG whose first chunk is a whole IHDR; None where it is none, which a decoder may explain.
-    """
+    """(height, width) of a PNG whose first chunk is a whole IHDR; None where it is not: a decoder may say why."""
     if len(data) < 33 or data[8:16] != b"\0\0\0\rIHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
         return None
     return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])

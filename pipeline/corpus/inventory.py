@@ -45,6 +45,7 @@ _COLUMNS = ("bucket", "key", "is_latest", "is_delete_marker", "size", "e_tag", "
 _DIGEST_THREADS = 8
 _ROWS_PER_BATCH = 1_000_000
 _TEXTS = (pa.string(), pa.large_string())
+_NO_PART = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 #: Columns as the store writes them, which DuckDB reads as Arrow does. It would write out bytes as `\\x00`, for example.
 _PLAIN_TYPES: dict[str, tuple[pa.DataType, ...]] = {
     "bucket": _TEXTS,
@@ -121,8 +122,8 @@ def read_parts(parts: Sequence[Part]) -> Iterator[pa.RecordBatch]:
                 for batch in file.iter_batches(50_000, columns=present):
                     yield _rows(columns_of(batch))
         except (pa.ArrowException, OSError) as error:
-            # Arrow says so of damaged files, with no errno.
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            # Arrow says so of damaged files, with no errno. The others are of names that no file has.
+            if isinstance(error, OSError) and error.errno not in _NO_PART:
                 raise
             text = str(error).partition("\n")[0]
             raise UsageError(f"the inventory part {shown!r} cannot be read: {text}") from error

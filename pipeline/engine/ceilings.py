@@ -32,9 +32,9 @@ from pipeline.engine.crew import cores, gpu_count
 from pipeline.engine.forward import Forward
 from pipeline.engine.intake import Tiles, place_image, size_of
 from pipeline.engine.limits import Ceilings, StoreCeiling
+from pipeline.engine.messages import StreamConfig, WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
-from pipeline.engine.stream import StreamConfig
-from pipeline.engine.worker import WorkerSpec, describe_device, load_segmenter
+from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
 from pipeline.registry import Model, resolve
 from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme

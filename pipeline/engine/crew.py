@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.engine.backlog import Backlog, LogLine
-from pipeline.engine.stream import StreamCounts
-from pipeline.engine.worker import Device, Receipt, ShardTask, Worker, WorkerSpec, describe_device
+from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec
 from pipeline.errors import InfrastructureError
+
+if TYPE_CHECKING:
+    from pipeline.engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +85,14 @@ class Host:
 
     def describe(self) -> Device:
         """The device of this process."""
+        from pipeline.engine.worker import describe_device
+
         return describe_device()
 
     def load(self, spec: WorkerSpec, model: bytes) -> None:
         """Makes the Segmenter and its stream, in place of those of an earlier run."""
+        from pipeline.engine.worker import Worker  # here, because a driver hosts none and needs no PyTorch
+
         self.close()
         self._worker = None
         if self._watch:

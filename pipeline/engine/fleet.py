@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 from pipeline.engine.backlog import LogLine
 from pipeline.engine.breaker import WINDOW_IMAGES, Breaker
 from pipeline.engine.crew import Crew, Member, WorkerDiedError
-from pipeline.engine.stream import StreamCounts
-from pipeline.engine.worker import Device, Receipt, ShardTask, WorkerSpec
+from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec
 from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, WorldFailingError
 
 log = logging.getLogger(__name__)
 
 _IN_FLIGHT = 2
+_SEATED_EARLY = 8
 _KILLS_TO_SET_ASIDE = 2
 _FAILED_STARTS = 5
 _BISECTIONS = 3
@@ -114,27 +114,30 @@ class Fleet:
         self._breaker = Breaker(breaker_images)
         self.devices: list[Device] = []
 
-    def first_device(self) -> Device:
-        """Starts one worker and says what it runs on: what a run must know before it is frozen."""
-        self._seat_up_to(1)
+    def first_device(self, *, alone: bool = False) -> Device:
+        """Starts workers and says what the first to come up runs on: what a run must know before it is frozen. `alone`:
+        starts one, because there may be no work for others. Raises StoppedError, InfrastructureError where none comes.
+        """
         while True:
-            self._seat_up_to(1)
-            seat = self._seats[0]
-            if seat.device is not None:
-                return seat.device
-            assert seat.starting is not None
-            self._wait()
-            if seat.starting.done():
-                if seat.starting.exception() is None:
-                    return seat.starting.result()
-                self._died(seat, seat.starting.exception())
+            self._seat_up_to(1 if alone else min(self._actors, _SEATED_EARLY))
+            for seat in list(self._seats):
+                if seat.device is not None:
+                    return seat.device
+                if seat.starting is not None and seat.starting.done():
+                    if seat.starting.exception() is None:
+                        device: Device = seat.starting.result()
+                        return device
+                    self._died(seat, seat.starting.exception())
             if self._should_stop():
                 raise StoppedError("stopped before the first worker was up")
+            self._wait()
 
     def first_loaded(self) -> None:
         """Waits until one worker holds the model that `load` told of: whatever is wrong with it shows here, before any
-        run is frozen. Raises what loading raises, StoppedError.
+        run is frozen. Raises what loading raises, StoppedError. Some others, as many as a machine may have, come up
+        meanwhile.
         """
+        self._seat_up_to(min(self._actors, _SEATED_EARLY))
         self._loaded_seat()
 
     def load(self, spec: WorkerSpec, model: bytes) -> None:

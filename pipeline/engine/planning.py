@@ -18,9 +18,9 @@ from models.overrides import with_settings
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.ledger import Command, Ledger, Plan, WorkCounts, new_run_id
+from pipeline.engine.messages import code_digest
 from pipeline.engine.plan import Question, choose_shard_size, work_left
 from pipeline.engine.precedent import Precedent
-from pipeline.engine.worker import code_digest
 from pipeline.errors import UsageError
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, recorded_uri

@@ -13,7 +13,7 @@ from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
 from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
-from pipeline.engine.worker import Device
+from pipeline.engine.messages import Device
 from pipeline.errors import ReconciliationError
 from pipeline.storage import store_root
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text

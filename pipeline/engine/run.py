@@ -27,14 +27,13 @@ from pipeline.engine.fleet import Fleet, FleetProgress
 from pipeline.engine.lease import Lease, read_lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord, WorkCounts
 from pipeline.engine.limits import read_ceilings
+from pipeline.engine.messages import Receipt, ShardTask, StreamConfig, WorkerSpec, code_digest
 from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, tally
 from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
 from pipeline.engine.reconciliation import Session, Terms, abandon, reconcile, sum_parts
 from pipeline.engine.scratch import scratch_folder
-from pipeline.engine.stream import StreamConfig
-from pipeline.engine.worker import Receipt, ShardTask, WorkerSpec, code_digest
 from pipeline.errors import (
     HeldError,
     InfrastructureError,
@@ -499,7 +498,7 @@ class _Workplace:
         return self._owner._wanted_actors()
 
     def has_bf16(self) -> bool:
-        return self._owner._the_fleet().first_device().bf16
+        return self._owner._the_fleet().first_device(alone=self._owner._config.dry_run).bf16
 
 
 def _chain(first: list[ShardTask], then: Iterator[ShardTask]) -> Iterator[ShardTask]:

@@ -24,14 +24,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
 from models.mosaic import DetectionMosaic, Mosaic
 from models.tiling import Window
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
-from pipeline.engine.breaker import WINDOW_IMAGES, Breaker, world_kinds
+from pipeline.engine.breaker import Breaker, world_kinds
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
 from pipeline.engine.intake import Tiles, check_size, check_tiles, place_image, size_of
+from pipeline.engine.messages import StreamConfig, StreamCounts
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.errors import ExpiredCredentialsError, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
@@ -41,25 +41,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CHUNK_IMAGES = 16
 _CHUNK_BYTES = 32 << 20
-
-
-class StreamConfig(BaseModel):
-    """How a stream works. `batch_size` and `batch_pixels` are the frozen batch shape; the rest changes only the
-    speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch_size: int = Field(8, ge=1, description="Slots of a batch, at most.")
-    batch_pixels: int = Field(4 << 20, ge=1, description="Pixels of a batch, at most; a larger image goes alone.")
-    memory_bytes: int = Field(1 << 30, ge=1, description="Bytes of batches in flight; one larger batch goes alone.")
-    threads: int = Field(2, ge=1, description="Threads that decode and encode.")
-    fetch_threads: int = Field(0, ge=0, description="Fetches in flight; 0: the decoding threads read by themselves.")
-    max_pixels: int = Field(200_000_000, ge=1, description="Larger images become `too_large`.")
-    max_tiled_pixels: int = Field(4_000_000_000, ge=1, description="The same, for TIFFs that are read in tiles.")
-    breaker_images: int = Field(
-        WINDOW_IMAGES, ge=1, description="Outcomes over which failures of the world are watched."
-    )
-    listed: bool = Field(True, description="A listing has shown the images: one that is missing has gone since then.")
 
 
 class Work(NamedTuple):
@@ -127,18 +108,6 @@ class _Tile(NamedTuple):
 
 class _StreamEndedError(Exception):
     """Told to a thread that waits while the stream ends; never leaves this module."""
-
-
-class StreamCounts(NamedTuple):
-    """What a stream has done since it began: `busy_s` of the model's `active_s`, and rows made. Of the images that are
-    in tiles at this moment: how many there are, and how many have been through the model."""
-
-    rows: int
-    errors: int
-    busy_s: float
-    active_s: float
-    tiles: int = 0
-    tiles_done: int = 0
 
 
 class Stream:

@@ -21,8 +21,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.engine.stream import StreamCounts
-from pipeline.engine.worker import ShardTask, WorkerSpec
+from pipeline.engine.messages import ShardTask, StreamCounts, WorkerSpec
 
 _STAGES = ("fetch", "decode", "infer", "encode")
 _LOOK_EVERY_S = 1.0

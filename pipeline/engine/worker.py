@@ -5,26 +5,23 @@ Part. Must not know: Ray, leases, planning, other workers.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import logging
 import os
 import platform
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, JsonValue
 
-from pipeline.config import Precision
 from pipeline.engine.breaker import world_kinds
 from pipeline.engine.forward import SegmenterLike
+from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec, code_digest
 from pipeline.engine.rows import Ref, RowMaker
-from pipeline.engine.stream import Stream, StreamConfig, StreamCounts
+from pipeline.engine.stream import Stream
 from pipeline.errors import InfrastructureError, ModelError
 from pipeline.storage import Blob, Storage, open_storage, store_root
 from pipeline.table.parts import PartBuilder, commit
@@ -37,91 +34,6 @@ _SOFTWARE = (
     "pycocotools", "connected-components-3d", "zlib-ng", "pyarrow",
     "duckdb", "obstore", "ray",
 )  # fmt: skip
-
-
-class WorkerSpec(BaseModel):
-    """All that a worker process must be told; the model's bytes travel beside it. Holds no secret."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    code_digest: str
-    dest: str
-    create_only: bool
-    source_profile: str | None
-    dest_profile: str | None
-    model_name: str
-    model_version: str
-    settings_digest: str
-    card_settings: dict[str, JsonValue] = {}
-    compile: bool = False
-    run_id: str
-    precision: Precision
-    threads: int
-    stream: StreamConfig
-
-
-class ShardTask(NamedTuple):
-    """A shard to do. `probe`: run everything, write nothing. `killers`: positions that must not be touched again.
-    `accept`: commit it even where most of its images fail for the world's reasons."""
-
-    ordinal: int
-    refs: pa.Table
-    part_uri: str
-    probe: bool = False
-    killers: frozenset[int] = frozenset()
-    accept: bool = False
-
-
-class Receipt(NamedTuple):
-    """What became of a shard: counts and timings, never pixels. `created` is false where the Part was there already.
-
-    `doubtful`: more than half of its images failed for the world's reasons, and nothing was written. `world_example`:
-    what happened to one of these.
-    """
-
-    ordinal: int
-    rows: int
-    size_bytes: int
-    created: bool
-    node: str
-    counts: StreamCounts
-    world_failures: int = 0
-    doubtful: bool = False
-    world_example: str = ""
-
-
-class Device(NamedTuple):
-    """What a worker runs on."""
-
-    node: str
-    device: str
-    name: str
-    bf16: bool
-    cores: int
-    software: dict[str, str]
-
-
-@functools.cache
-def code_digest() -> str:
-    """First 12 hex of the SHA-256 over this installation's `models` and `pipeline` sources: driver and actors must
-    agree."""
-    digest = hashlib.sha256()
-    for package in ("models", "pipeline"):
-        root = resources.files(package)
-        for path in sorted(_sources(root)):
-            digest.update(path.encode())
-            digest.update(root.joinpath(path).read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _sources(root: Any, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for entry in root.iterdir():
-        if entry.is_dir() and entry.name != "__pycache__":
-            found.extend(_sources(entry, f"{prefix}{entry.name}/"))
-        elif entry.name.endswith(".py"):
-            found.append(prefix + entry.name)
-    return found
 
 
 def describe_device() -> Device:

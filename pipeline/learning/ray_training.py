@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.engine.messages import code_digest
 from pipeline.engine.ray_crew import check_address, join_cluster, ray_address
-from pipeline.engine.worker import code_digest
 from pipeline.errors import InfrastructureError, MaskmillError, StoppedError, UsageError
 from pipeline.learning.job import Job, Summary, do_job
 from pipeline.storage import normalize_uri

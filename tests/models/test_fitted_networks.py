@@ -90,7 +90,8 @@ def test_bf16_finds_the_objects_of_the_library_in_float32(name: str) -> None:
 
 def assert_found_by_both(network: Any, card: Card, pictures: list[np.ndarray]) -> int:
     """How many objects the library is sure of. Whatever one of them is sure of, the other finds too; and what it finds
-    is one of the library's own boxes before suppression: of two with nearly equal scores rounding may let the other win.
+    is one of the library's own boxes before suppression: of two with nearly equal scores, rounding may let the other
+    win.
     """
     network = copy.deepcopy(network)
     network.roi_heads.score_thresh = card.postprocessing.score_threshold  # type: ignore[union-attr]

@@ -195,6 +195,18 @@ def test_parts_in_a_store_are_fetched_once(tmp_path: Path, monkeypatch: pytest.M
     assert copies == (2 if etag == "e" else 0)  # of no use beside a file of their rows
 
 
+@pytest.mark.parametrize("key", ["9" * 400, "nowhere/x.parquet", "manifest.json/x.parquet", ".", "loop"])
+@pytest.mark.parametrize("md5", [None, "0" * 32])
+def test_a_part_that_no_file_can_be_is_a_sentence(tmp_path: Path, key: str, md5: str | None) -> None:
+    """Found by fuzzing: a name of four hundred characters."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    source = write(tmp_path)
+    files = [{"key": key, "MD5checksum": md5}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"fileFormat": "Parquet", "files": files}))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_source(source, scratch=tmp_path / "scratch")
+
+
 def spoil(name: str) -> Callable[[Path], None]:
     """Changes bytes in the pages of the last group of a column."""
 

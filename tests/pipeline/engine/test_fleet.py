@@ -14,8 +14,7 @@ import pytest
 from pipeline.engine import fleet as fleet_module
 from pipeline.engine.crew import WorkerDiedError
 from pipeline.engine.fleet import Fleet
-from pipeline.engine.stream import StreamCounts
-from pipeline.engine.worker import Device, Receipt, ShardTask
+from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts
 from pipeline.errors import DeviceLostError, InfrastructureError, StoppedError, StorageError, WorldFailingError
 from pipeline.table.schema import WORK
 
@@ -302,6 +301,29 @@ def test_nobody_coming_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoppedError):
         fleet.first_device()
     assert "no worker has come up" in said[0]
+
+
+def test_workers_come_up_together_and_the_first_to_come_answers() -> None:
+    crew = ScriptedCrew(start_errors=[WorkerDiedError("killed"), None, None])
+    fleet = Fleet(crew, actors=3, should_stop=lambda: False)
+    assert fleet.first_device().node == "here"
+    assert crew.diary.started in (3, 4), "the dead one may have been seen, and replaced"
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    fleet.first_loaded()
+    fleet.close()
+    assert crew.diary.stopped == crew.diary.started
+
+
+@pytest.mark.parametrize(("actors", "started"), [(1, 1), (3, 3), (1000, 8)])
+def test_of_many_workers_a_few_come_up_early(actors: int, started: int) -> None:
+    crew = ScriptedCrew()
+    fleet = Fleet(crew, actors=actors, should_stop=lambda: False)
+    fleet.first_device(alone=True)
+    assert crew.diary.started == 1
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    fleet.first_loaded()
+    assert crew.diary.started == started
+    fleet.close()
 
 
 def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

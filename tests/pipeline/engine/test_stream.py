@@ -20,7 +20,8 @@ from models.architectures import untrained_card
 from models.card import Card
 from models.masks import decode_mask_png
 from models.segmenter import Prediction
-from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.engine.messages import StreamConfig
+from pipeline.engine.stream import Stream
 from pipeline.errors import DeviceLostError, StorageError, UsageError, WorldFailingError
 from pipeline.storage import Blob, open_storage
 from pipeline.table.schema import WORK

@@ -26,7 +26,8 @@ from models.file import load_module
 from models.masks import decode_mask_png, decode_rle
 from models.overrides import with_settings
 from models.segmenter import Segmenter
-from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.engine.messages import StreamConfig
+from pipeline.engine.stream import Stream
 from pipeline.storage import open_storage
 from pipeline.table.schema import WORK
 

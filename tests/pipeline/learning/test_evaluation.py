@@ -15,7 +15,8 @@ from models.architectures import build, untrained_card
 from models.masks import mask_crc32
 from models.overrides import with_settings
 from models.segmenter import Segmenter
-from pipeline.engine.stream import Stream, StreamConfig
+from pipeline.engine.messages import StreamConfig
+from pipeline.engine.stream import Stream
 from pipeline.errors import UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate, predict
