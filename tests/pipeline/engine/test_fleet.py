@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -390,3 +392,10 @@ def test_a_doubtful_shard_gets_a_second_try_at_the_end_and_is_committed_then() -
     fleet.close()
     assert sorted(receipt.ordinal for receipt in receipts) == list(range(20)) and diary.commits == set(range(20))
     assert sorted(ordinal for ordinal, _, accept in diary.runs[-2:] if accept) == [1, 4]
+
+
+def test_a_driver_needs_no_torch() -> None:
+    """Its import takes longer than all else that a driver does before its workers are up."""
+    modules = "pipeline.entry, pipeline.commands.segment, pipeline.engine.run, pipeline.engine.placement"
+    code = f"import sys, {modules}, pipeline.engine.ray_crew; assert not {{'torch', 'scipy', 'ray'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
