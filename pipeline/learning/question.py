@@ -82,7 +82,7 @@ def _rows_that_count(masks: Masks, storage: Storage, corpus: Corpus) -> tuple[li
                     regexp_extract(s.filename, '[^/\\\\]+$') AS part
                 FROM {read_parts_sql(list(sizes), filename=True)} s
                 JOIN (SELECT DISTINCT uri, coalesce(etag, '') AS etag FROM {corpus.sql}) c
-                    ON s.image_uri = c.uri AND s.listed_etag = c.etag
+                    ON s.image_uri = c.uri AND c.etag IN (s.listed_etag, s.image_etag)
                 WHERE s.settings_digest = {sql_text(masks.settings_digest)}
                 QUALIFY row_number() OVER (PARTITION BY s.image_uri ORDER BY {TERMINAL} DESC, s.processed_at DESC) = 1
                 ORDER BY s.image_uri"""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.faulty_storage import Fault
+from chaos.faulty_storage import Call, Fault
 from chaos.killed_calls import BEFORE, Place, Scene, disturbed_everywhere, stalled_everywhere
 from chaos.other_scenes import (
     EvaluateScene,
@@ -121,7 +121,12 @@ def test_killed_at_every_call(place: Place, street: list[str], discs: str, comma
 @pytest.mark.parametrize("fault", ["fail", "deny", "tear", "lose", "deaf"])
 @COMMANDS
 def test_every_call_fails_once(place: Place, street: list[str], discs: str, command: Command, fault: Fault) -> None:
-    tally = disturbed_everywhere(command(place, street, discs), place, fault=fault)
+    def lasts(call: Call) -> bool:
+        """What an image was denied to is done without it: an export counts it, and has it in `skipped.jsonl`."""
+        return fault == "deny" and command is exporting and "/photos/" in call.name
+
+    scene = command(place, street, discs)
+    tally = disturbed_everywhere(scene, place, fault=fault, only=lambda call: not lasts(call))
     print(f"\n{fault}: {tally}")
     assert tally.struck > 3 and not tally.unreached
 

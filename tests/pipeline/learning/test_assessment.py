@@ -22,6 +22,8 @@ from pipeline.learning.assessment import Assessment, EvaluateConfig, default_des
 from pipeline.learning.comparison import compare
 from pipeline.learning.dataset import Dataset
 from pipeline.registry import resolve
+from pipeline.storage.blob import ObjectInfo, failed
+from pipeline.storage.disk import DiskStorage
 from pipeline.table.evaluations import read_evaluations
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,6 +115,26 @@ def test_objects(evaluate: Run, discs: Path, instance_model: Path, tmp_path: Pat
     assert found.scores.pq is not None
     assert {row["image_name"] for row in table.to_pylist()} == {"disc-4.png", "disc-5.png"}
     assert {row["split"] for row in table.to_pylist()} == {"val"}
+
+
+def test_an_image_that_could_not_be_looked_at_before(
+    evaluate: Run, squares: Path, semantic_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned without an etag and read with one, it is done: the next time it is asked by the one that it has."""
+    head, struck = DiskStorage.head, []
+
+    def once_unable(self: DiskStorage, uri: str) -> ObjectInfo:
+        if uri.endswith("images/night/0.png") and not struck:
+            struck.append(uri)
+            raise failed("look at", uri, "the disk is away for a moment", kind="fetch_failed")
+        return head(self, uri)
+
+    monkeypatch.setattr(DiskStorage, "head", once_unable)
+    first = evaluate(squares, semantic_model)
+    again = evaluate(squares, semantic_model)
+    assert struck and first.state == again.state == "done"
+    assert first.scores == again.scores
+    assert [row["listed_etag"] or "" for row in rows_of(tmp_path / "dest")].count("") == 1
 
 
 def test_a_model_that_says_the_truth(evaluate: Run, discs: Path, instance_model: Path, tmp_path: Path) -> None:
