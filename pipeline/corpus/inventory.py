@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.entries import as_listing, columns_of
 from pipeline.errors import UsageError
+from pipeline.json_text import read_json
 from pipeline.storage import (
     Storage,
     duckdb_path,
@@ -232,7 +232,7 @@ def _wrong_digest(part: Part) -> str | None:
 
 def _manifest(uri: str, storage: Storage) -> dict[str, Any]:
     try:
-        manifest = json.loads(storage.get(uri).data)
+        manifest = read_json(storage.get(uri).data)
         parts = manifest["files"]
         valid = isinstance(parts, list) and all(isinstance(part["key"], str) for part in parts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

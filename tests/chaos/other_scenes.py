@@ -242,8 +242,10 @@ class EvaluateScene(_TableScene):
     def end(self, folder_uri: str) -> object:
         dest = f"{folder_uri}/dest"
         assert pipeline.verify(dest, deep=True) == []
+        # An image that could not be read is made again, and then evaluated again: the newest counts.
         rows = pipeline.connect(dest).sql(
-            "SELECT * EXCLUDE (evaluation_id, evaluated_at, run_id, attempt, processed_at) FROM evaluations "
+            "SELECT * EXCLUDE (evaluation_id, evaluated_at, run_id, attempt, processed_at, listed_etag) "
+            "FROM evaluations WHERE evaluation_id = (SELECT max_by(evaluation_id, evaluated_at) FROM evaluations) "
             "ORDER BY image_uri"
         )
         return terminal_rows(dest), str(rows.fetchall())

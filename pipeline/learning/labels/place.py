@@ -5,7 +5,6 @@ Must not know: layouts, labels.
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
 from collections import deque
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.json_text import read_json
 from pipeline.learning.labels.truth import LabelError
 from pipeline.storage import duckdb_path, join_uri, normalize_uri, open_storage
 
@@ -32,7 +32,6 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 #: Without a list Pillow would try them all, PostScript among them, which another program then runs.
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 _HIGHEST_ID = 65535
-_HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 #: Files that are read at once.
 READERS = 16
 
@@ -59,11 +58,7 @@ class Place:
     def read_json(self, name: str) -> Any:
         """Raises UsageError where the file is not there or is not JSON, or has text that is no Unicode."""
         try:
-            text = self.read(name).decode("utf-8")
-            value = json.loads(text)
-            if _HALF_A_CHARACTER.search(text):
-                json.dumps(value, ensure_ascii=False).encode("utf-8")  # it may have its other half
-            return value
+            return read_json(self.read(name))
         except StorageError as error:
             if error.kind != "missing":
                 raise

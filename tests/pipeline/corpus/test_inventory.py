@@ -207,6 +207,14 @@ def test_a_part_that_no_file_can_be_is_a_sentence(tmp_path: Path, key: str, md5:
         read_source(source, scratch=tmp_path / "scratch")
 
 
+def test_a_key_with_half_a_character_is_a_sentence(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    text = json.dumps({"fileFormat": "Parquet", "files": [{"key": "HALF.parquet"}]}).replace("HALF", r"\ud800")
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match="no manifest of an S3 Inventory"):
+        read_source(str(tmp_path / "manifest.json"), scratch=tmp_path / "scratch")
+
+
 def spoil(name: str) -> Callable[[Path], None]:
     """Changes bytes in the pages of the last group of a column."""
 
