@@ -121,7 +121,7 @@ def read_parts(parts: Sequence[Part]) -> Iterator[pa.RecordBatch]:
                     raise UsageError(f"the inventory part {shown!r} has no columns bucket and key")
                 for batch in file.iter_batches(50_000, columns=present):
                     yield _rows(columns_of(batch))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             # Arrow says so of damaged files, with no errno. The others are of names that no file has.
             if isinstance(error, OSError) and error.errno not in _NO_PART:
                 raise

@@ -207,6 +207,15 @@ def test_a_part_that_no_file_can_be_is_a_sentence(tmp_path: Path, key: str, md5:
         read_source(source, scratch=tmp_path / "scratch")
 
 
+def test_a_column_whose_name_is_no_unicode_is_a_sentence(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    pq.write_table(pa.table({"bucket": ["b"], "key": ["a.jpg"], "QQQQ": [1]}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes().replace(b"QQQQ", b"Q\xe1QQ"))
+    source = write(tmp_path, Part("", str(tmp_path / "x.parquet"), None))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_source(source, scratch=tmp_path / "scratch")
+
+
 def test_a_key_with_half_a_character_is_a_sentence(tmp_path: Path) -> None:
     """Found by fuzzing."""
     text = json.dumps({"fileFormat": "Parquet", "files": [{"key": "HALF.parquet"}]}).replace("HALF", r"\ud800")
