@@ -133,10 +133,12 @@ def query_parts(parts: Sequence[Part], *, where: str) -> Query | None:
     """What `read_parts` gives of these parts, as far as the SQL condition `where` on `uri` holds. Every byte that it
     needs is read once.
 
-    None where the parts are not as the store writes them, are damaged, or do not give every etag, without quotes: ask
-    `read_parts`.
+    None where the parts are not as the store writes them, or do not give every etag, without quotes: ask `read_parts`.
+    So too without their MD5: DuckDB believes a part's statistics, which damage can turn into lies.
     Memory: 8 bytes a row, and what DuckDB needs to read a few row groups.
     """
+    if any(part.md5 is None for part in parts):
+        return None
     try:
         with ThreadPoolExecutor(_DIGEST_THREADS, "digest") as pool:
             if any(pool.map(_wrong_digest, parts)):

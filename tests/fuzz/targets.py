@@ -8,6 +8,7 @@ else that is raised is a finding; so are a hang, a crash of the process and a bl
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -105,12 +106,14 @@ def _inventory(data: bytes) -> None:
 
         def read() -> None:
             parts = find_parts(f"{uri}/manifest.json", storage, folder=Path(_SCRATCH))
-            query = query_parts(parts, where="true")
-            rows = pa.Table.from_batches(read_parts(parts), LISTING_SCHEMA)
+            pa.Table.from_batches(read_parts(parts), LISTING_SCHEMA)
+            # As if the store had written what is damaged: then the two may differ, but neither may fail otherwise.
+            digests = [hashlib.md5(Path(part.path).read_bytes()).hexdigest() for part in parts]
+            signed = [part._replace(md5=digest) for part, digest in zip(parts, digests, strict=True)]
+            query = query_parts(signed, where="true")
             if query is not None:
                 with duckdb.connect() as connection:
-                    connection.execute("SET TimeZone = 'UTC'")
-                    assert rows.equals(connection.sql(f"SELECT * FROM {query.sql}").to_arrow_table())
+                    assert len(connection.sql(f"SELECT * FROM {query.sql}").to_arrow_table()) == query.rows
 
         _quietly(read)
 
