@@ -1,5 +1,6 @@
-"""What a driver and its workers say to each other: what a worker is told, its tasks and its answers. Owns: these types
-alone. Must not know: networks, PyTorch; a driver needs neither, and imports them in no time.
+"""What a driver and its workers say to each other: what a worker is told, its tasks and its answers. Owns: these types,
+and the digest by which both know that they run the same code. Must not know: networks, PyTorch, whose import takes
+longer than all that a driver does before its workers are up.
 """
 
 from __future__ import annotations

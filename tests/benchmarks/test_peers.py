@@ -67,7 +67,7 @@ def test_ours_has_masks_and_what_is_wrong(ours: dict[str, dict[str, Any]]) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["plain loop", "torch loader", pytest.param("Ray Data", marks=pytest.mark.ray), "Daft"]
+    "name", ["plain loop", "torch loader", pytest.param("Ray Data", marks=[pytest.mark.ray, pytest.mark.slow]), "Daft"]
 )
 def test_a_peer_makes_the_same_rows(peers: Any, bench: Bench, ours: dict[str, dict[str, Any]], name: str) -> None:
     if peers.interpreter(peers.PEERS[name]) is None:
