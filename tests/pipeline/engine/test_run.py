@@ -6,11 +6,7 @@ import errno
 import json
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,81 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from awkward_corpus import make_awkward_corpus
 from handmade import answers_of, make_image, part_paths, rows_of, touch_later
+from run_bench import Bench, names
 
 import pipeline
 from pipeline.config import SegmentConfig
-from pipeline.engine import placement
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan
-from pipeline.engine.outcome import Event, Outcome
+from pipeline.engine.outcome import Event
 from pipeline.errors import BYTES_KINDS, HeldError, InfrastructureError, ModelError, ReconciliationError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own costs a worker seconds; what it is for is tested in test_fleet and test_kills."""
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
-    monkeypatch.setattr(placement, "gpu_count", lambda: 0)
+pytestmark = pytest.mark.usefixtures("workers_in_this_process")
 
 
-class Bench:
-    """One DEST and the commands given to it."""
-
-    def __init__(self, dest: Path, model: Path) -> None:
-        self.dest = dest
-        self.model = model
-        self.told: list[Event] = []
-
-    def segment(self, source: Path | str, **settings: Any) -> Outcome:
-        self.told = []
-        defaults: dict[str, Any] = {
-            "model": str(self.model),
-            "precision": "fp32",
-            "threads": 1,
-            "lease_ttl_s": 1.0,
-            "report": False,
-        }
-        should_stop = settings.pop("should_stop", None)
-        listen = settings.pop("listen", self.told.append)
-        return pipeline.segment(
-            source=str(source), dest=str(self.dest), listen=listen, should_stop=should_stop,
-            **(defaults | settings),
-        )  # fmt: skip
-
-    def interrupted(self, source: Path | str, *, after_parts: int, **settings: Any) -> Outcome:
-        """The same, stopped as soon as so many more Parts are there; shards still in flight are finished."""
-        enough = len(part_paths(self.dest)) + after_parts
-        settings |= {"should_stop": lambda: len(part_paths(self.dest)) >= enough}
-        outcome = self.segment(source, **settings)
-        assert outcome.state == "interrupted"
-        return outcome
-
-    @property
-    def done(self) -> list[str]:
-        """Names of the images of all rows."""
-        return sorted(Path(row["image_uri"]).name for row in rows_of(self.dest))
-
-    def shown(self, column: str) -> list[Any]:
-        """Distinct values of a column of the view `images`."""
-        connection = pipeline.connect(str(self.dest))
-        return [value for (value,) in connection.sql(f"SELECT DISTINCT {column} FROM images ORDER BY 1").fetchall()]
-
-    def texts(self, kind: str) -> str:
-        return "\n".join(event.text for event in self.told if event.kind == kind)
-
-
-@pytest.fixture
-def bench(tmp_path: Path, semantic_model: Path) -> Bench:
-    return Bench(tmp_path / "dest", semantic_model)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-# ── what is done, and what not again ─────────────────────────────────────────────────────────────────────────────────
+# ── what is done, and what not again ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_image_gets_one_row_and_the_outcome_adds_up(bench: Bench, image_folder: Callable[..., Path]) -> None:
@@ -227,122 +163,7 @@ def test_missing_images_are_rows_and_are_tried_every_time(bench: Bench, image_fo
     assert bench.segment(manifest).planned == 0
 
 
-# ── what became of images in SOURCE ──────────────────────────────────────────────────────────────────────────────────
-
-
-def test_what_is_gone_and_what_is_back_is_recorded_by_a_run_of_no_images(
-    bench: Bench, image_folder: Callable[..., Path]
-) -> None:
-    photos = image_folder(3)
-    bench.segment(photos)
-    everything = bench.shown("image_uri")
-    (photos / "0001.png").rename(photos.parent / "away.png")
-    gone = bench.segment(photos)
-    assert (gone.state, gone.planned, gone.skipped, gone.removed, gone.returned) == ("done", 0, 2, 1, 0)
-    assert (gone.ok, gone.errors, gone.parts, gone.engine) == (0, 0, 0, "")
-    assert bench.shown("image_uri") == [everything[0], everything[2]]
-    assert bench.segment(photos).run_id is None  # it is said once
-    (photos.parent / "away.png").rename(photos / "0001.png")
-    back = bench.segment(photos)
-    assert (back.planned, back.removed, back.returned) == (0, 0, 1)
-    assert bench.shown("image_uri") == everything
-    assert bench.segment(photos).run_id is None
-    assert len(rows_of(bench.dest)) == 3
-    assert pipeline.verify(str(bench.dest), deep=True) == []
-    listed = [(run["state"], run["planned"], run["rows"]) for run in pipeline.list_runs(str(bench.dest))]
-    assert listed == [("done", 0, 0), ("done", 0, 0), ("done", 3, 3)]
-    assert pipeline.show_run(str(bench.dest), gone.run_id)["plan"]["removed"] == 1
-    assert pipeline.drift(str(bench.dest)).run_id not in (gone.run_id, back.run_id)
-    assert pipeline.drift(str(bench.dest), back.run_id).state == "too_few_images"
-    manifest = pq.read_table(bench.dest / "runs" / gone.run_id / "manifest.parquet")
-    assert (len(manifest), manifest.schema.metadata[b"maskmill_schema_version"]) == (0, b"1")
-
-
-def test_a_removal_is_recorded_beside_new_work(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(3)
-    bench.segment(photos)
-    (photos / "0000.jpg").unlink()
-    make_image(photos / "new.png", 8)
-    outcome = bench.segment(photos)
-    assert (outcome.planned, outcome.ok, outcome.removed) == (1, 1, 1)
-    assert [Path(uri).name for uri in bench.shown("image_uri")] == ["0001.png", "0002.jpg", "new.png"]
-    (photos / "0001.png").unlink()
-    forced = bench.segment(photos, force=True)
-    assert (forced.planned, forced.removed) == (2, 1)
-    (photos / "0002.jpg").unlink()
-    retried = bench.segment(photos, retry_errors=True)
-    assert (retried.planned, retried.removed) == (0, 1)
-    assert [Path(uri).name for uri in bench.shown("image_uri")] == ["new.png"]
-
-
-def test_only_a_full_listing_says_that_something_is_gone(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(4)
-    bench.segment(photos)
-    manifest = photos.parent / "some.txt"
-    manifest.write_text(str(photos / "0002.jpg"))
-    (photos / "0000.jpg").unlink()
-    assert [bench.segment(source).run_id for source in (manifest, photos / "0001.png")] == [None, None]
-    assert bench.segment(photos, limit=1).run_id is None
-    assert bench.segment(photos, dry_run=True).run_id is None
-    assert bench.segment(f"{photos}/*.png").run_id is None  # a listing, of which 0000.jpg is no part
-    assert bench.segment(photos, suffixes=(".png",)).run_id is None
-    assert len(bench.shown("image_uri")) == 4
-    assert bench.segment(f"{photos}/0*.jpg").removed == 1
-    assert len(bench.shown("image_uri")) == 3
-
-
-def test_an_empty_source_is_a_usage_error_and_removes_nothing(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(2)
-    bench.segment(photos)
-    shutil.rmtree(photos)
-    with pytest.raises(UsageError, match="does not exist"):
-        bench.segment(photos)
-    photos.mkdir()
-    with pytest.raises(UsageError, match="no images"):
-        bench.segment(photos)
-    assert len(bench.shown("image_uri")) == 2
-
-
-def test_the_view_follows_the_command_back_to_older_settings_and_an_older_version(
-    bench: Bench, other_semantic_model: Path, image_folder: Callable[..., Path]
-) -> None:
-    photos = image_folder(2)
-    first = bench.segment(photos)
-    plain = bench.shown("settings_digest")
-    bench.segment(photos, max_pixels=1_000_000)
-    assert bench.shown("settings_digest") != plain
-    back = bench.segment(photos)
-    assert (back.planned, back.removed, back.returned) == (0, 0, 0) and back.run_id is not None
-    assert bench.shown("settings_digest") == plain
-    second = bench.segment(photos, model=str(other_semantic_model))
-    assert bench.shown("version") == [second.model_version]
-    manifest = photos.parent / "all.txt"
-    manifest.write_text("\n".join(str(path) for path in photos.iterdir()))
-    bench.segment(manifest)  # no listing, and still the question of the version that counts
-    assert bench.shown("version") == [first.model_version]
-    assert bench.segment(photos).run_id is None
-    assert len(rows_of(bench.dest)) == 6
-
-
-def test_an_image_that_went_back_to_older_bytes_shows_their_row(
-    bench: Bench, image_folder: Callable[..., Path]
-) -> None:
-    photos = image_folder(2)
-    image = photos / "0000.jpg"
-    bench.segment(photos)
-    old, old_etags = (image.read_bytes(), image.stat().st_mtime_ns), bench.shown("image_etag")
-    make_image(image, 99)
-    touch_later(image)
-    bench.segment(photos)
-    assert bench.shown("image_etag") != old_etags
-    image.write_bytes(old[0])
-    os.utime(image, ns=(old[1], old[1]))
-    outcome = bench.segment(photos)
-    assert (outcome.planned, outcome.returned) == (0, 1)
-    assert bench.shown("image_etag") == old_etags
-
-
-# ── the awkward ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the awkward ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_awkward_image_has_one_row_of_the_right_kind(bench: Bench, tmp_path: Path) -> None:
@@ -479,7 +300,7 @@ def test_settings_that_the_network_cannot_serve_bring_up_no_worker(
     assert not bench.dest.exists()
 
 
-# ── the same answer however it is cut ────────────────────────────────────────────────────────────────────────────────
+# ── the same answer however it is cut ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance"])
@@ -505,113 +326,7 @@ def test_masks_do_not_depend_on_shards_or_neighbours(
     assert len(few) == 3
 
 
-# ── open runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_same_command_continues(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(8)
-    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
-    committed = bench.done
-    assert 0 < stopped.ok == len(committed) < 8
-    assert min(stopped.seconds, stopped.images_per_s, stopped.megapixels_per_s) > 0
-    make_image(photos / "new.png", 77)
-    outcome = bench.segment(photos, shard_size=5)
-    assert outcome.runs[0] == stopped.run_id
-    assert len(outcome.runs) == 2  # the new image is a run of its own
-    assert bench.done == names(photos)
-    assert bench.segment(photos).planned == 0
-
-
-def test_stopping_before_there_is_a_plan_changes_nothing(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    outcome = bench.segment(image_folder(2), precision="auto", should_stop=lambda: True)
-    assert (outcome.state, outcome.run_id, outcome.runs) == ("interrupted", None, [])
-    assert not bench.dest.exists()
-
-
-def test_progress_ends_at_the_whole(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    (photos := image_folder(4)).joinpath("bad.jpg").write_bytes(b"no picture")
-    bench.interrupted(photos, after_parts=1, shard_size=1)
-    bench.segment(photos, shard_size=1)
-    last = [event for event in bench.told if event.kind == "progress"][-1]
-    assert last.progress is not None
-    assert (last.progress.rows, last.total) == (5, 5)
-
-
-def test_an_ad_hoc_run_beside_an_open_one_neither_loses_nor_repeats(
-    bench: Bench, image_folder: Callable[..., Path]
-) -> None:
-    photos = image_folder(8)
-    nightly = bench.interrupted(photos, after_parts=1, shard_size=1)
-    done_before = len(bench.done)
-    make_image(photos / "zz-new.png", 77)
-    adhoc = bench.segment(photos / "*.png")
-    assert adhoc.ok == 1
-    assert adhoc.held == sum(adhoc.held_by.values()) > 0
-    assert set(adhoc.held_by) == {nightly.run_id}
-    assert f"runs abandon {bench.dest} {nightly.run_id}" in bench.texts("note")
-    assert len(bench.done) == done_before + 1
-    bench.segment(photos)
-    assert bench.done == names(photos)
-
-
-def test_images_of_an_abandoned_run_are_free_again(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(6)
-    nightly = bench.interrupted(photos, after_parts=1, shard_size=1)
-    assert nightly.run_id is not None
-    row = pipeline.abandon_run(str(bench.dest), nightly.run_id)
-    assert (row["state"], row["rows"]) == ("abandoned", nightly.ok)
-    outcome = bench.segment(photos)
-    assert (outcome.runs[0] != nightly.run_id, outcome.ok) == (True, 6 - nightly.ok)
-    assert bench.done == names(photos)
-
-
-def test_a_driver_that_comes_too_late_adds_nothing(
-    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Abandoned while it was between planning and work, as a driver that was paused would be."""
-    photos = image_folder(3)
-    work = engine_run._Segmentation._work
-
-    def late(self: Any, plan: Any) -> Any:
-        pipeline.abandon_run(str(bench.dest), plan.run_id)
-        return work(self, plan)
-
-    monkeypatch.setattr(engine_run._Segmentation, "_work", late)
-    with pytest.raises(InfrastructureError, match="was abandoned"):
-        bench.segment(photos)
-    assert bench.done == []
-    monkeypatch.undo()
-    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
-    assert bench.segment(photos).ok == 3
-
-
-def test_a_run_that_another_driver_holds(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    from pipeline.engine.lease import Lease
-    from pipeline.storage import normalize_uri, open_storage
-
-    photos = image_folder(4)
-    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
-    dest = normalize_uri(str(bench.dest))
-    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
-    with holder, pytest.raises(HeldError, match=str(stopped.run_id)):
-        bench.segment(photos, lease_ttl_s=60)
-    assert bench.segment(photos).ok == 4
-
-
-def test_with_wait_it_goes_on_once_the_other_driver_is_done(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    from pipeline.storage import normalize_uri, open_storage
-
-    photos = image_folder(4)
-    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
-    dest = normalize_uri(str(bench.dest))
-    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
-    holder.__enter__()
-    threading.Timer(1.0, holder.__exit__, (None, None, None)).start()
-    assert bench.segment(photos, lease_ttl_s=60, wait=True).ok == 4
-    assert not holder.superseded.is_set()
-
-
-# ── the canary ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the canary ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_good_canary_goes_on(bench: Bench, image_folder: Callable[..., Path]) -> None:
@@ -635,7 +350,7 @@ def test_a_bad_canary_stops_and_a_higher_limit_goes_on(bench: Bench, image_folde
     assert bench.done == names(photos)
 
 
-# ── the plan, the record, the reckoning ──────────────────────────────────────────────────────────────────────────────
+# ── the plan, the record, the reckoning ─────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_dry_run_writes_nothing_and_estimates_from_a_sample(bench: Bench, image_folder: Callable[..., Path]) -> None:
@@ -807,174 +522,3 @@ def test_the_same_command_started_twice_at_once_is_held_not_planned_again(
         leases[0].__exit__(None, None, None)
     assert pipeline.segment(config).ok == 4
     assert len(rows_of(dest)) == 4
-
-
-# ── the world fails ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(
-    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = image_folder(9)
-    write = os.write
-
-    def full(descriptor: int, data: bytes) -> int:
-        if part_paths(bench.dest) and os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{bench.dest}/_tmp/"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "write", full)
-        with pytest.raises(InfrastructureError, match=r"(?i)no space|disk is full"):
-            bench.segment(photos, shard_size=1)
-    committed = len(rows_of(bench.dest))
-    assert 1 <= committed < 9
-    assert not list((bench.dest / "_tmp").glob("*")), "what was half written is still there"
-    assert bench.segment(photos, shard_size=1).ok == 9
-    assert bench.done == names(photos)
-
-
-def test_a_denied_image_is_a_row_and_is_tried_again(
-    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tests may run as root, whom no permission binds: the refusal comes from `os.open`, as the kernel would say it."""
-    photos = image_folder(3)
-    closed, opened = str(photos / "0001.png"), os.open
-
-    def refuse(path: Any, *rest: Any, **named: Any) -> int:
-        if str(path) == closed:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        return opened(path, *rest, **named)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "open", refuse)
-        for _ in range(5):  # more often than other failures of the world are tried
-            outcome = bench.segment(photos)
-            assert outcome.errors_by_kind == {"denied": 1}
-    assert bench.segment(photos).ok == 1
-    attempts = [row["attempt"] for row in rows_of(bench.dest) if row["image_uri"].endswith("0001.png")]
-    assert sorted(attempts) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_run_that_nobody_touched_for_a_day_is_abandoned_by_the_next_planner(
-    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = image_folder(6)
-    dead = bench.interrupted(photos, after_parts=1, shard_size=1).run_id
-    outcome = bench.segment(f"{photos}/*.png", shard_size=1)
-    assert outcome.held > 0, "a run that is dead for a minute is left alone"
-    today_s = time.time()
-    monkeypatch.setattr(time, "time", lambda: today_s + 25 * 3600)
-    outcome = bench.segment(f"{photos}/*.png", shard_size=1)
-    assert outcome.held == 0
-    assert f"abandoned run {dead}" in bench.texts("note")
-    bench.segment(photos)
-    assert bench.done == names(photos)
-
-
-class ClosedDoors:
-    """Refuses to open images that `closed` names, as the kernel would refuse whoever may not read them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, closed: Callable[[str], bool]) -> None:
-        self.tried: dict[str, int] = {}
-        opened = os.open
-
-        def refuse(path: Any, *rest: Any, **named: Any) -> int:
-            place = Path(str(path))
-            if place.suffix in (".png", ".jpg") and closed(place.stem):
-                self.tried[place.stem] = self.tried.get(place.stem, 0) + 1
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-            return opened(path, *rest, **named)
-
-        monkeypatch.setattr(os, "open", refuse)
-
-
-def test_a_world_that_fails_stops_the_run_and_none_of_its_shards_is_committed(
-    bench: Bench, tmp_path: Path, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shards of 20 are far smaller than what the breaker looks at; the first five are fine."""
-    photos = tmp_path / "many"
-    photos.mkdir()
-    one = (image_folder(2) / "0001.png").read_bytes()
-    for i in range(1300):
-        (photos / f"{i:04d}.png").write_bytes(one)
-    with monkeypatch.context() as broken:
-        ClosedDoors(broken, lambda stem: stem >= "0100")
-        with pytest.raises(InfrastructureError, match="more than half of the last images failed"):
-            bench.segment(photos, shard_size=20)
-    rows = rows_of(bench.dest)
-    assert len(rows) == 100 and {row["status"] for row in rows} == {"ok"}
-    assert bench.segment(photos, shard_size=20).ok == 1300
-    assert bench.done == names(photos)
-
-
-def test_a_manifest_of_mostly_missing_images_is_done_to_its_end(
-    bench: Bench, image_folder: Callable[..., Path]
-) -> None:
-    photos = image_folder(2)
-    manifest = photos.parent / "old.txt"
-    gone = "\n".join(f"{photos}/gone-{i}.jpg" for i in range(1500))
-    manifest.write_text(f"{photos}/0000.jpg\n{gone}\n{photos}/zz.png\n")
-    (photos / "0001.png").rename(photos / "zz.png")
-    outcome = bench.segment(manifest, shard_size=100)
-    assert (outcome.state, outcome.ok, outcome.errors_by_kind) == ("done", 2, {"missing": 1500})
-
-
-class Guard(SimpleHTTPRequestHandler):
-    """Serves a folder to whoever shows the signature that is valid now."""
-
-    valid = ""
-
-    def send_head(self) -> Any:
-        if f"X-Amz-Signature={self.valid}" not in self.path:
-            self.send_error(403)
-            return None
-        return super().send_head()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_signed_addresses_read_images_and_never_reach_dest(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    photos = image_folder(4)
-    manifest = photos.parent / "signed.txt"
-
-    def sign(secret: str) -> None:
-        guard.valid = secret
-        signature = f"X-Amz-Credential=AKIA&X-Amz-Expires=60&X-Amz-Signature={secret}"
-        manifest.write_text("".join(f"{base}/{name}?{signature}\n" for name in [*names(photos), names(photos)[0]]))
-
-    guard = type("GuardOfThis", (Guard,), {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(guard, directory=str(photos))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}"
-        try:
-            sign("SECRET-of-today")
-            stopped = bench.interrupted(manifest, after_parts=1, shard_size=1)
-            sign("SECRET-of-tomorrow")
-            outcome = bench.segment(manifest, shard_size=1)
-            assert outcome.runs == [stopped.run_id] and outcome.errors == 0 and outcome.duplicates == 1
-            sign("SECRET-of-the-day-after")
-            assert bench.segment(manifest).run_id is None
-            guard.valid = "SECRET-of-others"
-            assert bench.segment(manifest, force=True).errors_by_kind == {"denied": 4}
-        finally:
-            server.shutdown()
-    assert {row["image_uri"] for row in rows_of(bench.dest)} == {f"{base}/{name}" for name in names(photos)}
-    for path in bench.dest.rglob("*"):
-        assert not path.is_file() or b"SECRET" not in path.read_bytes()
-    for path in (*part_paths(bench.dest), *bench.dest.glob("runs/*/manifest.parquet")):  # pages are compressed
-        assert "SECRET" not in str(pq.read_table(path, partitioning=None).to_pylist())
-    assert "SECRET" not in str(bench.told)
-
-
-def test_shards_that_fail_in_a_world_that_mostly_works_are_tried_twice_and_recorded(
-    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = image_folder(30)
-    with monkeypatch.context() as broken:
-        doors = ClosedDoors(broken, lambda stem: "0010" <= stem < "0018" or stem == "0020")
-        outcome = bench.segment(photos, shard_size=10, max_error_rate=1.0)
-    assert outcome.errors_by_kind == {"denied": 9} and outcome.ok == 21
-    assert sorted(Path(row["image_uri"]).name for row in rows_of(bench.dest)) == sorted(names(photos))
-    assert {doors.tried[f"{i:04d}"] for i in range(10, 18)} == {2} and doors.tried["0020"] == 1
