@@ -76,9 +76,9 @@ SHARD_SIZE = 4
 FLAGS = (*SHAPE_FLAGS, "--shard-size", str(SHARD_SIZE), "--lease-ttl", "6", "--max-error-rate", "1")
 #: Of the commands; the others run on the cluster.
 LOCAL_SHARE = 0.3
-EARLY_SHARE = 0.2
+EARLY_SHARE = 0.3
 EARLY_S = 8.0
-MEAN_S_BETWEEN_KILLS = 20.0
+MEAN_S_BETWEEN_KILLS = 5.0
 #: Of the kills, once a command has committed something; the others are of workers and nodes.
 DRIVER_SHARE = 0.25
 #: Nothing more arrives while so many images wait, more or less: a slow machine must come to its end, too.
