@@ -364,9 +364,10 @@ class Fleet:
                 assert error is not None
                 raise error
             self._failed_starts += 1
-            if self._failed_starts >= _FAILED_STARTS:
+            # Of workers that come up together, one node takes all along.
+            if self._failed_starts >= _FAILED_STARTS * min(self._actors, _SEATED_EARLY):
                 raise InfrastructureError(
-                    f"{_FAILED_STARTS} workers in a row died before they were ready; the last: {error}"
+                    f"{self._failed_starts} workers in a row died before they were ready; the last: {error}"
                 ) from error
 
     def _count(self) -> None:

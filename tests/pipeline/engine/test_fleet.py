@@ -328,6 +328,16 @@ def test_of_many_workers_a_few_come_up_early(actors: int, started: int) -> None:
     fleet.close()
 
 
+@pytest.mark.parametrize(("actors", "deaths"), [(1, 5), (3, 15), (1000, 40)])
+def test_workers_that_all_die_at_their_start_are_given_up(actors: int, deaths: int) -> None:
+    """Five times each: those that come up together may die together, with their node."""
+    crew = ScriptedCrew(start_errors=[WorkerDiedError("killed")] * (deaths + actors))
+    fleet = Fleet(crew, actors=actors, should_stop=lambda: False)
+    with pytest.raises(InfrastructureError, match=f"{deaths} workers in a row died before they were ready"):
+        fleet.first_device()
+    fleet.close()
+
+
 def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_module, "_SILENT_S", 0.3)
     hung = threading.Event()
