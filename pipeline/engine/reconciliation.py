@@ -5,8 +5,6 @@ Must not know: workers, planning, the command that started it.
 from __future__ import annotations
 
 import datetime as dt
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.engine.fleet import FleetProgress
@@ -14,6 +12,7 @@ from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
 from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
 from pipeline.engine.messages import Device
+from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import ReconciliationError
 from pipeline.storage import store_root
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
@@ -82,11 +81,11 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             "the same command continues"
         )
     known = {plan.part_uri(ordinal): size for ordinal, size in sizes.items()}
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        connection = open_duckdb(ledger.storage, sizes=known, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+    with scratch_folder() as folder:  # one that the next command removes, should this driver be killed here
+        connection = open_duckdb(ledger.storage, sizes=known, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
-            path = Path(folder, "manifest.parquet")
+            path = folder / "manifest.parquet"
             path.write_bytes(ledger.storage.get(ledger.uri(plan.run_id, "manifest.parquet")).data)
             listed = f"read_parquet({sql_text(str(path))})"
             without_row = f"{listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from handmade import make_image
 from run_bench import Bench, names
 
 import pipeline
-from pipeline.engine import placement
+from pipeline.engine import placement, reconciliation
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
@@ -122,3 +123,18 @@ def test_with_wait_it_goes_on_once_the_other_driver_is_done(bench: Bench, image_
     threading.Timer(1.0, holder.__exit__, (None, None, None)).start()
     assert bench.segment(photos, lease_ttl_s=60, wait=True).ok == 4
     assert not holder.superseded.is_set()
+
+
+def test_a_driver_killed_while_it_counts_leaves_what_the_next_removes(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in the soak: folders of drivers that were killed in the reckoning stayed for ever."""
+    opened, used = reconciliation.open_duckdb, []
+
+    def told(*args: Any, temp_path: str, **more: Any) -> Any:
+        used.append(Path(temp_path).name)
+        return opened(*args, temp_path=temp_path, **more)
+
+    monkeypatch.setattr(reconciliation, "open_duckdb", told)
+    assert bench.segment(image_folder(2)).ok == 2
+    assert used and all(name.startswith(f"maskmill-run-{os.getpid()}-") for name in used)
