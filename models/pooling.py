@@ -3,8 +3,8 @@ CPU. Must not know: networks but for torchvision's pooler, proposals, heads.
 
 RoIAlign (He et al., Mask R-CNN, 2017) with a fixed number of samples is a weighted sum of pixels of the map, and its
 weights do not depend on the channel. So it is one `embedding_bag` over maps whose channels lie together, which is how
-convolutions in channels_last leave them: a quarter of the time of torchvision's kernel for CPUs, which goes through each
-channel by itself and needs the maps turned round before and its answer after.
+convolutions in channels_last leave them: a quarter of the time of torchvision's kernel for CPUs, which goes through
+each channel by itself and needs the maps turned round before and its answer after.
 """
 
 from __future__ import annotations
