@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
@@ -28,6 +26,7 @@ from pipeline.errors import BYTES_KINDS, MaskmillError, UsageError
 from pipeline.insight.aftermath import has_report, report_uri
 from pipeline.insight.contact_sheet import SheetConfig, draw_contact_sheet
 from pipeline.insight.drift import drift
+from pipeline.table.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +121,8 @@ def show_sheet(config: SegmentConfig, model_name: str) -> int:
     sheet = SheetConfig(
         **_SHEET, model=model_name, source_profile=config.source_profile, dest_profile=config.dest_profile
     )
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        path = Path(folder, "sheet.png")
+    with scratch_folder() as folder:
+        path = folder / "sheet.png"
         try:
             tiles = draw_contact_sheet(config.dest, path, sheet)
         except UsageError:

@@ -20,8 +20,8 @@ from pipeline.config import SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.jobs import check_jobs_address
 from pipeline.engine.outcome import Outcome, Preview
-from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import MaskmillError
+from pipeline.table.scratch import scratch_folder
 
 
 class TooManyErrorsError(MaskmillError):

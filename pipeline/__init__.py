@@ -205,7 +205,7 @@ def limits(source: str, model: str, *, out: str | Path | None = None, **options:
     see `pipeline.engine.ceilings.measure`, which takes the options."""
     from pipeline.engine.ceilings import measure
     from pipeline.engine.limits import write_ceilings
-    from pipeline.engine.scratch import scratch_folder
+    from pipeline.table.scratch import scratch_folder
 
     with scratch_folder() as scratch:
         found = measure(source, model, scratch=scratch, **options)

@@ -94,7 +94,7 @@ def test_every_command_and_option_in_the_readme_exists() -> None:
     groups = [group.commands for group in commands.values() if hasattr(group, "commands")]
     every = [*commands.values(), *(command for group in groups for command in group.values())]
     options = {option for command in every for parameter in command.params for option in parameter.opts}
-    readme = re.sub(r"^ *(python|prefect) .*", "", read("README.md"), flags=re.M)
+    readme = re.sub(r"^ *(python|prefect) .*|`python [^`]*`", "", read("README.md"), flags=re.M)
     for name, sub in re.findall(r"maskmill ([a-z]+)(?: ([a-z]+)(?= [A-Z`|]))?", readme):
         assert name in commands, name
         if hasattr(commands[name], "commands") and sub:

@@ -12,11 +12,11 @@ from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
 from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
 from pipeline.engine.messages import Device
-from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import ReconciliationError
 from pipeline.storage import store_root
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
 from pipeline.table.parts import commit_empty
+from pipeline.table.scratch import scratch_folder
 
 _MEMORY_BYTES = 3 << 30
 _STAGES = ("fetch", "decode", "infer", "encode")

@@ -33,7 +33,6 @@ from pipeline.engine.placement import check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
 from pipeline.engine.reconciliation import Session, Terms, abandon, reconcile, sum_parts
-from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import (
     HeldError,
     InfrastructureError,
@@ -44,6 +43,7 @@ from pipeline.errors import (
 from pipeline.storage import normalize_uri, open_storage
 from pipeline.table.catalog import unreadable
 from pipeline.table.removed import withdraw_changes, write_changes
+from pipeline.table.scratch import scratch_folder
 from pipeline.wording import counted
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from pipeline.engine.lease import process_start, read_lease, this_host
@@ -27,18 +28,18 @@ def list_runs(dest: str, *, profile: str | None = None) -> list[dict[str, Any]]:
     if not entries:
         raise UsageError(f"{dest} holds no runs: give the DEST of an earlier `maskmill segment`")
     with ThreadPoolExecutor(_GETS_AT_ONCE) as pool:
-        rows = list(pool.map(partial(_listed, ledger), reversed(entries)))
-    return [row for row in rows if row is not None]
+        listed = [one for one in pool.map(partial(_listed, ledger), entries) if one is not None]
+    return [row for _, row in sorted(listed, key=itemgetter(0), reverse=True)]
 
 
-def _listed(ledger: Ledger, entry: RunEntry) -> dict[str, Any] | None:
-    """The summary of a run, which may have ended since it was listed; None for a plan that lost its race."""
+def _listed(ledger: Ledger, entry: RunEntry) -> tuple[int, dict[str, Any]] | None:
+    """Sequence and summary of a run, which may have ended since it was listed; None for a plan that lost its race."""
     record = ledger.record(entry.run_id) if entry.closed else None
     plan = record.plan if record else ledger.begun(entry.run_id)
     if plan is None:
         return None
     row = _summary(ledger, plan, record or ledger.record(entry.run_id))
-    return row | {"state": "pruned"} if entry.pruned else row
+    return plan.sequence, (row | {"state": "pruned"} if entry.pruned else row)
 
 
 def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from pipeline.config import Engine, PrecisionChoice, SegmentConfig
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine import run
 from pipeline.engine.outcome import Event, Listener, Outcome
-from pipeline.engine.scratch import scratch_folder
 from pipeline.errors import InfrastructureError, StoppedError, StorageError, UsageError
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluations import align_classes, counting_score
@@ -40,6 +39,7 @@ from pipeline.registry import Model, registry_uri, resolve
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage, recorded_uri, uri_name
 from pipeline.table.catalog import files_below
 from pipeline.table.evaluations import evaluation_folder, read_evaluation
+from pipeline.table.scratch import scratch_folder
 
 _TELL_EVERY_S = 10.0
 #: Fields that are handed on to `segment`.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ from pipeline.engine.ray_crew import check_address, join_cluster, ray_address
 from pipeline.errors import InfrastructureError, MaskmillError, StoppedError, UsageError
 from pipeline.learning.job import Job, Summary, do_job
 from pipeline.storage import normalize_uri
+from pipeline.table.scratch import scratch_folder
 
 _POLL_S = 0.5
 _STOP_PATIENCE_S = 60.0
@@ -51,7 +51,7 @@ def train_on_ray(job: Job, *, say: Callable[[Any], None], should_stop: Callable[
         remote: Any = ray.remote
         mailbox = remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         told = {"job": job.model_copy(update={"config": config}).model_dump(mode="json"), "mailbox": mailbox}
-        with tempfile.TemporaryDirectory(prefix="maskmill-ray-") as scratch:
+        with scratch_folder() as scratch:
             trainer = TorchTrainer(
                 _work,
                 train_loop_config=told | {"code": code_digest()},
@@ -61,7 +61,7 @@ def train_on_ray(job: Job, *, say: Callable[[Any], None], should_stop: Callable[
                     resources_per_worker={"CPU": threads, **({"GPU": 1} if use_gpu else {})},
                 ),
                 run_config=RunConfig(
-                    name=f"{job.key}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
+                    name=f"{job.key}-{uuid.uuid4().hex[:8]}", storage_path=str(scratch),
                     failure_config=FailureConfig(max_failures=config.max_failures),
                 ),
             )  # fmt: skip

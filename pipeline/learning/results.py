@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,6 +26,7 @@ from pipeline.learning.evaluation import evaluate
 from pipeline.learning.tuning import tune_watershed
 from pipeline.registry import push_model
 from pipeline.storage import normalize_uri, open_storage
+from pipeline.table.scratch import scratch_folder
 
 #: By which figure the best weights of a run are chosen; higher is better.
 DECISIVE = {"semantic": "mean_iou", "instance": "panoptic_quality"}
@@ -128,7 +128,7 @@ def hardware(device: str) -> str:
 
 
 def _file(card: Card, weights: Mapping[str, torch.Tensor]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        path = Path(folder) / "model.safetensors"
+    with scratch_folder() as folder:
+        path = folder / "model.safetensors"
         save_model(path, weights, card)
         return path.read_bytes()

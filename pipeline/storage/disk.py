@@ -86,10 +86,7 @@ def _read_descriptor(path: str) -> tuple[bytes, os.stat_result, bool]:
         after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
-    steady = len(data) == after.st_size and (before.st_mtime_ns, before.st_size) == (
-        after.st_mtime_ns,
-        after.st_size,
-    )
+    steady = len(data) == before.st_size == after.st_size and before.st_mtime_ns == after.st_mtime_ns
     return data, before, steady
 
 
@@ -111,10 +108,7 @@ class DiskStorage:
             try:
                 data, status, steady = _read_descriptor(path)
             except (OSError, ValueError) as error:
-                if attempt + 1 < _READ_ATTEMPTS and getattr(error, "errno", None) in (
-                    errno.EIO,
-                    errno.ESTALE,
-                ):
+                if attempt + 1 < _READ_ATTEMPTS and getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):
                     wait_before_retry(attempt)
                     continue
                 _raise_for(error, "read", uri)

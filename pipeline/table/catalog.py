@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open
 from pipeline.table.functions import add_functions
 from pipeline.table.runs import RunFiles, read_runs, runs_table
 from pipeline.table.schema import SCHEMA_VERSION, SCHEMAS, SEGMENTS, parse_part_name
+from pipeline.table.scratch import scratch_is_full
 
 _KEY_TYPES = {"model": "VARCHAR", "version": "VARCHAR", "date": "DATE"}
 _OUTER_KEY = re.compile(r"/(?:model|version|date)=")
@@ -129,14 +129,6 @@ def unreadable(dest: str, error: duckdb.Error) -> InfrastructureError:
     said = next((index for index, line in enumerate(lines) if index and line.startswith("LINE ")), len(lines))
     why = lines[said - 1] if "Traceback" in lines[0] else lines[0]
     return InfrastructureError(f"the table at {dest} could not be read: {why}")
-
-
-def scratch_is_full() -> InfrastructureError:
-    """What a person is told where the temporary folder has no room."""
-    return InfrastructureError(
-        f"the disk of the temporary folder {tempfile.gettempdir()} is full: free some space, or set TMPDIR to a folder "
-        "with more, and run the same command again"
-    )
 
 
 def connect(dest: str, *, profile: str | None = None) -> Any:

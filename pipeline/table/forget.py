@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +30,7 @@ from pipeline.table.catalog import files_below, open_duckdb, open_table, read_pa
 from pipeline.table.conditions import check_condition, told
 from pipeline.table.forgotten import STAND_IN, Forgotten, hash_sql, read_forgotten, write_forgotten
 from pipeline.table.runs import RunFiles, read_runs
+from pipeline.table.scratch import scratch_folder
 from pipeline.table.takeout import take_out
 from pipeline.table.traces import EVENT_NAMES, LIST_NAME, Files, Trace, Traces, find_traces, list_files, run_of
 from pipeline.wording import counted
@@ -117,8 +117,8 @@ def forget_in(storage: Storage, dest: str, where: str | None, *, yes: Consent) -
 
 def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str) -> frozenset[str]:
     """Hashes of the URIs that `where` chooses and that are not known yet."""
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        connection = open_table(storage, dest, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+    with scratch_folder() as folder:
+        connection = open_table(storage, dest, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             check_condition(connection, where)
             chosen = _hashes(connection, "segments", where, known, salt)
@@ -129,7 +129,7 @@ def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str
         finally:
             connection.close()
         files = list_files(storage, dest)
-        connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+        connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             # The other files know no more of an image than its URI.
             connection.execute(f"SELECT 1 FROM (SELECT '' AS image_uri) WHERE ({where}\n)")
@@ -166,8 +166,8 @@ def _look(storage: Storage, dest: str, forgotten: Forgotten) -> tuple[list[RunFi
 
 
 def _find(storage: Storage, dest: str, files: Files, runs: Sequence[RunFiles], forgotten: Forgotten) -> Traces:
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+    with scratch_folder() as folder:
+        connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             return find_traces(connection, files, runs, forgotten, dest)
         finally:

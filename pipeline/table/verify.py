@@ -5,7 +5,6 @@ Must not know: how runs are made. Changes nothing.
 from __future__ import annotations
 
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.errors import InfrastructureError, StorageError, UsageError
@@ -17,6 +16,7 @@ from pipeline.table.inspection import Inspected, inspect_part, why_unreadable
 from pipeline.table.prune import leftovers
 from pipeline.table.runs import PRUNED_NAME, RunFiles, read_runs
 from pipeline.table.schema import parse_part_name
+from pipeline.table.scratch import scratch_folder
 from pipeline.table.traces import find_traces, list_files
 from pipeline.wording import counted
 
@@ -43,8 +43,8 @@ def verify(dest: str, deep: bool = False, *, profile: str | None = None) -> list
     runs = read_runs(storage, dest)
     if not files and not runs:
         raise UsageError(f"{dest} holds no Maskmill table: give the DEST of an earlier `maskmill segment`")
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        connection = open_duckdb(storage, sizes=files, memory_bytes=_MEMORY_BYTES, temp_path=folder)
+    with scratch_folder() as folder:
+        connection = open_duckdb(storage, sizes=files, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             audit = Audit(storage, dest, files, {run.run_id: run for run in runs}, connection)
             _check_records(audit)

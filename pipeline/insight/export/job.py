@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from pipeline.insight.export.selection import Selection, choose, read_subject
 from pipeline.insight.export.shape import Format, Index, Kind, Made, Source, Stream, Subject, Unavailable
 from pipeline.insight.export.yolo import Yolo
 from pipeline.storage import normalize_uri, open_storage
+from pipeline.table.scratch import scratch_folder
 
 _COLUMNS = ("image_uri", "image_etag", "image_format", "width", "height", "task")
 _AT_ONCE = 8
@@ -99,8 +99,8 @@ def export(config: ExportConfig, *, listen: Listen | None = None) -> ExportOutco
         dest=dest, format=config.format, where=config.where, images=config.images, edge_px=config.edge_px,
         piece_images=config.piece_images,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="maskmill-export-") as scratch:
-        list_path = Path(scratch, "list.parquet")
+    with scratch_folder() as scratch:
+        list_path = scratch / "list.parquet"
         finished = journal.finished()
         if finished is not None:
             return _was_there(config, asked, journal, finished, list_path)
