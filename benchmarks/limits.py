@@ -27,8 +27,8 @@ from side_by_side.corpora import write_nuclei
 import pipeline
 from models.masks import decode_mask_png, decode_rle, encode_label_rles, encode_mask_png
 from pipeline.commands.limits import ceilings_table
-from pipeline.engine.ceilings import measure_store
 from pipeline.engine.limits import Ceilings, write_ceilings
+from pipeline.engine.store_ceilings import measure_store
 from pipeline.storage import open_storage
 
 

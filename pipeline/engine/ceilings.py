@@ -13,39 +13,34 @@ import logging
 import os
 import socket
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import duckdb
 import numpy as np
 
 from models.mosaic import DetectionMosaic, Mosaic
 from pipeline.config import DEFAULT_SUFFIXES, PrecisionChoice
-from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.batches import Batch, Rack, Shape
 from pipeline.engine.crew import cores, gpu_count
 from pipeline.engine.forward import Forward
 from pipeline.engine.intake import Tiles, place_image, size_of
-from pipeline.engine.limits import Ceilings, StoreCeiling
+from pipeline.engine.limits import Ceilings
 from pipeline.engine.messages import StreamConfig, WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
+from pipeline.engine.store_ceilings import Read, ceiling_of, listing_of, rate, read_all, sample_of
 from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
 from pipeline.registry import Model, resolve
-from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
+from pipeline.storage import Blob, recorded_uri, store_root
 from pipeline.table.parts import PartBuilder
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-_SAMPLE_IMAGES = 64
 _SAMPLE_PIXELS = 4_000_000
-_GETS_AT_ONCE = 32
 _ROWS_TO_WRITE = 1000
 _MAX_PIXELS = 1_000_000_000
 
@@ -60,18 +55,10 @@ class _Asked(NamedTuple):
     profile: str | None
 
 
-class _Read(NamedTuple):
-    """What reading came to in one process."""
-
-    gets_per_s: float
-    mean_bytes: float
-    core_ms_per_get: float
-
-
 class _Measured(NamedTuple):
     """What one process found. Rates per core, but `forward_mpx_per_s` per process."""
 
-    read: _Read
+    read: Read
     decode: dict[str, float]
     forward_mpx_per_s: float
     encode: float
@@ -109,8 +96,8 @@ def measure(
     """
     resolved = resolve(model, registry=registry)
     load = os.getloadavg()[0]
-    corpus, listed_per_s = _listed(source, scratch, suffixes, profile)
-    uris = _sample(corpus)
+    corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
+    uris = sample_of(corpus)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         device = pool.submit(describe_device).result()
     on_gpu = gpu_count() > 0 and device.device.startswith("cuda")
@@ -134,7 +121,7 @@ def measure(
         cores=device.cores,
         load=round(load, 2),
         source=recorded_uri(corpus.source),
-        stores={store_root(uris[0]): _store([one.read for one in found], listed_per_s)},
+        stores={store_root(uris[0]): ceiling_of([one.read for one in found], listed_per_s)},
         decode_mpx_per_core_s={
             kind: statistics.mean(one.decode[kind] for one in found if kind in one.decode) for kind in found[0].decode
         },
@@ -144,47 +131,10 @@ def measure(
     )
 
 
-def measure_store(
-    source: str,
-    *,
-    scratch: Path,
-    seconds: float = 3.0,
-    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
-    profile: str | None = None,
-) -> dict[str, StoreCeiling]:
-    """As `measure`, of the store alone: for one more store beside those of `Ceilings.stores`."""
-    corpus, listed_per_s = _listed(source, scratch, suffixes, profile)
-    uris = _sample(corpus)
-    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
-        found = [future.result()[0] for future in [pool.submit(_read, uris, seconds, profile) for _ in range(cores())]]
-    return {store_root(uris[0]): _store(found, listed_per_s)}
-
-
-def _listed(source: str, scratch: Path, suffixes: Sequence[str], profile: str | None) -> tuple[Corpus, float | None]:
-    """SOURCE, and how many objects a second its listing gave; None where it is no listing."""
-    began_s = time.perf_counter()
-    corpus = read_source(source, scratch=scratch, suffixes=suffixes, profile=profile)
-    seconds = time.perf_counter() - began_s
-    return corpus, corpus.rows / seconds if corpus.full_listing else None
-
-
-def _sample(corpus: Corpus) -> list[str]:
-    """Images from all over the corpus, of one store."""
-    step = max(1, corpus.rows // _SAMPLE_IMAGES)
-    found: list[str] = []
-    at = 0
-    with duckdb.connect() as connection:
-        for batch in connection.sql(f"SELECT uri FROM {corpus.sql}").to_arrow_reader():
-            rows = range(-at % step, batch.num_rows, step)
-            found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
-            at += batch.num_rows
-    return [uri for uri in found if store_root(uri) == store_root(found[0])][:_SAMPLE_IMAGES]
-
-
 def _measure_here(asked: _Asked) -> _Measured:
     """All stages one after the other, in this process."""
     segmenter: Any = load_segmenter(asked.spec, asked.model.data)
-    read, blobs = _read(asked.uris, asked.seconds, asked.profile)
+    read, blobs = read_all(asked.uris, asked.seconds, asked.profile)
     images, pictures = _decodable(segmenter, blobs)
     by_format: dict[str, list[int]] = {}
     for i, picture in enumerate(pictures):
@@ -192,12 +142,12 @@ def _measure_here(asked: _Asked) -> _Measured:
     decode: dict[str, float] = {}
     canvases: list[_Canvas] = []
     for kind, some in by_format.items():
-        decoded = _rate(partial(_decode_all, segmenter, images, some), asked.seconds)
+        decoded = rate(partial(_decode_all, segmenter, images, some), asked.seconds)
         decode[kind] = _megapixels([pictures[i] for i in some]) / decoded.cpu_s
         canvases += decoded.result
     batches = _batches(segmenter, canvases, asked.spec.stream.batch_size)
     forward = Forward(segmenter)
-    answered = _rate(lambda: _run(forward, batches), asked.seconds)
+    answered = rate(lambda: _run(forward, batches), asked.seconds)
     predictions = _predictions(segmenter, pictures, batches, answered.result)
     maker = RowMaker(segmenter, {"run_id": "limits", "task": segmenter.card.task})
 
@@ -207,8 +157,9 @@ def _measure_here(asked: _Asked) -> _Measured:
             maker.ok(Ref("", blob.etag, 1, blob.size_bytes), blob, picture, find()) for blob, picture, find in together
         ]
 
-    encoded = _rate(encode, asked.seconds)
-    written = _rate(lambda: _write(segmenter, encoded.result), asked.seconds)
+    encoded = rate(encode, asked.seconds)
+    rows = unlike_rows(encoded.result, _ROWS_TO_WRITE)
+    written = rate(lambda: _write(segmenter, rows), asked.seconds)
     megapixels = _megapixels(pictures)
     return _Measured(
         read=read,
@@ -219,48 +170,31 @@ def _measure_here(asked: _Asked) -> _Measured:
     )
 
 
-def _read(uris: Sequence[str], seconds: float, profile: str | None) -> tuple[_Read, list[Blob]]:
-    """Reads all of `uris`, as many at once as a run does."""
-    storage = open_storage(uris[0], profile=profile)
-    with ThreadPoolExecutor(1 if uri_scheme(uris[0]) == "file" else _GETS_AT_ONCE) as pool:
-        got = _rate(lambda: list(pool.map(storage.get, uris)), seconds)
-    mean_bytes = statistics.mean(len(blob.data) for blob in got.result)
-    return _Read(len(uris) / got.seconds, mean_bytes, got.cpu_s / len(uris) * 1e3), got.result
-
-
-def _store(found: Sequence[_Read], listed_per_s: float | None) -> StoreCeiling:
-    return StoreCeiling(
-        gets_per_s=sum(one.gets_per_s for one in found),
-        mean_bytes=found[0].mean_bytes,
-        core_ms_per_get=statistics.mean(one.core_ms_per_get for one in found),
-        listed_per_s=listed_per_s,
-    )
-
-
 def _write(segmenter: Any, rows: Sequence[dict[str, Any]]) -> int:
-    """Bytes of a Part of these rows, many times over: a real one has thousands."""
+    """Bytes of a Part of these rows."""
     builder = PartBuilder(model_name=segmenter.card.name, card_json="{}")
-    for _ in range(_ROWS_TO_WRITE // len(rows) + 1):
-        builder.add(rows)
+    builder.add(rows)
     return builder.finish().data.size
 
 
-class _Turn(NamedTuple, Generic[_T]):
-    """What a call took on average, and what it gave at last."""
+def unlike_rows(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """So many rows as large as these, of bytes that zstd finds only once: a Part holds no image twice.
 
-    seconds: float
-    cpu_s: float
-    result: _T
+    PNGs become noise, which they nearly are; of a run length code the characters are shuffled.
+    """
+    random = np.random.default_rng(0)
 
+    def shuffled(rle: Mapping[str, Any]) -> dict[str, Any]:
+        return {**rle, "counts": random.permutation(np.frombuffer(rle["counts"], np.uint8)).tobytes()}
 
-def _rate(action: Callable[[], _T], seconds: float) -> _Turn[_T]:
-    """About `seconds` of calls, after one that warms up."""
-    result = action()
-    began_s, began_cpu_s, calls = time.perf_counter(), time.process_time(), 0
-    while not calls or time.perf_counter() - began_s < seconds:
-        result = action()
-        calls += 1
-    return _Turn((time.perf_counter() - began_s) / calls, (time.process_time() - began_cpu_s) / calls, result)
+    made = []
+    for i in range(count):
+        row = dict(rows[i % len(rows)])
+        if row["mask"]:
+            row["mask"] = row["mask"] | {"bytes": random.bytes(len(row["mask"]["bytes"]))}
+        row["instances"] = [one | {"rle": shuffled(one["rle"])} for one in row.get("instances") or []]
+        made.append(row)
+    return made
 
 
 def _decodable(segmenter: Any, blobs: Sequence[Blob]) -> tuple[list[Blob], list[Picture]]:

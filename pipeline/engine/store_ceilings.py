@@ -1,0 +1,120 @@
+"""What a store gives at most. Owns: timing its listing and its reads, on a sample of somebody's own images.
+Must not know: models, masks, how a ceiling is used or shown.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import duckdb
+import numpy as np
+
+from pipeline.config import DEFAULT_SUFFIXES
+from pipeline.corpus.manifest import Corpus, read_source
+from pipeline.engine.crew import cores
+from pipeline.engine.limits import StoreCeiling
+from pipeline.storage import Blob, open_storage, store_root, uri_scheme
+
+_T = TypeVar("_T")
+_SAMPLE_IMAGES = 64
+_GETS_AT_ONCE = 32
+
+
+class Turn(NamedTuple, Generic[_T]):
+    """What a call took on average, and what it gave at last."""
+
+    seconds: float
+    cpu_s: float
+    result: _T
+
+
+class Read(NamedTuple):
+    """What reading came to in one process."""
+
+    gets_per_s: float
+    mean_bytes: float
+    core_ms_per_get: float
+
+
+def rate(action: Callable[[], _T], seconds: float) -> Turn[_T]:
+    """About `seconds` of calls, after one that warms up."""
+    result = action()
+    began_s, began_cpu_s, calls = time.perf_counter(), time.process_time(), 0
+    while not calls or time.perf_counter() - began_s < seconds:
+        result = action()
+        calls += 1
+    return Turn((time.perf_counter() - began_s) / calls, (time.process_time() - began_cpu_s) / calls, result)
+
+
+def measure_store(
+    source: str,
+    *,
+    scratch: Path,
+    seconds: float = 3.0,
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    profile: str | None = None,
+) -> dict[str, StoreCeiling]:
+    """As `measure`, of the store alone: for one more store beside those of `Ceilings.stores`."""
+    corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
+    uris = sample_of(corpus)
+    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
+        found = [
+            future.result()[0] for future in [pool.submit(read_all, uris, seconds, profile) for _ in range(cores())]
+        ]
+    return {store_root(uris[0]): ceiling_of(found, listed_per_s)}
+
+
+def listing_of(
+    source: str, scratch: Path, seconds: float, suffixes: Sequence[str], profile: str | None
+) -> tuple[Corpus, float | None]:
+    """SOURCE, and how many objects a second its listing gave; None where it is no listing.
+
+    A short one is done again for `seconds`: the first is mostly what a process pays once.
+    """
+    began_s = time.perf_counter()
+    corpus = read_source(source, scratch=scratch, suffixes=suffixes, profile=profile)
+    best_s = time.perf_counter() - began_s
+    again = scratch / "again"
+    while corpus.full_listing and time.perf_counter() - began_s < seconds:
+        again.mkdir(parents=True, exist_ok=True)
+        once_s = time.perf_counter()
+        read_source(source, scratch=again, suffixes=suffixes, profile=profile)
+        best_s = min(best_s, time.perf_counter() - once_s)
+    return corpus, corpus.rows / best_s if corpus.full_listing else None
+
+
+def sample_of(corpus: Corpus) -> list[str]:
+    """Images from all over the corpus, of one store."""
+    step = max(1, corpus.rows // _SAMPLE_IMAGES)
+    found: list[str] = []
+    at = 0
+    with duckdb.connect() as connection:
+        for batch in connection.sql(f"SELECT uri FROM {corpus.sql}").to_arrow_reader():
+            rows = range(-at % step, batch.num_rows, step)
+            found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
+            at += batch.num_rows
+    return [uri for uri in found if store_root(uri) == store_root(found[0])][:_SAMPLE_IMAGES]
+
+
+def read_all(uris: Sequence[str], seconds: float, profile: str | None) -> tuple[Read, list[Blob]]:
+    """Reads all of `uris`, as many at once as a run does."""
+    storage = open_storage(uris[0], profile=profile)
+    with ThreadPoolExecutor(1 if uri_scheme(uris[0]) == "file" else _GETS_AT_ONCE) as pool:
+        got = rate(lambda: list(pool.map(storage.get, uris)), seconds)
+    mean_bytes = statistics.mean(len(blob.data) for blob in got.result)
+    return Read(len(uris) / got.seconds, mean_bytes, got.cpu_s / len(uris) * 1e3), got.result
+
+
+def ceiling_of(found: Sequence[Read], listed_per_s: float | None) -> StoreCeiling:
+    return StoreCeiling(
+        gets_per_s=sum(one.gets_per_s for one in found),
+        mean_bytes=found[0].mean_bytes,
+        core_ms_per_get=statistics.mean(one.core_ms_per_get for one in found),
+        listed_per_s=listed_per_s,
+    )
