@@ -10,11 +10,14 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import duckdb
+
 from pipeline.engine.lease import process_start, read_lease, this_host
 from pipeline.engine.ledger import Ledger, Plan, RunEntry, RunRecord
 from pipeline.engine.reconciliation import abandon
 from pipeline.errors import UsageError
 from pipeline.storage import normalize_uri, open_storage
+from pipeline.table.catalog import unreadable
 from pipeline.table.runs import PRUNED_NAME
 
 _LEASE_TTL_S = 30.0
@@ -55,10 +58,14 @@ def show_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str,
 
 
 def abandon_run(dest: str, run_id: str, *, profile: str | None = None) -> dict[str, Any]:
-    """Raises UsageError where there is no such run, HeldError where a live driver holds it. Twice is fine."""
+    """Raises UsageError where there is no such run, HeldError where a live driver holds it, InfrastructureError where
+    its Parts cannot be read. Twice is fine."""
     ledger = _ledger(dest, profile)
     plan = ledger.plan(run_id)
-    record = abandon(ledger, plan, ttl_s=_LEASE_TTL_S)
+    try:
+        record = abandon(ledger, plan, ttl_s=_LEASE_TTL_S)
+    except duckdb.Error as error:
+        raise unreadable(dest, error) from error
     return _summary(ledger, plan, record)
 
 

@@ -4,17 +4,19 @@ that translation. Must not know: S3, local disks.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.storage.blob import (
@@ -29,11 +31,9 @@ from pipeline.storage.blob import (
 from pipeline.storage.parallel import Jobs, spread
 from pipeline.storage.uris import check_web_address, clean_etag, join_uri, uri_scheme, without_secrets
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
 _ATTEMPTS = 4
 _ROWS_PER_BATCH = 5_000
+_STALE_TEMPORARY = timedelta(days=1)
 _READ_ONLY = ("http", "https")
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
@@ -82,6 +82,7 @@ class RemoteStorage:
         except Exception as error:  # some connect at once
             raise self._failure("reach", self.root, error) from error
         self._digests = DigestCheck()
+        self._moves = type(self._files).mv is not AbstractFileSystem.mv
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -181,19 +182,56 @@ class RemoteStorage:
             yield listing_batch(uris, etags, sizes, modified_us)
 
     def put_new(self, uri: str, data: bytes | memoryview) -> bool:
+        """As `Storage.put_new`. What breaks off leaves nothing of that name: where files can be moved, as on SFTP and
+        FTP, they are written in `<root>/_tmp/` first; elsewhere objects are whole or not there, which is checked."""
         path = self._writable_path(uri)
         try:
             if self._scheme == "memory":
                 with _MEMORY_LOCK:
                     self._files.pipe_file(path, bytes(data), mode="create")
+            elif self._moves:
+                return self._move_in(uri, bytes(data))
             else:
                 self._files.pipe_file(path, bytes(data), mode="create")
         except FileExistsError:
             return False
+        except StorageError:
+            raise
         except Exception as error:
-            if self._scheme != "memory" and self.exists(uri):
+            if self._scheme != "memory" and not self._moves and self._holds_another(uri, bytes(data)):
                 return False
             raise self._failure("write", uri, error) from error
+        return True
+
+    def _move_in(self, uri: str, data: bytes) -> bool:
+        if self.exists(uri):
+            return False
+        path = self._path(uri)
+        temporary = self._path(join_uri(self.root, "_tmp", uuid.uuid4().hex))
+        for name in (temporary, path):
+            self._files.makedirs(self._files._parent(name), exist_ok=True)
+        try:
+            self._files.pipe_file(temporary, data)
+            if self.exists(uri):
+                return False
+            self._files.mv(temporary, path)
+        finally:
+            with contextlib.suppress(Exception):  # moved, or removed when it is a day old
+                self._files.rm_file(temporary)
+        return True
+
+    def _holds_another(self, uri: str, data: bytes) -> bool:
+        """After a write that failed: whether there is an object, ours or somebody else's, that is whole. A piece of
+        ours is removed."""
+        try:
+            there = self.get(uri).data
+        except StorageError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        if len(there) < len(data) and data.startswith(there):
+            self.delete(uri)
+            return False
         return True
 
     def put(self, uri: str, data: bytes | memoryview) -> None:
@@ -237,8 +275,9 @@ class RemoteStorage:
 
     def check_create_only(self) -> bool:
         """As `Storage.check_create_only`. Two tries in a row cannot show a race: so False but for
-        `memory://`.
+        `memory://`. Also clears `<root>/_tmp/` of files that are more than a day old, which a killed process left.
         """
+        self._sweep()
         probe = join_uri(self.root, "_tmp", f"probe-{uuid.uuid4().hex}")
         try:
             first, second = self.put_new(probe, b"1"), self.put_new(probe, b"2")
@@ -246,6 +285,16 @@ class RemoteStorage:
             self.delete(probe)
         self.create_only_is_atomic = self._scheme == "memory" and first and not second
         return self.create_only_is_atomic
+
+    def _sweep(self) -> None:
+        if not self._moves:
+            return
+        oldest = datetime.now(UTC) - _STALE_TEMPORARY
+        with contextlib.suppress(Exception):  # housekeeping only: what is wrong shows when something is written
+            for entry in self._files.ls(self._path(join_uri(self.root, "_tmp")), detail=True):
+                modified = _object_info(entry).modified
+                if entry["type"] == "file" and modified is not None and modified < oldest:
+                    self._files.rm_file(entry["name"])
 
     def filesystem(self, sizes: Mapping[str, int] | None = None) -> AbstractFileSystem:
         return self._files

@@ -12,7 +12,7 @@ from handmade import make_list, make_part, make_plan, make_record, make_row
 from pipeline.engine.lease import Lease, process_start, this_host
 from pipeline.engine.ledger import Ledger
 from pipeline.engine.status import abandon_run, list_runs, show_run
-from pipeline.errors import HeldError, UsageError
+from pipeline.errors import HeldError, InfrastructureError, UsageError
 from pipeline.table.parts import PartBuilder, commit
 
 OLD, NEW = "20260101T000000Z-000001", "20260102T000000Z-000002"
@@ -103,6 +103,12 @@ def test_abandon_takes_every_free_name_and_keeps_what_is_committed(dest: str, le
     late.add([make_row("image-4", "e1")])
     assert not commit(ledger.storage, plan.part_uri(1), late.finish())
     assert abandon_run(dest, NEW)["rows"] == 4
+
+
+def test_a_run_with_a_damaged_part_is_not_abandoned_and_says_why(dest: str, ledger: Ledger) -> None:
+    ledger.storage.put(ledger.plan(NEW).part_uri(0), b"PAR1 and no more")
+    with pytest.raises(InfrastructureError, match="could not be read"):
+        abandon_run(dest, NEW)
 
 
 def test_abandoning_a_closed_run_changes_nothing(dest: str) -> None:
