@@ -114,8 +114,10 @@ def main() -> None:
     store: FileSystem = LocalFileSystem()
     if job.is_remote:
         store = S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+    # A task reads one file after the other: over a store they hold a share of a core each, so that many read at once.
+    shares = {"ray_remote_args": {"num_cpus": job.cores / job.reads}} if job.is_remote else {}
     images = ray.data.read_binary_files(
-        [uri.removeprefix("s3://") for uri in list_images(job)], include_paths=True, filesystem=store
+        [uri.removeprefix("s3://") for uri in list_images(job)], include_paths=True, filesystem=store, **shares
     )
     pool = ray.data.ActorPoolStrategy(size=job.copies)
     size = {"batch_size": job.batch_size}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from torch.utils.data import DataLoader, Dataset
-from work import OUTPUT, Job, Model, given_job, list_images, reader, see, table, timed
+from work import OUTPUT, Job, Model, Seen, given_job, list_images, reader, see, table, timed
 
 from pipeline.errors import ImageError
 
@@ -34,9 +35,15 @@ class Images(Dataset[tuple[str, int, float, Any]]):
         data = self._read(uri)
         begun_at = time.time()
         try:
-            return uri, len(data), begun_at, see(data)
+            seen = see(data)
+            # A tensor comes through shared memory, an array through a pipe.
+            return uri, len(data), begun_at, seen._replace(pixels=torch.from_numpy(seen.pixels))
         except ImageError as error:
             return uri, len(data), begun_at, (error.kind, str(error))
+
+
+def as_array(seen: Any) -> Seen:
+    return seen._replace(pixels=seen.pixels.numpy())
 
 
 def main() -> None:
@@ -46,7 +53,7 @@ def main() -> None:
     loader = DataLoader(Images(job), batch_size=job.batch_size, num_workers=workers, collate_fn=list)
     with pq.ParquetWriter(Path(job.dest) / "masks.parquet", OUTPUT, compression="zstd") as writer:
         for batch in loader:
-            good = [one for one in batch if hasattr(one[3], "pixels")]
+            good = [(*known, as_array(seen)) for *known, seen in batch if hasattr(seen, "pixels")]
             answers = model.predict([seen for *_, seen in good])
             rows = [
                 model.row(*known, seen.picture, answer) for (*known, seen), answer in zip(good, answers, strict=True)

@@ -270,7 +270,9 @@ class RemoteStorage:
             self._files.rm_file(path)
         except FileNotFoundError:
             return
-        except Exception as error:
+        except Exception as error:  # not every file system says it in that way
+            if not self.exists(uri):
+                return
             raise self._failure("delete", uri, error) from error
 
     def check_create_only(self) -> bool:
