@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak fuzz check bench peers up down clean
+.PHONY: help demo test chaos slow soak fuzz check bench peers up down clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -19,6 +19,9 @@ test: .venv/.dev ## the tests; more for pytest in ARGS="..."
 
 chaos: .venv/.dev ## kills and faults at random moments: long
 	$(BIN)/python -m pytest -m slow --timeout=7200 tests/chaos tests/flows tests/infra tests/pipeline/engine/test_jobs.py tests/pipeline/table/test_forget.py $(ARGS)
+
+slow: .venv/.dev ## every test that takes minutes: hours; MASKMILL_TEST_DATA names the folder of labelled data
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=7200 $(ARGS)
 
 soak: .venv/.dev ## half an hour of faults, kills and arrivals, then what was lost; ARGS="--minutes 3"
 	$(BIN)/python tests/chaos/soak.py $(ARGS)
