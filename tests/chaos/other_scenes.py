@@ -194,7 +194,7 @@ class ForgetScene(_TableScene):
 
 
 class ExportScene:
-    """The table `dest`, which is not changed, as COCO with its images."""
+    """The table `dest`, which is not changed, as PNGs with its images."""
 
     def __init__(self, dest: str) -> None:
         self._dest = dest
