@@ -9,7 +9,17 @@ from rich.table import Table
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import BatchSize, Json, ModelRef, Precision, Registry, option
+from pipeline.commands.options import (
+    BatchSize,
+    Changes,
+    Compiled,
+    Json,
+    ModelRef,
+    Precision,
+    Registry,
+    card_changes,
+    option,
+)
 
 
 def limits(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
@@ -23,6 +33,8 @@ def limits(  # noqa: PLR0917 - typer's way: every option of the command is a par
         str | None, option("The file to write: a path or URL, for --limits of `segment`.", metavar="FILE")
     ] = None,
     precision: Precision = "auto",
+    compiled: Compiled = False,
+    change: Changes = None,
     batch_size: BatchSize = None,
     seconds: Annotated[float, option("For each stage.", metavar="SECONDS")] = 3.0,
     source_profile: Annotated[str | None, option("AWS profile for SOURCE.", metavar="NAME")] = None,
@@ -31,11 +43,12 @@ def limits(  # noqa: PLR0917 - typer's way: every option of the command is a par
     """Measure what this machine can do at most: reading, decoding, the network, encoding, writing, each by itself.
 
     The record and the report of a run that is given the file (`segment --limits FILE`, or MASKMILL_LIMITS) say what
-    share of each it reached, and which one bounds it. Let nothing else run meanwhile. SOURCE is only read.
+    share of each it reached, and which one bounds it; of the network, where its --set and --compile are those of here.
+    Let nothing else run meanwhile. SOURCE is only read.
     """
     found = pipeline.limits(
-        source, model, out=out, registry=registry, precision=precision, batch_size=batch_size, seconds=seconds,
-        profile=source_profile,
+        source, model, out=out, registry=registry, precision=precision, settings=card_changes(change),
+        compile=compiled, batch_size=batch_size, seconds=seconds, profile=source_profile,
     )  # fmt: skip
     if as_json:
         print(found.model_dump_json())

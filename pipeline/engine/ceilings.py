@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import JsonValue
 
 from models.mosaic import DetectionMosaic, Mosaic
 from pipeline.config import DEFAULT_SUFFIXES, PrecisionChoice
@@ -31,6 +32,7 @@ from pipeline.engine.intake import Tiles, place_image, size_of
 from pipeline.engine.limits import Ceilings
 from pipeline.engine.messages import StreamConfig, WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
+from pipeline.engine.settings import asked_of, settings_of, setup_digest
 from pipeline.engine.store_ceilings import Read, ceiling_of, listing_of, rate, read_all, sample_of
 from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
@@ -63,6 +65,7 @@ class _Measured(NamedTuple):
     forward_mpx_per_s: float
     encode: float
     write: float
+    image_megapixels: float
 
 
 class _Canvas(NamedTuple):
@@ -84,17 +87,22 @@ def measure(
     scratch: Path,
     registry: str | None = None,
     precision: PrecisionChoice = "auto",
+    settings: Mapping[str, JsonValue] | None = None,
+    compile: bool = False,
     batch_size: int | None = None,
     seconds: float = 3.0,
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     profile: str | None = None,
 ) -> Ceilings:
-    """Ceilings of this machine for images like those of SOURCE and for `model`; each stage takes about `seconds`.
+    """Ceilings of this machine for images like those of SOURCE and for `model`, with `settings` in its card as a run
+    would have them; each stage takes about `seconds`.
 
     Reads SOURCE, writes nothing but in the folder `scratch`. Raises UsageError where SOURCE or the model does not
-    exist, or no image of the sample can be decoded; StorageError. Safe to repeat: figures differ by the machine's mood.
+    exist, `settings` do not fit it, or no image of the sample can be decoded; StorageError. Safe to repeat: figures
+    differ by the machine's mood.
     """
-    resolved = resolve(model, registry=registry)
+    shipped = resolve(model, registry=registry)
+    resolved = asked_of(shipped, settings or {})
     load = os.getloadavg()[0]
     corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
     uris = sample_of(corpus)
@@ -106,13 +114,17 @@ def measure(
     spec = WorkerSpec(
         code_digest="", dest="", create_only=True, source_profile=profile, dest_profile=None,
         model_name=resolved.card.name, model_version=resolved.version, settings_digest="", run_id="",
-        precision=precision, threads=1, stream=StreamConfig(batch_size=batch_size or (32 if on_gpu else 2)),
+        card_settings=dict(settings or {}), compile=compile, precision=precision,
+        threads=1, stream=StreamConfig(batch_size=batch_size or (32 if on_gpu else 2)),
     )  # fmt: skip
     asked = _Asked(uris, resolved, spec, seconds, profile)
     processes = 1 if on_gpu else cores()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(_measure_here, [asked] * processes))
     name = f"{resolved.card.name}@{resolved.version}"
+    setup = setup_digest(
+        settings_of(shipped.card, resolved.card, precision=precision, max_pixels=_MAX_PIXELS, compile=compile)
+    )
     return Ceilings(
         measured_at=dt.datetime.now(dt.UTC).replace(microsecond=0),
         node=socket.gethostname(),
@@ -125,8 +137,9 @@ def measure(
         decode_mpx_per_core_s={
             kind: statistics.mean(one.decode[kind] for one in found if kind in one.decode) for kind in found[0].decode
         },
-        encode_mpx_per_core_s={name: statistics.mean(one.encode for one in found)},
-        forward_mpx_per_s={f"{name} {precision}": sum(one.forward_mpx_per_s for one in found)},
+        encode_mpx_per_core_s={f"{name} {setup}": statistics.mean(one.encode for one in found)},
+        forward_mpx_per_s={f"{name} {precision} {setup}": sum(one.forward_mpx_per_s for one in found)},
+        megapixels=found[0].image_megapixels,
         write_mb_per_core_s=statistics.mean(one.write for one in found),
     )
 
@@ -167,6 +180,7 @@ def _measure_here(asked: _Asked) -> _Measured:
         forward_mpx_per_s=megapixels / answered.seconds,
         encode=megapixels / encoded.cpu_s,
         write=written.result / 1e6 / written.cpu_s,
+        image_megapixels=megapixels / len(pictures),
     )
 
 

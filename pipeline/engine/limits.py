@@ -4,7 +4,8 @@ Must not know: how ceilings are measured (`ceilings` does that), how anything is
 
 A ceiling is the rate of one stage with nothing beside it, by the project's own code. A run's share of it is its images
 per second, over the whole time that its driver worked, divided by the ceiling for images like its own. Stages on the
-CPU share its cores, so their shares add up: `cores` is that sum.
+CPU share its cores, so their shares add up: `cores` is that sum. The network's rate, and the encoder's, are those of a
+model with its settings.
 
 What bounds a run is told by time, with ceilings or without: the model where it is hardly ever idle, else the stage in
 which the threads beside it spend most of theirs.
@@ -27,6 +28,9 @@ VARIABLE = "MASKMILL_LIMITS"
 #: Above this share of the time that its workers had, a stage is said to bound the run.
 _HARDLY_IDLE = 0.5
 
+#: Where images are resized, the network's work does not grow with them: only those of nearly the sample's size compare.
+_ALIKE = 0.2
+
 Bound = Literal["start", "fetch", "decode", "model", "encode", "none"]
 
 
@@ -45,12 +49,13 @@ class Ceilings(BaseModel):
     """What one machine can do at most: `maskmill limits` measures it and writes it as JSON.
 
     Rates of the CPU are those of one core, rates of the model those of the whole machine without its GPUs, or of one
-    GPU. Megapixels are of the images as they are stored, whatever the network is given.
+    GPU. Megapixels are of the images as they are stored, whatever the network is given. Settings are named by their
+    `pipeline.engine.settings.setup_digest`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     measured_at: dt.datetime
     node: str
     device: str = Field(description="cpu or cuda.")
@@ -60,8 +65,11 @@ class Ceilings(BaseModel):
     source: str = Field(description="The images that were used.")
     stores: dict[str, StoreCeiling] = Field(description="By scheme and bucket: file:///, s3://photos/.")
     decode_mpx_per_core_s: dict[str, float] = Field(description="Megapixels a second and core, by image format.")
-    encode_mpx_per_core_s: dict[str, float] = Field(description="The same from prediction to row, by model.")
-    forward_mpx_per_s: dict[str, float] = Field(description="The network alone, by model and precision.")
+    encode_mpx_per_core_s: dict[str, float] = Field(
+        description="From prediction to row, the same, by model and settings."
+    )
+    forward_mpx_per_s: dict[str, float] = Field(description="The network alone, by model, precision and settings.")
+    megapixels: float = Field(gt=0, description="Of a mean image of those that went through the network.")
     write_mb_per_core_s: float = Field(gt=0, description="Megabytes of Parts a second and core.")
 
 
@@ -70,7 +78,7 @@ class RunLimits(BaseModel):
 
     `time`: of what its workers' decoding threads and models had in time, the share that each stage took. `reached`: of
     each ceiling, the share that the run's images per second are; {} where no ceilings were given, or none fit.
-    `ceilings`: the same in images per second.
+    `ceilings`: the same in images per second. `measured`: what the ceilings are of, and what was not compared, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +96,9 @@ class Traits(NamedTuple):
 
     `rows` in `seconds`. `stage_ms`, `image_bytes`, `part_bytes`, `megapixels` (by format): of a mean row. `threads`: of
     one worker, for decoding and encoding. `active_s`, `busy_s`: summed over workers. `listed` images in `listing_s`, 0
-    where SOURCE was not listed. `store`: as in `Ceilings.stores`. `workers`: as `Device` says them.
+    where SOURCE was not listed. `store`: as in `Ceilings.stores`. `setup`: the digest of its settings. `resized`: the
+    network is given images in one size, or nearly. `image_megapixels`: of a mean image, rows without a size left out.
+    `workers`: as `Device` says them.
     """
 
     rows: int
@@ -105,6 +115,9 @@ class Traits(NamedTuple):
     megapixels: Mapping[str, float]
     model: str
     precision: str
+    setup: str
+    resized: bool
+    image_megapixels: float
     workers: Sequence[Mapping[str, Any]]
 
 
@@ -159,6 +172,7 @@ def assess(run: Traits, ceilings: Ceilings | None) -> RunLimits | None:
         return RunLimits(bound_by=bound, why=why, time=time)
     if trouble := _mismatch(run, ceilings):
         return RunLimits(bound_by=bound, why=why, time=time, measured=trouble)
+    trouble = _unlike(run, ceilings)
     most = _ceilings_for(run, ceilings)
     rate = run.rows / run.seconds
     reached = {name: rate / ceiling for name, ceiling in most.items() if name != "list"}
@@ -168,13 +182,17 @@ def assess(run: Traits, ceilings: Ceilings | None) -> RunLimits | None:
         why += f"; {reached[bound]:.0%} of its ceiling"
     if "cores" in reached:
         why += f"; the cores at {reached['cores']:.0%}"
+    measured = f"{ceilings.device_name}, {ceilings.cores} cores, {ceilings.measured_at:%Y-%m-%d}"
+    if trouble:
+        left_out = ", ".join(name for name in ("model", "encode", "cores") if name not in most)
+        measured += f"; {left_out} not compared: {trouble}"
     return RunLimits(
         bound_by=bound,
         why=why,
         time=time,
         reached={name: round(share, 4) for name, share in reached.items()},
         ceilings={name: round(ceiling, 3) for name, ceiling in most.items()},
-        measured=f"{ceilings.device_name}, {ceilings.cores} cores, {ceilings.measured_at:%Y-%m-%d}",
+        measured=measured,
     )
 
 
@@ -208,21 +226,42 @@ def _mismatch(run: Traits, ceilings: Ceilings) -> str:
     return ""
 
 
+def _unlike(run: Traits, ceilings: Ceilings) -> str:
+    """Why the network, or the encoder, has no ceiling for such a run; "" where both have."""
+    if not run.megapixels:
+        return ""
+    asked = f"{run.model} {run.precision} {run.setup}"
+    if asked not in ceilings.forward_mpx_per_s or f"{run.model} {run.setup}" not in ceilings.encode_mpx_per_core_s:
+        known = ", ".join(ceilings.forward_mpx_per_s)
+        return f"the ceilings are of {known}, the run was of {asked} (model, precision, settings)"
+    if _resized_from_another_size(run, ceilings):
+        return (
+            f"images are resized, those of the sample have {ceilings.megapixels:.3g} megapixels, those of the run "
+            f"{run.image_megapixels:.3g}"
+        )
+    return ""
+
+
+def _resized_from_another_size(run: Traits, ceilings: Ceilings) -> bool:
+    return run.resized and abs(run.image_megapixels - ceilings.megapixels) > (_ALIKE + 1e-9) * ceilings.megapixels
+
+
 def _ceilings_for(run: Traits, ceilings: Ceilings) -> dict[str, float]:
     """Images a second for images like those of `run`, of each stage alone and of all that share the cores. Stages
     without a ceiling are left out, and then there is none for the cores."""
     cores = ceilings.cores * len({worker["node"] for worker in run.workers})
     megapixels = sum(run.megapixels.values())
+    comparable = not _resized_from_another_size(run, ceilings)
     core_s: dict[str, float | None] = {}
     if megapixels:
         rates = ceilings.decode_mpx_per_core_s
         known = all(name in rates for name in run.megapixels)
         core_s["decode"] = sum(size / rates[name] for name, size in run.megapixels.items()) if known else None
-        encoding = ceilings.encode_mpx_per_core_s.get(run.model)
+        encoding = ceilings.encode_mpx_per_core_s.get(f"{run.model} {run.setup}") if comparable else None
         core_s["encode"] = megapixels / encoding if encoding else None
     core_s["write"] = run.part_bytes / 1e6 / ceilings.write_mb_per_core_s
     most: dict[str, float] = {}
-    forward = ceilings.forward_mpx_per_s.get(f"{run.model} {run.precision}")
+    forward = ceilings.forward_mpx_per_s.get(f"{run.model} {run.precision} {run.setup}") if comparable else None
     if forward and megapixels and ceilings.device == "cuda":
         most["model"] = forward * len(run.workers) / megapixels
     elif megapixels:

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from models.card import Card
-from models.file import build_for
-from models.overrides import with_settings
 from pipeline.config import Precision, SegmentConfig
 from pipeline.corpus.manifest import Corpus
 from pipeline.engine.ledger import Command, Ledger, Plan, WorkCounts, new_run_id
 from pipeline.engine.messages import code_digest
 from pipeline.engine.plan import Question, choose_shard_size, work_left
 from pipeline.engine.precedent import Precedent
-from pipeline.errors import UsageError
+from pipeline.engine.settings import asked_of, digest_of, settings_of
 from pipeline.registry import Model, resolve
 from pipeline.storage import join_uri, recorded_uri
 from pipeline.table.catalog import Current, part_sizes
@@ -87,17 +83,9 @@ class Planner:
         #: Of the rows that were last asked for; "" before that.
         self.settings_digest = ""
         shipped = resolve(config.model, registry=config.registry, profile=config.registry_profile)
-        try:
-            #: The model with its card as this command wants it.
-            self.model: Model = shipped._replace(card=with_settings(shipped.card, config.settings))
-            if _asks_of_network(self.model.card) != _asks_of_network(shipped.card):
-                # A card as it was shipped is its workers' to refuse. These are answered before there are any.
-                build_for(self.model.card, file_bytes=len(shipped.data))
-        except ValueError as error:
-            raise UsageError(f"--set: {error}") from error
-        as_shipped, as_asked = shipped.card.model_dump(), self.model.card.model_dump()
-        # Naming a field of the card with the card's own value is no other question.
-        self._changed = [name for name in sorted(as_asked) if as_asked[name] != as_shipped[name]]
+        #: The model with its card as this command wants it.
+        self.model: Model = asked_of(shipped, config.settings)
+        self._shipped_card = shipped.card
         self.command = Command(
             source=recorded_uri(source if source.endswith("://") else source.rstrip("/")),
             model_version=self.model.version,
@@ -189,7 +177,7 @@ class Planner:
             card=model.card.model_dump(mode="json"),
             card_digest=hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:12],
             settings=found.settings,
-            settings_digest=_digest(found.settings),
+            settings_digest=digest_of(found.settings),
             precision=found.precision,
             batch_size=1,
             batch_pixels=1,
@@ -206,19 +194,11 @@ class Planner:
         )
 
     def _settings(self, precision: Precision) -> dict[str, Any]:
-        """What changes the answer."""
-        model, config = self.model, self._config
-        settings: dict[str, Any] = {
-            "precision": precision,
-            "max_pixels": config.max_pixels,
-            "tile_above_pixels": model.card.tile_above_pixels,
-            "postprocessing": model.card.postprocessing.model_dump(mode="json"),
-        }
-        card = model.card.model_dump(mode="json")
-        settings |= {name: card[name] for name in self._changed}
-        if config.compile:
-            settings["compile"] = True
-        return settings
+        config = self._config
+        return settings_of(
+            self._shipped_card, self.model.card,
+            precision=precision, max_pixels=config.max_pixels, compile=config.compile,
+        )  # fmt: skip
 
     def _count(
         self, corpus: Corpus, settings: dict[str, Any], list_path: Path | None, unmatched_path: Path | None
@@ -228,7 +208,7 @@ class Planner:
         Order matters: open runs are read before rows, so a run that closes in between is counted by its rows.
         """
         config, model = self._config, self.model
-        digest = self.settings_digest = _digest(settings)
+        digest = self.settings_digest = digest_of(settings)
         others = self._ledger.open_plans()
         self._oldest_open = min((other.sequence for other in others), default=None)
         held = {
@@ -260,7 +240,7 @@ class Planner:
         self, corpus: Corpus, counts: WorkCounts, settings: dict[str, Any], unmatched_path: Path | None
     ) -> Changes:
         storage, dest = self._ledger.storage, self._ledger.dest
-        current = Current(self.model.card.name, self.model.version, _digest(settings))
+        current = Current(self.model.card.name, self.model.version, digest_of(settings))
         if unmatched_path is not None and corpus.span is not None:
             return find_changes(
                 storage,
@@ -284,12 +264,3 @@ class Planner:
 
     def _known_precision(self) -> Precision | None:
         return self.precedent().precision if self._config.precision == "auto" else self._config.precision
-
-
-def _asks_of_network(card: Card) -> tuple[Any, ...]:
-    """What a run can change of a card that its network may not serve."""
-    return card.size_policy, card.postprocessing.kind
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

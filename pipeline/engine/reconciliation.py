@@ -12,6 +12,7 @@ from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
 from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
 from pipeline.engine.messages import Device
+from pipeline.engine.settings import setup_digest
 from pipeline.errors import ReconciliationError
 from pipeline.storage import store_root
 from pipeline.table.catalog import open_duckdb, read_parts_sql, sql_text
@@ -58,6 +59,8 @@ class RowSums(NamedTuple):
     image_bytes: int
     #: One of the images; "" where there is no row.
     image_uri: str
+    #: Rows that say how large their image is.
+    sized: int
 
     @property
     def errors(self) -> int:
@@ -145,6 +148,9 @@ def _limits(plan: Plan, sums: RowSums, session: Session, parts_bytes: int) -> Ru
             megapixels={kind: size / rows for kind, size in sums.megapixels_by_format.items()},
             model=f"{plan.model_name}@{plan.model_version}",
             precision=plan.precision,
+            setup=setup_digest(plan.settings),
+            resized=plan.card["size_policy"]["kind"] in ("resize", "letterbox"),
+            image_megapixels=sums.megapixels / max(1, sums.sized),
             workers=[device._asdict() for device in session.devices],
         ),
         terms.ceilings,
@@ -195,14 +201,17 @@ def _sum_rows(connection: Any, rows: str) -> RowSums:
     ).fetchone()
     by_kind: dict[str | None, int] = {}
     by_format: dict[str, float] = {}
-    for kind, image_format, count, size in connection.execute(
-        "SELECT error_kind, image_format, count(*), coalesce(sum(width::DOUBLE * height), 0) / 1e6 "
+    sized = 0
+    for kind, image_format, count, size, with_size in connection.execute(
+        "SELECT error_kind, image_format, count(*), coalesce(sum(width::DOUBLE * height), 0) / 1e6, count(width) "
         f"FROM {rows} GROUP BY ALL ORDER BY 3 DESC, 1"
     ).fetchall():
         by_kind[kind] = by_kind.get(kind, 0) + count
+        sized += with_size
         if size:
             by_format[image_format] = by_format.get(image_format, 0.0) + size
     ok = by_kind.pop(None, 0)
     kinds = {str(kind): count for kind, count in sorted(by_kind.items(), key=lambda one: (-one[1], str(one[0])))}
     stage_ms = dict(zip(_STAGES, stages, strict=True))
-    return RowSums(ok, kinds, int(instances), sum(by_format.values()), stage_ms, by_format, int(image_bytes), image_uri)
+    megapixels = sum(by_format.values())
+    return RowSums(ok, kinds, int(instances), megapixels, stage_ms, by_format, int(image_bytes), image_uri, sized)

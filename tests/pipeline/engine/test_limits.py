@@ -13,7 +13,9 @@ from handmade import make_image, make_part
 from tables import whole_row
 
 import pipeline
+from pipeline.engine import placement
 from pipeline.engine.ceilings import measure, unlike_rows
+from pipeline.engine.crew import InlineCrew
 from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
 from pipeline.errors import UsageError
 
@@ -26,7 +28,7 @@ def run(**changes: Any) -> Traits:
         "rows": 100, "seconds": 10.0, "stage_ms": {"fetch": 10.0, "decode": 20.0, "encode": 10.0}, "threads": 1,
         "active_s": 20.0, "busy_s": 18.0, "listed": 1000, "listing_s": 2.0, "store": "s3://photos/",
         "image_bytes": 1e6, "part_bytes": 1e4, "megapixels": {"JPEG": 1.0}, "model": "street@0123456789ab",
-        "precision": "bf16", "workers": [WORKER, WORKER],
+        "precision": "bf16", "setup": "plain", "resized": False, "image_megapixels": 1.0, "workers": [WORKER, WORKER],
     }  # fmt: skip
     return Traits(**(fields | changes))
 
@@ -37,8 +39,8 @@ def ceilings(**changes: Any) -> Ceilings:
         "cores": 4, "load": 0.0, "source": "s3://photos/",
         "stores": {"s3://photos/": StoreCeiling(gets_per_s=100, mean_bytes=5e5, core_ms_per_get=2, listed_per_s=5000)},
         "decode_mpx_per_core_s": {"JPEG": 100.0, "PNG": 10.0},
-        "encode_mpx_per_core_s": {"street@0123456789ab": 50.0},
-        "forward_mpx_per_s": {"street@0123456789ab bf16": 20.0}, "write_mb_per_core_s": 10.0,
+        "encode_mpx_per_core_s": {"street@0123456789ab plain": 50.0},
+        "forward_mpx_per_s": {"street@0123456789ab bf16 plain": 20.0}, "write_mb_per_core_s": 10.0, "megapixels": 0.5,
     }  # fmt: skip
     return Ceilings(**(fields | changes))
 
@@ -99,7 +101,36 @@ def test_what_was_not_measured_has_no_share() -> None:
     found = assess(run(megapixels={"TIFF": 1.0}, store="s3://other/", precision="fp32", listing_s=0.0), ceilings())
     assert found is not None
     assert found.reached.keys() == {"encode", "write"}
+    assert "; model, cores not compared: the ceilings are of street@0123456789ab bf16 plain" in found.measured
     assert assess(run(rows=0), ceilings()) is None
+
+
+def test_other_settings_are_not_compared() -> None:
+    """One file said 87 % of a plain run, 44 % of one with flips that was as busy, and 326 % of one resized."""
+    found = assess(run(setup="flips"), ceilings())
+    assert found is not None
+    assert found.reached.keys() == found.ceilings.keys() == {"fetch", "list", "decode", "write"}
+    assert found.measured == (
+        "Abacus, 4 cores, 2026-01-02; model, encode, cores not compared: the ceilings are of "
+        "street@0123456789ab bf16 plain, the run was of street@0123456789ab bf16 flips (model, precision, settings)"
+    )
+    assert "ceiling" not in found.why and found.bound_by == "model"
+
+
+@pytest.mark.parametrize(
+    ("megapixels", "compared"), [(0.5, True), (0.6, True), (0.4, True), (0.62, False), (0.3, False)]
+)
+def test_where_images_are_resized_only_those_like_the_sample_are_compared(megapixels: float, compared: bool) -> None:
+    """The canvas does not grow with the image."""
+    images = {"megapixels": {"JPEG": megapixels}, "image_megapixels": megapixels}
+    found = assess(run(resized=True, **images), ceilings())
+    assert found is not None
+    assert ({"model", "encode", "cores"} <= found.reached.keys()) is compared
+    assert {"fetch", "decode", "write"} <= found.reached.keys()
+    says = "; model, encode, cores not compared: images are resized, those of the sample have 0.5 megapixels"
+    assert (says in found.measured) is not compared
+    native = assess(run(**images), ceilings())
+    assert native is not None and {"model", "encode", "cores"} <= native.reached.keys()
 
 
 def test_a_file_that_is_none_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +145,9 @@ def test_a_file_that_is_none_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.
     assert read_ceilings(None) == ceilings()
     place.write_text(json.dumps({"version": 7}))
     with pytest.raises(UsageError, match="version"):
+        read_ceilings(None)
+    place.write_text(json.dumps(json.loads(ceilings().model_dump_json()) | {"version": 1}))
+    with pytest.raises(UsageError, match="make it anew with `maskmill limits --out"):
         read_ceilings(None)
 
 
@@ -135,6 +169,41 @@ def test_measured_ceilings_are_in_the_record_of_a_run_and_in_its_report(
             assert share == pytest.approx(done.images_per_s / limits["ceilings"][stage], abs=1e-3)
     page = (tmp_path / "dest" / "runs" / str(done.run_id) / "report.html").read_text()
     assert "Against the limits" in page and limits["measured"] in page and "all on the CPU" in page
+
+
+def test_a_run_is_compared_with_ceilings_of_its_own_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    images, file = image_folder(6), tmp_path / "limits.json"
+    monkeypatch.setattr(placement, "LocalCrew", InlineCrew)
+    flips: dict[str, Any] = {"augmentation": {"flips": ["horizontal"]}}
+    resized: dict[str, Any] = {"size_policy": {"kind": "resize", "short_side_px": 96}}
+
+    def measured(**options: Any) -> Ceilings:
+        scratch = tmp_path / "scratch"
+        return measure(str(images), str(semantic_model), scratch=scratch, seconds=0.02, precision="fp32", **options)
+
+    def reached(settings: dict[str, Any], source: Path = images, **options: Any) -> dict[str, float]:
+        dest = str(tmp_path / "dest")
+        done = pipeline.segment(
+            source=str(source), dest=dest, model=str(semantic_model), engine="local", actors=1, precision="fp32",
+            limits=str(file), settings=settings, force=True, report=False, **options,
+        )  # fmt: skip
+        found: dict[str, float] = pipeline.show_run(dest, done.run_id)["limits"]["reached"]
+        return found
+
+    of_model = {"model", "encode", "cores"}
+    write_ceilings(measured(), str(file))
+    assert not of_model & reached(flips).keys()
+    assert of_model <= reached({"size_policy": {"kind": "native"}}).keys(), "the card says so anyway"
+    assert of_model <= reached({}, max_pixels=1_000_000).keys()
+    write_ceilings(measured(settings=resized), str(file))
+    assert of_model <= reached(resized).keys()
+    assert not of_model & reached({}).keys(), "the other way round"
+    make_image(tmp_path / "large" / "0.png", 1, width=200, height=150)
+    assert not of_model & reached(resized, tmp_path / "large").keys()
+    with pytest.raises(UsageError, match=r"--set: .*short_side_px"):
+        measured(settings={"size_policy": {"kind": "resize"}})
 
 
 def test_rows_made_for_a_part_are_as_large_as_those_of_other_images() -> None:
