@@ -5,8 +5,9 @@
 Each target (`targets.TARGETS`; all by default) has a process of its own for so many seconds. With
 atheris (coverage-guided; `pip install atheris`, which has wheels for Linux on x86-64 and some Pythons only) each input
 that reaches new code is kept and mutated further; without it, inputs are mutations of the corpus that Hypothesis
-draws. A finding is an exception that is none of the project's, a crash, 20 s without an answer, or (with
-atheris) more than 4 GiB of memory; its input is written to DIR, and the exit status is 1. `python tests/fuzz --input FILE TARGET` tries it again.
+draws. A finding is an exception that is none of the project's, a crash, 20 s without an answer, or (with atheris) more
+than 4 GiB of memory; its input is written to DIR, and the exit status is 1. `python tests/fuzz --input FILE TARGET`
+tries it again.
 """
 
 from __future__ import annotations
