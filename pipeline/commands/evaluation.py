@@ -45,6 +45,7 @@ from pipeline.commands.options import (
     splitting,
 )
 from pipeline.errors import UsageError
+from pipeline.storage import without_secrets
 
 _WHAT = "What is scored"
 _SLICE_LINES = (
@@ -154,6 +155,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
     finally:
         display.close()
     pages = [] if no_page or found.scores is None else _write_pages(config, found, page)
+    pages = [without_secrets(uri) for uri in pages]
     if as_json:
         print(json.dumps(_as_json(found, pages), allow_nan=False))
     else:
@@ -186,6 +188,7 @@ def _as_json(found: Any, pages: list[str]) -> dict[str, Any]:
 
     scores = found.scores.model_dump(mode="json") if found.scores else dict.fromkeys(Scores.model_fields)
     body = found.model_dump(mode="json", exclude={"scores", "segmented"})
+    body["dest"] = without_secrets(body["dest"])
     return scores | body | {"pages": pages, "segmented": screen.as_json(found.segmented)}
 
 
@@ -225,7 +228,7 @@ def _print(found: Any, pages: list[str]) -> None:
         out.print(Text(screen.plain(line), style="dim"), soft_wrap=True)
     for by, pieces in found.slices.items():
         screen.print_whole(_slice_table(by, pieces))
-    out.print(Text(f"counts: {screen.plain(found.folder)}"), soft_wrap=True)
+    out.print(Text(f"counts: {screen.plain(without_secrets(found.folder))}"), soft_wrap=True)
     for page in pages:
         out.print(Text(f"page:   {screen.plain(page)}"), soft_wrap=True)
 

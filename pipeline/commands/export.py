@@ -12,6 +12,7 @@ from rich.console import Console
 import pipeline
 from pipeline import screen
 from pipeline.commands.options import Dest, DestProfile, Json
+from pipeline.storage import without_secrets
 
 _LINE_EVERY_S = 30.0
 
@@ -49,12 +50,14 @@ def export(  # noqa: PLR0917 - typer's way: every option of the command is a par
         dest_profile=dest_profile, out_profile=out_profile, listen=told.listen,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(outcome._asdict()))
+        print(json.dumps(outcome._asdict() | {"out": without_secrets(outcome.out)}))
         return
     left_out = f", left out: {reasons}" if (reasons := _reasons(outcome.skipped)) else ""
     before = "nothing to do: " if outcome.was_there else ""
     counts = f"{outcome.images:,} images, {outcome.annotations:,} {_UNITS[kind]}"
-    screen.stdout().print(f"{before}{screen.plain(out)} has {counts}{left_out}", markup=False, soft_wrap=True)
+    screen.stdout().print(
+        f"{before}{screen.plain(without_secrets(out))} has {counts}{left_out}", markup=False, soft_wrap=True
+    )
 
 
 _UNITS = {

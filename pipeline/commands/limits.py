@@ -20,6 +20,7 @@ from pipeline.commands.options import (
     card_changes,
     option,
 )
+from pipeline.storage import without_secrets
 
 
 def limits(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
@@ -55,7 +56,7 @@ def limits(  # noqa: PLR0917 - typer's way: every option of the command is a par
     else:
         screen.stdout().print(ceilings_table(found))
         if out:
-            print(f"written to {screen.plain(out)}")
+            print(f"written to {screen.plain(without_secrets(out))}")
 
 
 def ceilings_table(found: Any) -> Table:

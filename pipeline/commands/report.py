@@ -10,6 +10,7 @@ import typer
 import pipeline
 from pipeline import screen
 from pipeline.commands.options import Dest, DestProfile, DriftChanges, Json, drift_config
+from pipeline.storage import without_secrets
 
 
 def report(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
@@ -35,6 +36,8 @@ def report(  # noqa: PLR0917 - typer's way: every option of the command is a par
         dest, run, out=out, drift=drift_config(drift), source_profile=source_profile, dest_profile=dest_profile
     )
     if as_json:
-        print(json.dumps({"run_id": made.run_id, "out": out, "size_bytes": made.size_bytes}))
+        print(json.dumps({"run_id": made.run_id, "out": without_secrets(out), "size_bytes": made.size_bytes}))
     else:
-        screen.stdout().print(f"{screen.plain(out)}: run {made.run_id}, {made.size_bytes / 1e6:.1f} MB", markup=False)
+        screen.stdout().print(
+            f"{screen.plain(without_secrets(out))}: run {made.run_id}, {made.size_bytes / 1e6:.1f} MB", markup=False
+        )

@@ -42,6 +42,7 @@ from pipeline.commands.options import (
     option,
 )
 from pipeline.config import DEFAULT_SUFFIXES, SegmentConfig
+from pipeline.storage import without_secrets
 
 _WHICH = "Which images"
 
@@ -139,7 +140,7 @@ def segment(  # noqa: PLR0917 - typer's way: every option of the command is a pa
     if as_json:
         print(json.dumps(screen.as_json(outcome)))
     elif outcome.state == "planned":
-        screen.print_plan(outcome, dest)
+        screen.print_plan(outcome, without_secrets(dest))
     else:
         screen.print_outcome(outcome, dest)
     if outcome.state == "interrupted":

@@ -14,6 +14,7 @@ import pipeline
 from pipeline import screen
 from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, DriftChanges, Json, drift_config
 from pipeline.errors import UsageError
+from pipeline.storage import hide_secrets, without_secrets
 
 
 def sheet(
@@ -71,7 +72,12 @@ def verify(
 
     Exit status: 0 nothing is wrong; 1 something is, and each finding says how to mend it.
     """
-    findings = pipeline.verify(dest, deep=deep, profile=dest_profile)
+    findings = [
+        finding._replace(
+            uri=without_secrets(finding.uri), message=hide_secrets(finding.message), mend=hide_secrets(finding.mend)
+        )
+        for finding in pipeline.verify(dest, deep=deep, profile=dest_profile)
+    ]
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:

@@ -19,12 +19,21 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
-from pipeline.storage import LISTING_SCHEMA, Storage, join_uri, local_path, uri_scheme, without_secrets
+from pipeline.storage import (
+    CREDENTIALS_ADVICE,
+    CREDENTIALS_BEFORE_BUCKET,
+    LISTING_SCHEMA,
+    Storage,
+    join_uri,
+    local_path,
+    uri_scheme,
+    without_secrets,
+)
 
 ENTRY_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 URI_COLUMNS = ("uri", "image_uri", "path", "url")
 _ROWS_PER_BATCH = 50_000
-_ABSOLUTE = r"\A[A-Za-z][A-Za-z0-9+.\-]*://"
+_ABSOLUTE = r"\A(?:[A-Za-z][A-Za-z0-9+.\-]*::)*[A-Za-z][A-Za-z0-9+.\-]*://"
 _UNTIDY = r"(?:\A|/)\.{0,2}(?:/|\z)"
 _TEXT_COLUMNS = {**dict.fromkeys(URI_COLUMNS, pa.string()), "etag": pa.string(), "modified": pa.string()}
 
@@ -36,7 +45,8 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
     never percent-decoded. An etag, size or time that the file does not give is null; etags lose their quotes
     and `W/`.
     Raises UsageError for a file that cannot be read as what its suffix says, that has no column for the URI,
-    or in which a row has none. Local files are read piece by piece; remote ones are fetched whole first.
+    in which a row has none, or one with credentials before a bucket's name. Local files are read piece by piece;
+    remote ones are fetched whole first.
     """
     shown = without_secrets(uri)
     folder = _location(uri).rpartition("/")[0]
@@ -49,12 +59,25 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
                 missing = pc.index(rows.column("uri"), "").as_py()
                 if missing >= 0:
                     raise UsageError(f"the manifest {shown!r} has no URI in row {row + missing + 1}; remove that row")
+                _refuse_credentials(rows.column("uri"), shown, row)
                 row += batch.num_rows
                 yield rows
     except (pa.ArrowException, UnicodeDecodeError, _EntryError) as error:
         text = str(error).partition("\n")[0]
         near = "" if isinstance(error, _EntryError) else f" near row {row + 1}"
         raise UsageError(f"the manifest {shown!r} cannot be read{near}: {text}") from error
+
+
+def _refuse_credentials(uris: pa.Array, shown: str, row: int) -> None:
+    # Few names have an @, which is told for a tenth of a regex.
+    if not pc.any(pc.match_substring(uris, "@")).as_py():
+        return
+    at = pc.index(pc.match_substring_regex(uris, CREDENTIALS_BEFORE_BUCKET), True).as_py()
+    if at >= 0:
+        raise UsageError(
+            f"the manifest {shown!r} holds credentials in row {row + at + 1}, before the bucket of "
+            f"{without_secrets(uris[at].as_py())!r}: {CREDENTIALS_ADVICE}"
+        )
 
 
 def columns_of(batch: pa.RecordBatch) -> dict[str, pa.Array]:

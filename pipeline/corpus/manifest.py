@@ -233,7 +233,7 @@ def _listing(folder: str, storage: Storage, pattern: str | None, suffixes: tuple
     except StorageError as error:
         if error.kind != "missing":
             raise
-        raise UsageError(f"the folder {folder!r} does not exist") from error
+        raise UsageError(f"the folder {without_secrets(folder)!r} does not exist") from error
 
 
 def _images(
@@ -278,7 +278,7 @@ def _split_glob(uri: str) -> tuple[str, str]:
     base = uri[:at]
     if base.endswith("/") or base.endswith(":"):
         if uri_scheme(uri) != "file":
-            raise UsageError(f"{uri!r} has a wild card in the name of the bucket: name one bucket")
+            raise UsageError(f"{without_secrets(uri)!r} has a wild card in the name of the bucket: name one bucket")
         base = "file:///"
     return base, uri[at + 1 :]
 

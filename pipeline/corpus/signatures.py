@@ -6,7 +6,7 @@ Must not know: how either is kept, who reads images.
     https://b.s3.amazonaws.com/a.jpg?versionId=7                                        the image: its identity
 
 Known are the signatures of AWS (version 4 and 2, CloudFront), Google Cloud Storage, Azure (SAS) and Alibaba OSS, and
-passwords before the host. Any other parameter may say which image is meant, and stays.
+passwords before the host, in each address of a chain. Any other parameter may say which image is meant, and stays.
 Sources: AWS SigV4 query parameters and CloudFront signed URLs (developer guides), Google's signed URLs V4 and V2,
 Azure's "Create a service SAS" and "Create a user delegation SAS".
 """
@@ -18,14 +18,16 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.storage import LISTING_SCHEMA
+from pipeline.storage import LISTING_SCHEMA, chain_links, without_password
 
 #: What a worker needs besides the frozen list: the address to read `uri` by. Never written to DEST.
 ADDRESSES = pa.schema([("uri", pa.string()), ("address", pa.string())])
 
 _KNOWN_STORES = ("file", "s3", "gs", "memory")
 # A quick look at many: a password before the host, or a parameter that could be a signature.
-_PERHAPS = r"(?i)\A[a-z][a-z0-9+.\-]*://(?:[^/?]*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
+_PERHAPS = (
+    r"(?i)(?:\A|::)[a-z][a-z0-9+.\-]*://(?:[^/]*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
+)
 #: (what proves the kind of signature, all parameters that belong to it), of parameters' names in lower case.
 _KINDS = [
     (("x-amz-signature",), r"x-amz-.*"),
@@ -41,15 +43,17 @@ _KINDS = [
 
 def identity(address: str) -> str:
     """`address` without what only lets one read it: the same however often it is signed anew."""
-    scheme, mark, rest = address.partition("://")
+    scheme, mark, _ = address.partition("://")
     if not mark or scheme.lower() in _KNOWN_STORES:
         return address
-    is_web = scheme.lower() in ("http", "https")
-    place, mark, query = rest.partition("?") if is_web else (rest, "", "")
-    host, slash, path = place.partition("/")
-    user, at, host = host.rpartition("@")
-    # Before an @ elsewhere than on the web may stand a container's name, which is no secret.
-    user = "" if is_web else user.partition(":")[0] + at
+    return "::".join(map(_identity, chain_links(address)))
+
+
+def _identity(link: str) -> str:
+    bare = without_password(link)
+    if not bare.lower().startswith(("http://", "https://")):
+        return bare
+    place, mark, query = bare.partition("?")
     parts = query.split("&") if mark else []
     names = [part.partition("=")[0].lower() for part in parts]
     for proof, belonging in _KINDS:
@@ -57,7 +61,7 @@ def identity(address: str) -> str:
             kept = [not re.fullmatch(belonging, name) for name in names]
             parts = [part for part, keep in zip(parts, kept, strict=True) if keep]
             names = [name for name, keep in zip(names, kept, strict=True) if keep]
-    return f"{scheme}://{user}{host}{slash}{path}{'?' if parts else ''}{'&'.join(parts)}"
+    return f"{place}{'?' if parts else ''}{'&'.join(parts)}"
 
 
 def split_signatures(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:

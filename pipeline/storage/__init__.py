@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from pipeline.storage.blob import LISTING_SCHEMA, Blob, ObjectInfo, Storage, default_timeout_s
 from pipeline.storage.uris import (
+    CREDENTIALS_ADVICE,
+    CREDENTIALS_BEFORE_BUCKET,
+    chain_links,
     check_web_address,
     clean_etag,
     duckdb_path,
@@ -26,14 +29,18 @@ from pipeline.storage.uris import (
     store_root,
     uri_name,
     uri_scheme,
+    without_password,
     without_secrets,
 )
 
 __all__ = [
+    "CREDENTIALS_ADVICE",
+    "CREDENTIALS_BEFORE_BUCKET",
     "LISTING_SCHEMA",
     "Blob",
     "ObjectInfo",
     "Storage",
+    "chain_links",
     "check_web_address",
     "clean_etag",
     "duckdb_path",
@@ -50,6 +57,7 @@ __all__ = [
     "store_root",
     "uri_name",
     "uri_scheme",
+    "without_password",
     "without_secrets",
 ]
 

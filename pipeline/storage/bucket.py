@@ -45,7 +45,7 @@ from pipeline.storage.bucket_files import BucketFiles, Folder, Reads
 from pipeline.storage.bucket_listing import NOT_FOR_OBSTORE, BucketListing, KeyRange
 from pipeline.storage.failures import failure, is_cut_off, is_refusal, kind_of, may_be_expired
 from pipeline.storage.parallel import Jobs, spread
-from pipeline.storage.uris import clean_etag, join_uri
+from pipeline.storage.uris import clean_etag, join_uri, without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -333,7 +333,8 @@ class BucketStorage:
         scheme, _, rest = uri.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme != self._scheme or not bucket or not (key or folder):
-            raise UsageError(f"{uri!r} is not an object of this store; expected {self._scheme}://bucket/key")
+            shown = without_secrets(uri)
+            raise UsageError(f"{shown!r} is not an object of this store; expected {self._scheme}://bucket/key")
         return bucket, key
 
     def _aws(self, uri: str) -> AwsAccess:

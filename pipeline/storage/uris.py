@@ -32,14 +32,23 @@ _SECRET_PARAMETER = re.compile(
 )
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*(?:://|::))")
+_BEGINS_CHAIN = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*::)+[A-Za-z][A-Za-z0-9+.\-]*://")
+_WEB = ("http://", "https://")
+#: No bucket has an @ in its name, but a secret key may have a slash. For Python and RE2.
+CREDENTIALS_BEFORE_BUCKET = r"\A(?i:s3|gs)://(?:[^/]*@|[A-Z0-9]{16,}:[^@]*@)"
+CREDENTIALS_ADVICE = (
+    "credentials do not belong in an address, where they are shown and kept: make these invalid, and give others by "
+    "a profile or by environment variables"
+)
 
 
 def normalize_uri(text: str) -> str:
     """`./x`, `~/x` and `/x` become `file:///...` (absolute, `..` resolved, no trailing slash); URIs stay as
     they are.
 
-    `file:/x` becomes `file:///x`. Raises UsageError for an empty text and for a `file://` URI that is not
-    absolute."""
+    `file:/x` becomes `file:///x`. Raises UsageError for an empty text, for a `file://` URI that is not absolute, for
+    credentials before a bucket's name, and for a chain that begins with no address, as `simplecache::s3://b/k`."""
     if not text:
         raise UsageError("an empty URI; give a folder such as ./photos or s3://bucket/photos")
     if text.startswith("file:") and not text.startswith("file://"):
@@ -47,8 +56,15 @@ def normalize_uri(text: str) -> str:
     if _SCHEME.match(text):
         text = _SURROGATES.sub(_escape, text)
         if text.startswith("file://") and not text.startswith("file:///"):
-            raise UsageError(f"{text!r} is not absolute; write file:///folder/name with three slashes, or a plain path")
+            shown = without_secrets(text)
+            raise UsageError(
+                f"{shown!r} is not absolute; write file:///folder/name with three slashes, or a plain path"
+            )
+        if re.match(CREDENTIALS_BEFORE_BUCKET, text):
+            raise UsageError(f"{without_secrets(text)!r}, as it was given, holds credentials: {CREDENTIALS_ADVICE}")
         return text
+    if _BEGINS_CHAIN.match(text):
+        raise UsageError(f"{without_secrets(text)!r} is a chain of stores, which cannot be opened: name one store")
     return file_uri(os.path.abspath(os.path.expanduser(text)))
 
 
@@ -61,7 +77,10 @@ def uri_scheme(uri: str) -> str:
     """`s3` of `s3://b/k`. Raises UsageError for a text that is no URI."""
     match = _SCHEME.match(uri)
     if match is None:
-        raise UsageError(f"{uri!r} is not a URI; expected scheme://..., such as s3://bucket/key or file:///folder/name")
+        shown = without_secrets(uri)
+        raise UsageError(
+            f"{shown!r} is not a URI; expected scheme://..., such as s3://bucket/key or file:///folder/name"
+        )
     return match[1].lower()
 
 
@@ -83,7 +102,7 @@ def uri_name(uri: str) -> str:
 def local_path(uri: str) -> str:
     """`/x` of `file:///x`, for `os`. Raises UsageError for another scheme or a relative path."""
     if not uri.startswith("file:///"):
-        raise UsageError(f"{uri!r} is not a local file; expected file:///absolute/path")
+        raise UsageError(f"{without_secrets(uri)!r} is not a local file; expected file:///absolute/path")
     return path_text(uri[len("file://") :])
 
 
@@ -99,7 +118,7 @@ def duckdb_path(uri: str) -> str:
     """What DuckDB is to be given for this URI, so that it takes it as one name: local files by their path, of which the
     literal name wins over a glob by itself; everything else with its wild cards escaped, but for web addresses, which
     have none. Raises UsageError for a path that is not UTF-8."""
-    if uri.startswith(("http://", "https://")):
+    if uri.startswith(_WEB):
         return uri
     if not uri.startswith("file://"):
         return re.sub(r"([*?\[])", r"[\1]", uri)
@@ -126,28 +145,44 @@ def check_web_address(uri: str) -> None:
         raise UsageError(f"{shown!r} names no host; expected {parts.scheme}://host/path")
 
 
+def chain_links(uri: str) -> list[str]:
+    """The addresses of a chain as fsspec writes it, `zip://a.jpg::https://host/x.zip`; of anything else, itself."""
+    links = _CHAIN.split(uri)
+    for number, link in enumerate(links):
+        if "?" in link and link.lower().startswith(_WEB):  # the rest belongs to its query
+            return [*links[:number], "::".join(links[number:])]
+    return links
+
+
+def without_password(link: str) -> str:
+    """An address that is no chain, without what stands before its host and is a secret. On the web and before a bucket
+    that is all of it; elsewhere it may be a user's or a container's name, and a password follows a colon."""
+    scheme, _, rest = link.partition("://")
+    if scheme.lower() in ("s3", "gs"):
+        found = re.match(CREDENTIALS_BEFORE_BUCKET, link)
+        return f"{scheme}://{link[found.end() :]}" if found else link
+    is_web = link.lower().startswith(_WEB)
+    user, at, host = re.split("[/?]" if is_web else "/", rest, maxsplit=1)[0].rpartition("@")
+    if not at:
+        return link
+    name = "" if is_web else user.partition(":")[0] + at
+    return f"{scheme}://{name}{host}{rest[len(user + at + host) :]}"
+
+
 def without_secrets(uri: str) -> str:
-    """`uri` fit to be shown: a web address may carry a password or a signature, a key of a bucket may not. Elsewhere
-    what precedes an `@` may be a container's name; what follows a colon in it is a password."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme in ("file", "s3", "gs", "memory"):
-        return uri
-    place, query, _ = rest.partition("?")
-    host, slash, path = place.partition("/")
-    user, at, host = host.rpartition("@")
-    user = "" if scheme.lower() in ("http", "https") else user.partition(":")[0] + at
-    return f"{scheme}://{user}{host}{slash}{path}{'?…' if query else ''}"
+    """`uri` fit to be shown: an address may carry a password before its host, and all but the names of local files,
+    objects in buckets and what is in memory a signature behind a question mark."""
+    shown = [without_password(link) for link in chain_links(uri)]
+    return "::".join(link.partition("?")[0] + "?…" if _has_query(link) else link for link in shown)
 
 
 def holds_secret(uri: str) -> bool:
     """Whether `uri` is an address with a password, or with a parameter that signs it or sounds like a secret."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme.lower() in ("file", "s3", "gs", "memory"):
-        return False
-    place, _, query = rest.partition("?")
-    user = place.partition("/")[0].rpartition("@")[0]
-    is_web = scheme.lower() in ("http", "https")
-    return bool(user if is_web else user.partition(":")[2]) or any(map(_SECRET_PARAMETER.match, query.split("&")))
+    return any(
+        without_password(link) != link
+        or (_has_query(link) and any(map(_SECRET_PARAMETER.match, link.partition("?")[2].split("&"))))
+        for link in chain_links(uri)
+    )
 
 
 def hide_secrets(text: str) -> str:
@@ -161,7 +196,7 @@ def recorded_uri(uri: str) -> str:
     shown = without_secrets(uri)
     if not shown.endswith("?…"):
         return shown
-    asked = [part for part in uri.partition("?")[2].split("&") if not _SECRET_PARAMETER.match(part)]
+    asked = [part for part in chain_links(uri)[-1].partition("?")[2].split("&") if not _SECRET_PARAMETER.match(part)]
     return shown + hashlib.sha256("&".join(asked).encode()).hexdigest()[:8] if asked else shown
 
 
@@ -170,6 +205,12 @@ def clean_etag(etag: str | None) -> str:
     if not etag:
         return ""
     return etag.removeprefix("W/").strip('"')
+
+
+def _has_query(link: str) -> bool:
+    """Whether a question mark in it begins a query, rather than being part of a name."""
+    scheme, mark, rest = link.partition("://")
+    return bool(mark) and "?" in rest and scheme.lower() not in ("file", "s3", "gs", "memory")
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -46,6 +46,8 @@ def test_parameters_are_cast_and_checked_like_the_configuration() -> None:
         {"model": "https://host/m.safetensors?X-Amz-Signature=abc"},
         {"dest": "sftp://me:word@host/masks"},
         {"registry": "https://host/models?sv=1&sig=abc"},
+        {"source": "s3://KEY:word@b/photos"},
+        {"source": "zip://a.jpg::https://me:word@host/x.zip?sig=abc"},
     ],
 )
 def test_no_secret_is_a_parameter(changes: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ import pytest
 from awkward_corpus import AWKWARD_NAMES, make_awkward_corpus
 
 from pipeline.corpus import manifest as manifest_module
+from pipeline.corpus.entries import read_entries
 from pipeline.corpus.etags import EtagFiller
 from pipeline.corpus.manifest import MANIFEST_SCHEMA, Corpus, read_source
 from pipeline.errors import StorageError, UsageError
@@ -594,3 +595,14 @@ def test_one_file_and_a_manifest_over_http(read: Read, tmp_path: Path) -> None:
                 assert "secret" not in complaint(lambda name=name: read(f"{base}/{name}?X-Amz-Signature=secret"))
         finally:
             server.shutdown()
+
+
+def test_an_at_sign_in_a_name_is_no_credential(tmp_path: Path) -> None:
+    names = ["s3://b/a@b.jpg", "gs://b/K:S@c/d.jpg", "file:///me:x@h/a.jpg", "s3://tenant:b/a@c.jpg"]
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(names))
+    (rows,) = read_entries(f"file://{path}", open_storage(f"file://{path}"))
+    assert rows.column("uri").to_pylist() == names
+    path.write_text("\n".join([*names, "s3://KEY:SECRET@b/a@b.jpg"]))
+    with pytest.raises(UsageError, match=r"row 5, before the bucket of 's3://b/a@b\.jpg'"):
+        list(read_entries(f"file://{path}", open_storage(f"file://{path}")))

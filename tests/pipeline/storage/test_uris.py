@@ -48,6 +48,24 @@ class TestUris:
         with pytest.raises(UsageError):
             normalize_uri(text)
 
+    @pytest.mark.parametrize(
+        "uri", ["s3://KEY:SECRET@b/k", "S3://KEY:SECRET@b", "gs://SECRET@b/k", "s3://AKIAIOSFODNN7EXAMPLE:SEC/RET@b/k"]
+    )
+    def test_credentials_before_a_bucket_are_refused(self, uri: str) -> None:
+        for refuses in (normalize_uri, open_storage):
+            with pytest.raises(UsageError, match="a profile or by environment variables") as refused:
+                refuses(uri)
+            assert "SEC" not in str(refused.value)
+
+    def test_an_at_sign_elsewhere_is_part_of_a_name(self) -> None:
+        for uri in ("s3://b/a@b.jpg", "gs://b/K:S@c/d", "s3://b/a::b@c", "file:///me:x@h/a", "s3://tenant:b/a@c"):
+            assert normalize_uri(uri) == without_secrets(uri) == recorded_uri(uri) == uri
+
+    def test_a_chain_without_an_address_in_front_is_no_path(self) -> None:
+        with pytest.raises(UsageError, match="chain") as refused:
+            normalize_uri("simplecache::https://me:SECRET@h/x")
+        assert "SECRET" not in str(refused.value)
+
     def test_parts(self) -> None:
         assert uri_scheme("S3://b/k") == "s3"
         assert uri_name("s3://b/a/c d.jpg") == "c d.jpg"
@@ -61,6 +79,10 @@ class TestUris:
             local_path("s3://b/k")
         with pytest.raises(UsageError):
             uri_scheme("/x")
+        for refuses in (uri_scheme, local_path):
+            with pytest.raises(UsageError) as refused:
+                refuses("simplecache::https://me:SECRET@h/x")
+            assert "SECRET" not in str(refused.value)
 
     @pytest.mark.parametrize(
         ("etag", "clean"),
@@ -101,6 +123,16 @@ class TestUris:
             ("abfs://container@account.dfs.core.windows.net/a b", "abfs://container@account.dfs.core.windows.net/a b"),
             ("s3://b/k?x=1@y", "s3://b/k?x=1@y"),
             ("file:///a?b@c", "file:///a?b@c"),
+            ("s3://KEY:SECRET@b/k?x@y", "s3://b/k?x@y"),
+            ("GS://token@b/k", "GS://b/k"),
+            ("s3://AKIAIOSFODNN7EXAMPLE:SEC/RET@b/a@b.jpg", "s3://b/a@b.jpg"),
+            ("s3://tenant:bucket/a@b.jpg", "s3://tenant:bucket/a@b.jpg"),
+            ("az://container:SECRET@account/a@b.jpg", "az://container@account/a@b.jpg"),
+            ("file://me:SECRET@host/a", "file://me@host/a"),
+            ("zip://a@b.jpg::https://me:SECRET@h/x.zip?sig=SECRET", "zip://a@b.jpg::https://h/x.zip?…"),
+            ("simplecache::zip://a?b::s3://KEY:SECRET@b/x.zip", "simplecache::zip://a?…::s3://b/x.zip"),
+            ("https://h/a?u=1::https://me:SECRET@h", "https://h/a?…"),
+            ("s3://b/a::b.jpg", "s3://b/a::b.jpg"),
         ],
     )
     def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
@@ -113,6 +145,9 @@ class TestUris:
             ("https://h/a?id=1&sv=2&sig=x", True), ("sftp://u:p@h/a", True), ("sftp://u@h/a", False),
             ("https://h/a?id=1", False), ("https://h/a@b", False), ("s3://b/k?token=1", False), ("/a?token=1", False),
             ("abfs://container@account.dfs.core.windows.net/a", False), ("nuclei-unet@champion", False),
+            ("s3://K:S@b/k", True), ("gs://K@b", True), ("az://c:S@a/k", True), ("s3://b/K:S@b/k", False),
+            ("zip://a@b::https://u:p@h/x.zip", True), ("simplecache::https://h/x?sig=1", True),
+            ("zip://a@b::https://h/x.zip?id=1", False), ("s3://b/a::b@c", False),
         ],
     )  # fmt: skip
     def test_which_addresses_hold_a_secret(self, uri: str, secret: bool) -> None:
