@@ -149,7 +149,7 @@ def _limits(plan: Plan, sums: RowSums, session: Session, parts_bytes: int) -> Ru
             model=f"{plan.model_name}@{plan.model_version}",
             precision=plan.precision,
             setup=setup_digest(plan.settings),
-            resized=plan.card["size_policy"]["kind"] in ("resize", "letterbox"),
+            resized=plan.card.get("size_policy", {}).get("kind") in ("resize", "letterbox"),
             image_megapixels=sums.megapixels / max(1, sums.sized),
             workers=[device._asdict() for device in session.devices],
         ),
