@@ -182,8 +182,8 @@ class RemoteStorage:
             yield listing_batch(uris, etags, sizes, modified_us)
 
     def put_new(self, uri: str, data: bytes | memoryview) -> bool:
-        """As `Storage.put_new`. What breaks off leaves nothing of that name: where files can be moved, as on SFTP and
-        FTP, they are written in `<root>/_tmp/` first; elsewhere objects are whole or not there, which is checked."""
+        """As `Storage.put_new`. What breaks off leaves nothing of that name: where files can be moved, as on SFTP,
+        they are written in `<root>/_tmp/` first; elsewhere objects are whole or not there, which is checked."""
         path = self._writable_path(uri)
         try:
             if self._scheme == "memory":

@@ -17,6 +17,7 @@ from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
 from pipeline.errors import HeldError, InfrastructureError
+from pipeline.storage import normalize_uri, open_storage
 
 pytestmark = pytest.mark.usefixtures("workers_in_this_process")
 
@@ -98,26 +99,24 @@ def test_a_driver_that_comes_too_late_adds_nothing(
     assert bench.segment(photos).ok == 3
 
 
-def test_a_run_that_another_driver_holds(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    from pipeline.engine.lease import Lease
-    from pipeline.storage import normalize_uri, open_storage
-
-    photos = image_folder(4)
-    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
+def stopped_run(bench: Bench, photos: Path) -> tuple[str, Lease]:
+    """A run with one Part yet, and a lease on it for another driver to take."""
+    run_id = str(bench.interrupted(photos, after_parts=1, shard_size=1).run_id)
     dest = normalize_uri(str(bench.dest))
-    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
-    with holder, pytest.raises(HeldError, match=str(stopped.run_id)):
+    return run_id, Lease(open_storage(dest), f"{dest}/runs/{run_id}/lease.json", ttl_s=0.5)
+
+
+def test_a_run_that_another_driver_holds(bench: Bench, image_folder: Callable[..., Path]) -> None:
+    photos = image_folder(4)
+    run_id, holder = stopped_run(bench, photos)
+    with holder, pytest.raises(HeldError, match=run_id):
         bench.segment(photos, lease_ttl_s=60)
     assert bench.segment(photos).ok == 4
 
 
 def test_with_wait_it_goes_on_once_the_other_driver_is_done(bench: Bench, image_folder: Callable[..., Path]) -> None:
-    from pipeline.storage import normalize_uri, open_storage
-
     photos = image_folder(4)
-    stopped = bench.interrupted(photos, after_parts=1, shard_size=1)
-    dest = normalize_uri(str(bench.dest))
-    holder = Lease(open_storage(dest), f"{dest}/runs/{stopped.run_id}/lease.json", ttl_s=0.5)
+    _, holder = stopped_run(bench, photos)
     holder.__enter__()
     threading.Timer(1.0, holder.__exit__, (None, None, None)).start()
     assert bench.segment(photos, lease_ttl_s=60, wait=True).ok == 4
