@@ -377,9 +377,12 @@ def joined(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]
         return now
     peers = dict(before["peers"])
     for name, peer in now["peers"].items():
-        turns = peers[name]["turns"] if name in peers else []
-        few = peer["few"] or (peers[name]["few"] if name in peers else None)
-        peers[name] = peer | {"turns": [*turns, *peer["turns"]], "few": few}
+        earlier = peers.get(name, {"turns": [], "few": None, "agreement": None})
+        peers[name] = peer | {
+            "turns": [*earlier["turns"], *peer["turns"]],
+            "few": peer["few"] or earlier["few"],
+            "agreement": peer["agreement"] or earlier["agreement"],
+        }
     return now | {"peers": peers, "load": max(before["load"], now["load"])}
 
 
@@ -461,7 +464,13 @@ def medians(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=list(PEERS),
+        default=list(PEERS),
+        help="ours runs anyway: all are compared with it",
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of images")
     parser.add_argument("--json", type=Path, help="results are added to those in this file, turn by turn")
@@ -483,9 +492,10 @@ def main() -> None:
         panels = [(WORKLOADS[key].short, medians(result)[0]) for key, result in results.items()]
         options.chart.with_suffix(".svg").write_text(chart.draw(panels, ours=OURS))
         print(markdown(results))
+    names = [name for name in PEERS if name in {OURS, *options.peers}]
     for key in () if options.chart else options.workloads:
         warm_up = options.warm_up and key == options.workloads[0]
-        result = measure(key, options.peers, turns=options.turns, scale=options.scale, warm_up=warm_up, console=console)
+        result = measure(key, names, turns=options.turns, scale=options.scale, warm_up=warm_up, console=console)
         results[key] = joined(results.get(key), result)
         show(results[key], console)
         if options.json:

@@ -1,17 +1,22 @@
 """How a run ends. Owns: counting its rows from its Parts, closing it, giving it up.
-Must not know: workers, planning, the command that started it.
+Must not know: workers, what was left to do, the command that started it.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow as pa
 
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan, RunRecord
 from pipeline.engine.limits import Ceilings, RunLimits, Traits, assess
 from pipeline.engine.messages import Device
+from pipeline.engine.plan import shard_lists
 from pipeline.engine.settings import setup_digest
 from pipeline.errors import ReconciliationError
 from pipeline.storage import store_root
@@ -20,6 +25,7 @@ from pipeline.table.parts import commit_empty
 from pipeline.table.scratch import scratch_folder
 
 _MEMORY_BYTES = 3 << 30
+_ROWS_AT_ONCE = 1_000_000
 _STAGES = ("fetch", "decode", "infer", "encode")
 
 
@@ -90,9 +96,7 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
             path = folder / "manifest.parquet"
             path.write_bytes(ledger.storage.get(ledger.uri(plan.run_id, "manifest.parquet")).data)
-            listed = f"read_parquet({sql_text(str(path))})"
-            without_row = f"{listed} m ANTI JOIN {rows} r ON m.uri = r.image_uri AND m.etag = r.listed_etag"
-            missing, example_uri = connection.execute(f"SELECT count(*), min(m.uri) FROM {without_row}").fetchone()
+            missing, example_uri = _without_row(connection, plan, path)
             strangers = connection.execute(
                 f"SELECT count(*) FROM {rows} WHERE run_id IS DISTINCT FROM {sql_text(plan.run_id)}"
             ).fetchone()[0]
@@ -126,6 +130,36 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
         workers=[device._asdict() for device in session.devices],
         limits=_limits(plan, sums, session, sum(sizes.values())),
     )
+
+
+def _without_row(connection: Any, plan: Plan, list_path: Path) -> tuple[int, str | None]:
+    """How many listed images have no row in the Part of their shard, and one of them. Some shards at a time, so that a
+    list of any length takes no more memory than they do."""
+    missing, example_uri = 0, None
+    for ordinals, listed in _some_shards(shard_lists(plan, list_path, without=set())):
+        connection.register("listed", listed)
+        rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in ordinals])
+        without_row = f"listed l ANTI JOIN {rows} r ON l.uri = r.image_uri AND l.etag = r.listed_etag"
+        ((count, uri),) = connection.execute(f"SELECT count(*), min(l.uri) FROM {without_row}").fetchall()
+        connection.unregister("listed")
+        missing, example_uri = missing + count, example_uri or uri
+    return missing, example_uri
+
+
+def _some_shards(shards: Iterable[tuple[int, pa.Table]]) -> Iterator[tuple[list[int], pa.Table]]:
+    """Put together so that each has `_ROWS_AT_ONCE` images at least, but for the last."""
+    ordinals: list[int] = []
+    tables: list[pa.Table] = []
+    rows = 0
+    for ordinal, refs in shards:
+        ordinals.append(ordinal)
+        tables.append(refs.select(["uri", "etag"]))
+        rows += len(refs)
+        if rows >= _ROWS_AT_ONCE:
+            yield ordinals, pa.concat_tables(tables)
+            ordinals, tables, rows = [], [], 0
+    if ordinals:
+        yield ordinals, pa.concat_tables(tables)
 
 
 def _limits(plan: Plan, sums: RowSums, session: Session, parts_bytes: int) -> RunLimits | None:

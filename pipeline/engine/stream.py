@@ -29,41 +29,20 @@ from models.mosaic import DetectionMosaic, Mosaic
 from models.tiling import Window
 from pipeline.engine.batches import Batch, Rack, Shape, Slot
 from pipeline.engine.breaker import Breaker, world_kinds
+from pipeline.engine.feed import Fetched, Work, chunks, mean_bytes
 from pipeline.engine.forward import Answered, Forward, SegmenterLike, Started, is_out_of_memory
 from pipeline.engine.intake import Tiles, check_size, check_tiles, place_image, size_of
 from pipeline.engine.messages import StreamConfig, StreamCounts
-from pipeline.engine.rows import Picture, Ref, RowMaker
+from pipeline.engine.rows import Picture, RowMaker
 from pipeline.errors import ExpiredCredentialsError, ImageError, MaskmillError, StorageError, WorldFailingError
 from pipeline.storage import Blob
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_CHUNK_IMAGES = 16
-_CHUNK_BYTES = 32 << 20
-
-
-class Work(NamedTuple):
-    """One submitted list: its columns, where its rows go, and its promise."""
-
-    uris: list[str]
-    etags: list[str]
-    attempts: list[int]
-    sizes_bytes: list[int]
-    add_rows: Callable[[Sequence[Mapping[str, Any]]], None]
-    lock: threading.Lock
-    left: list[int]
-    done: Future[None]
-    watched: bool
-    addresses: list[str | None] | None = None
-
-    def address(self, row: int) -> str:
-        """What to read it by: a signed address where it has one, else its URI."""
-        return (self.addresses[row] if self.addresses else None) or self.uris[row]
-
-    def ref(self, row: int) -> Ref:
-        """One of its images."""
-        return Ref(self.uris[row], self.etags[row], self.attempts[row], self.sizes_bytes[row])
+# Of images up to this size and area two threads make fewer rows than one: they hand the interpreter to and fro.
+_SMALL_BYTES = 8 << 10
+_SMALL_PIXELS = 128 * 128
 
 
 class _Item(NamedTuple):
@@ -133,7 +112,7 @@ class Stream:
 
         self._state = threading.Condition()
         self._feed: deque[tuple[Work, list[int]]] = deque()
-        self._window: deque[list[tuple[Work, int, Future[Blob] | None]]] = deque()
+        self._window: deque[list[Fetched]] = deque()
         self._window_images = 0
         self._rack = Rack(
             batch_size=config.batch_size,
@@ -148,6 +127,8 @@ class Stream:
         self._window_bytes = 0
         self._outstanding = 0
         self._decoding = 0
+        self._area_px = 1 << 30
+        self._small_under_way = False
         self._blocked = 0
         self._closed = False
         self._failure: BaseException | None = None
@@ -199,7 +180,7 @@ class Stream:
                 return work.done
             self._began_s = self._began_s or time.monotonic()
             self._live[id(work)] = work
-            for chunk in _chunks(work.sizes_bytes):
+            for chunk in chunks(work.sizes_bytes):
                 self._feed.append((work, chunk))
             self._state.notify_all()
         return work.done
@@ -232,49 +213,80 @@ class Stream:
         while self._feed and self._window_images < ahead and (not self._window or self._window_bytes < limit_bytes):
             work, indices = self._feed.popleft()
             self._window_bytes += sum(work.sizes_bytes[index] or 0 for index in indices)
-            chunk: list[tuple[Work, int, Future[Blob] | None]] = []
+            chunk: list[Fetched] = []
             for index in indices:
                 fetched = self._fetchers.submit(self._fetch, work.address(index)) if self._fetchers else None
                 chunk.append((work, index, fetched))
             self._window.append(chunk)
             self._window_images += len(chunk)
 
-    def _next_task(self) -> Answered | list[tuple[Work, int, Future[Blob] | None]] | None:
-        """Rows before pixels: what leaves makes room."""
+    def _next_task(self, *, after_small: bool) -> tuple[Answered | list[Fetched], bool] | None:
+        """Rows before pixels: what leaves makes room. And whether these are small images, of which one thread at a time
+        makes all there is; `after_small`: the caller was that one."""
         with self._state:
-            while not self._failure:
-                if self._to_encode:
-                    return self._to_encode.popleft()
-                if self._closed:
-                    return None
-                self._top_up()
-                if self._window and len(self._rack.ready) < 2 * self._config.threads:
-                    chunk = self._window.popleft()
-                    self._window_images -= len(chunk)
-                    self._window_bytes -= sum(work.sizes_bytes[index] or 0 for work, index, _ in chunk)
-                    self._top_up()
-                    self._decoding += 1
-                    return chunk
-                self._state.wait()
+            if after_small:
+                self._small_under_way = False
+            found = None
+            while found is None and not self._failure:
+                found = self._found_task()
+                if after_small and not (found and found[1]):
+                    self._state.notify_all()  # somebody else may be it
+                    after_small = False
+                if found is None:
+                    if self._closed and not self._to_encode:
+                        break
+                    self._state.wait()
+            return found
+
+    def _found_task(self) -> tuple[Answered | list[Fetched], bool] | None:
+        """What there is to do now. Called with the lock held."""
+        if self._to_encode:
+            shape = self._to_encode[0].batch.shape
+            small = shape.height * shape.width <= _SMALL_PIXELS
+            return (self._to_encode.popleft(), small) if self._admitted(small) else None
+        if self._closed:
             return None
+        self._top_up()
+        if not self._window or len(self._rack.ready) >= 2 * self._config.threads:
+            return None
+        small = self._area_px <= _SMALL_PIXELS and mean_bytes(self._window[0]) <= _SMALL_BYTES
+        if not self._admitted(small):
+            return None
+        chunk = self._window.popleft()
+        self._window_images -= len(chunk)
+        self._window_bytes -= sum(work.sizes_bytes[index] or 0 for work, index, _ in chunk)
+        self._top_up()
+        self._decoding += 1
+        return chunk, small
+
+    def _admitted(self, small: bool) -> bool:
+        """Called with the lock held."""
+        admitted = not (small and self._small_under_way)
+        self._small_under_way |= small
+        return admitted
 
     def _pool_loop(self) -> None:
-        while (task := self._next_task()) is not None:
+        small = False
+        while (found := self._next_task(after_small=small)) is not None:
+            task, small = found
             if isinstance(task, Answered):
                 self._encode(task)
-                continue
-            try:
-                for work, index, fetched in task:
-                    self._load(work, index, fetched)
-            except _StreamEndedError:
-                continue
-            except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
-                self._break(error)
-            finally:
-                with self._state:
-                    self._decoding -= 1
-                    if not self._decoding:
-                        self._state.notify_all()
+            else:
+                self._load_chunk(task)
+
+    def _load_chunk(self, chunk: list[Fetched]) -> None:
+        try:
+            for work, index, fetched in chunk:
+                self._load(work, index, fetched)
+        except _StreamEndedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
+            self._break(error)
+        finally:
+            with self._state:
+                self._decoding -= 1
+                if not self._decoding:
+                    self._state.notify_all()
 
     def _load(self, work: Work, index: int, fetched: Future[Blob] | None) -> None:
         """Fetches and decodes one image into a slot, or into many, or makes its error row."""
@@ -298,7 +310,9 @@ class Stream:
                 self._load_tiles(tiled, blob.data)
                 return
             timings = {"fetch_ms": (fetched_s - began_s) * 1e3}
-            with self._slot(Shape(*self._canvas(height, width))) as slot:
+            shape = Shape(*self._canvas(height, width))
+            self._area_px = shape.height * shape.width
+            with self._slot(shape) as slot:
                 placed, picture = place_image(
                     self._segmenter,
                     blob.data,
@@ -569,20 +583,6 @@ class Stream:
         for work in live:
             if not work.done.done():
                 work.done.set_exception(error)
-
-
-def _chunks(sizes_bytes: Sequence[int | None]) -> Iterator[list[int]]:
-    """Positions in pieces of a few images or a few megabytes: what one thread takes up at a time."""
-    chunk: list[int] = []
-    chunk_bytes = 0
-    for index, size_bytes in enumerate(sizes_bytes):
-        chunk.append(index)
-        chunk_bytes += size_bytes or 0
-        if len(chunk) >= _CHUNK_IMAGES or chunk_bytes >= _CHUNK_BYTES:
-            yield chunk
-            chunk, chunk_bytes = [], 0
-    if chunk:
-        yield chunk
 
 
 def _blame(error: Exception) -> tuple[str, str]:

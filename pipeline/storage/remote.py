@@ -35,6 +35,8 @@ _ATTEMPTS = 4
 _ROWS_PER_BATCH = 5_000
 _STALE_TEMPORARY = timedelta(days=1)
 _READ_ONLY = ("http", "https")
+# fsspec's client is one connection, on which threads would talk at once.
+_ONE_AT_A_TIME = ("ftp", "ftps")
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
     "LastModified",
@@ -63,9 +65,14 @@ class RemoteStorage:
         self._prepare()
 
     def _prepare(self) -> None:
+        if self._scheme in _ONE_AT_A_TIME:
+            raise UsageError(
+                f"{without_secrets(self.root)!r}: {self._scheme}:// is not served, since its client in fsspec cannot "
+                "be shared by threads; use sftp://, or copy the files to a disk or a bucket"
+            )
         try:
             kind = fsspec.get_filesystem_class(self._scheme)
-            # The host of ftp:// and sftp://, the account of abfs://; nothing for most.
+            # The host of sftp://, the account of abfs://; nothing for most.
             self._files = kind(**kind._get_kwargs_from_urls(self.root))
         except ImportError as error:
             raise UsageError(f"{without_secrets(self.root)!r}: {error}") from error
@@ -185,40 +192,42 @@ class RemoteStorage:
         """As `Storage.put_new`. What breaks off leaves nothing of that name: where files can be moved, as on SFTP,
         they are written in `<root>/_tmp/` first; elsewhere objects are whole or not there, which is checked."""
         path = self._writable_path(uri)
+        content = bytes(data)
         try:
             if self._scheme == "memory":
                 with _MEMORY_LOCK:
-                    self._files.pipe_file(path, bytes(data), mode="create")
-            elif self._moves:
-                return self._move_in(uri, bytes(data))
+                    self._files.pipe_file(path, content, mode="create")
+            elif not self._moves:
+                self._files.pipe_file(path, content, mode="create")
+            elif self.exists(uri):
+                return False
             else:
-                self._files.pipe_file(path, bytes(data), mode="create")
+                with self._written_aside(path, lambda aside: self._files.pipe_file(aside, content)) as aside:
+                    if self.exists(uri):
+                        return False
+                    self._files.mv(aside, path)
         except FileExistsError:
             return False
         except StorageError:
             raise
         except Exception as error:
-            if self._scheme != "memory" and not self._moves and self._holds_another(uri, bytes(data)):
+            if self._scheme != "memory" and not self._moves and self._holds_another(uri, content):
                 return False
             raise self._failure("write", uri, error) from error
         return True
 
-    def _move_in(self, uri: str, data: bytes) -> bool:
-        if self.exists(uri):
-            return False
-        path = self._path(uri)
-        temporary = self._path(join_uri(self.root, "_tmp", uuid.uuid4().hex))
-        for name in (temporary, path):
+    @contextlib.contextmanager
+    def _written_aside(self, path: str, write: Callable[[str], object]) -> Iterator[str]:
+        """The name of a temporary file beside what it is to become; it is removed at the end, if it was not moved."""
+        aside = self._path(join_uri(self.root, "_tmp", uuid.uuid4().hex))
+        for name in (aside, path):
             self._files.makedirs(self._files._parent(name), exist_ok=True)
         try:
-            self._files.pipe_file(temporary, data)
-            if self.exists(uri):
-                return False
-            self._files.mv(temporary, path)
+            write(aside)
+            yield aside
         finally:
             with contextlib.suppress(Exception):  # moved, or removed when it is a day old
-                self._files.rm_file(temporary)
-        return True
+                self._files.rm_file(aside)
 
     def _holds_another(self, uri: str, data: bytes) -> bool:
         """After a write that failed: whether there is an object, ours or somebody else's, that is whole. A piece of
@@ -235,22 +244,34 @@ class RemoteStorage:
         return True
 
     def put(self, uri: str, data: bytes | memoryview) -> None:
-        path = self._writable_path(uri)
-        try:
-            self._files.pipe_file(path, bytes(data))
-        except Exception as error:
-            raise self._failure("write", uri, error) from error
+        content = bytes(data)
+        self._put(uri, lambda name: self._files.pipe_file(name, content))
 
     def put_stream(self, uri: str, chunks: Callable[[], Iterable[bytes]]) -> None:
         """As `Storage.put_stream`: gathered in a temporary file, since many file systems keep what was begun."""
-        path = self._writable_path(uri)
+        self._writable_path(uri)
         with tempfile.NamedTemporaryFile() as file:
             file.writelines(chunks())
             file.flush()
-            try:
-                self._files.put_file(file.name, path)
-            except Exception as error:
-                raise self._failure("write", uri, error) from error
+            self._put(uri, lambda name: self._files.put_file(file.name, name))
+
+    def _put(self, uri: str, write: Callable[[str], object]) -> None:
+        """In one step where files can be moved over others, as on SFTP; elsewhere, as over SMB, what is there already
+        is written in place."""
+        path = self._writable_path(uri)
+        try:
+            if not self._moves:
+                write(path)
+                return
+            with self._written_aside(path, write) as aside:
+                try:
+                    self._files.mv(aside, path)
+                except Exception:
+                    if not (self._files.exists(aside) and self._files.exists(path)):
+                        raise
+                    write(path)
+        except Exception as error:
+            raise self._failure("write", uri, error) from error
 
     def replace(self, uri: str, data: bytes, *, etag: str) -> bool:
         """As `Storage.replace`. Checks first and writes after: no store here is known to do better."""

@@ -194,14 +194,16 @@ class ForgetScene(_TableScene):
 
 
 class ExportScene:
-    """The table `dest`, which is not changed, as PNGs with its images."""
+    """The table `dest`, which is not changed, as files of a format, with its images."""
 
-    def __init__(self, dest: str) -> None:
+    def __init__(self, dest: str, format_: str = "png") -> None:
         self._dest = dest
+        self._format = format_
 
     def act(self, folder_uri: str) -> object:
         return pipeline.export(
-            dest=self._dest, out=f"{folder_uri}/out", format="png", images=True, piece_images=2,
+            dest=self._dest, out=f"{folder_uri}/out", format=self._format, piece_images=2,
+            images=self._format != "overlay",
         )  # fmt: skip
 
     def look(self, folder_uri: str) -> None:

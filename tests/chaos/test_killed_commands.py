@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from chaos.faulty_storage import Call, Fault
@@ -22,6 +22,8 @@ from chaos.other_scenes import (
 )
 from chaos.segment_scene import FIRST_NIGHT, SegmentScene, show
 from harness import write_tiny_model
+
+from pipeline.insight.export.shape import Kind
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "learning"))
 from tiny_nuclei import write_dataset
@@ -129,6 +131,15 @@ def test_every_call_fails_once(place: Place, street: list[str], discs: str, comm
     tally = disturbed_everywhere(scene, place, fault=fault, only=lambda call: not lasts(call))
     print(f"\n{fault}: {tally}")
     assert tally.struck > 3 and not tally.unreached
+
+
+@pytest.mark.parametrize("fault", ["kill", "fail", "tear", "lose"])
+@pytest.mark.parametrize("format_", sorted(set(get_args(Kind)) - {"png"}))
+def test_exports_of_every_other_format(place: Place, street: list[str], format_: str, fault: Fault) -> None:
+    _two_versions(place, street, "table")
+    tally = disturbed_everywhere(ExportScene(f"{place.uri}/table/dest", format_), place, fault=fault)
+    print(f"\n{format_}, {fault}: {tally}")
+    assert tally.struck > 20 and not tally.unreached
 
 
 @COMMANDS

@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tifffile
 from awkward_corpus import _pictures, blocks, encode, oriented, png_with_late_exif
-from handmade import CREATED_AT
+from handmade import CREATED_AT, make_row
 from PIL import Image
+from tables import Table
 
 from models.architectures import build, untrained_card
 from models.card import TilePolicy
@@ -40,6 +41,7 @@ from pipeline.errors import ImageError, MaskmillError
 from pipeline.learning.labels.source import open_labels
 from pipeline.registry.history import entry_uri, read_entry, read_state
 from pipeline.storage import LISTING_SCHEMA, open_storage
+from pipeline.table.parts import PartBuilder
 
 MAX_PIXELS = 1 << 20
 _WINDOW_PX = 64
@@ -150,18 +152,54 @@ def _history(data: bytes) -> None:
         assert entry_uri(uri, 1).endswith("/00000001.json")
 
 
+_LAYOUTS = ("coco", "masks", "voc", "cityscapes", "segments")
+
+
 def _labels(data: bytes) -> None:
-    """The first byte chooses the layout; then JSON, a NUL byte and a label image."""
-    kind, (text, _, image) = data[:1], data[1:].partition(b"\0")
-    name = "classes.json" if kind and kind[0] % 2 else "annotations.json"
-    with _Folder({name: text, "images/a.png": b"", "masks/a.png": image}) as (uri, _):
+    """The first byte chooses the layout; then a text, a NUL byte and a label image."""
+    layout = _LAYOUTS[data[0] % len(_LAYOUTS)] if data else "coco"
+    text, _, image = data[1:].partition(b"\0")
+    street = "gtFine/train/x/a_gtFine"
+    files: dict[str, dict[str, bytes]] = {
+        "coco": {"annotations.json": text, "images/a.png": b""},
+        "masks": {"classes.json": text, "images/a.png": b"", "masks/a.png": image},
+        "voc": {"ImageSets/Segmentation/train.txt": text, "JPEGImages/a.jpg": b"",
+                "SegmentationClass/a.png": image, "SegmentationObject/a.png": image},
+        "cityscapes": {"leftImg8bit/train/x/a_leftImg8bit.png": b"", f"{street}_labelIds.png": image,
+                       f"{street}_instanceIds.png": image, "splits.json": text},
+        "segments": {},
+    }  # fmt: skip
+    with _Folder(files[layout]) as (uri, _):
+        if layout == "segments":
+            _write_table(uri, image, text)
 
         def read() -> None:
             labels = open_labels(uri)
+            assert labels.layout == layout
             for entry in labels.entries.values():
                 _quietly(lambda entry=entry: labels.labels(labels.item(entry)).class_ids())
 
         _quietly(read)
+
+
+def _write_table(dest: str, mask: bytes, counts: bytes) -> None:
+    """A table of one image, whose mask and whose object's RLE are these."""
+    card = untrained_card("tiny", task="instance")
+    rle = {"size": [12, 16], "counts": counts}
+    thing = {"class_id": card.classes[-1].id, "name": "x", "score": 0.9, "bbox": [0.0] * 4, "area": 9, "rle": rle}
+    row = make_row(
+        "file:///a.png",
+        "e",
+        task="instance",
+        width=16,
+        height=12,
+        mask={"bytes": mask, "path": None},
+        instances=[thing],
+    )
+    plan = Table(dest).run(row)
+    builder = PartBuilder(model_name=plan.model_name, card_json=card.model_dump_json())
+    builder.add([row | {"run_id": plan.run_id}])
+    open_storage(dest).put(plan.part_uri(0), bytes(builder.finish().data))
 
 
 def _image_seeds() -> list[bytes]:
@@ -286,10 +324,16 @@ def _label_seeds() -> list[bytes]:
     classes = {"classes": [{"id": 0, "name": "sky"}, {"id": 2, "name": "sea"}], "ignore_index": 255}
     gray = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(12, 16) % 3)
     masks = [encode(gray, "PNG"), encode(gray.convert("P"), "PNG"), encode(gray.convert("1"), "PNG")]
-    return [b"\0" + json.dumps(body).encode() + b"\0" for body in (coco, *one_by_one)] + [
-        b"\1" + json.dumps(body).encode() + b"\0" + mask
-        for body, mask in zip((classes, ["a", "b"], classes), masks, strict=True)
-    ]
+    numbers = Image.fromarray(np.arange(192, dtype=np.uint16).reshape(12, 16) // 64 * 1000 + 24000)
+    splits = json.dumps({"train": ["train/x/a_leftImg8bit.png"]}).encode()
+    return [
+        *(b"\0" + json.dumps(body).encode() + b"\0" for body in (coco, *one_by_one)),
+        *(b"\1" + json.dumps(body).encode() + b"\0" + mask
+          for body, mask in zip((classes, ["a", "b"], classes), masks, strict=True)),
+        *(b"\2a\n\0" + mask for mask in masks),
+        *(b"\3" + splits + b"\0" + mask for mask in (masks[0], encode(numbers, "PNG"))),
+        *(b"\4l5`0\0" + mask for mask in masks),
+    ]  # fmt: skip
 
 
 TARGETS: Mapping[str, Target] = {
@@ -324,7 +368,7 @@ class _Folder:
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=_SCRATCH)
         for name, data in files.items():
             path = Path(self._folder.name, name)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
     def __enter__(self) -> tuple[str, Any]:

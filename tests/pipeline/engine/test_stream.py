@@ -20,7 +20,9 @@ from models.architectures import untrained_card
 from models.card import Card
 from models.masks import decode_mask_png
 from models.segmenter import Prediction
+from pipeline.engine.intake import place_image
 from pipeline.engine.messages import StreamConfig
+from pipeline.engine.rows import RowMaker
 from pipeline.engine.stream import Stream
 from pipeline.errors import DeviceLostError, StorageError, UsageError, WorldFailingError
 from pipeline.storage import Blob, open_storage
@@ -428,6 +430,35 @@ def test_close_ends_a_stream_that_is_full_to_the_brim(tmp_path: Path) -> None:
     assert not closing.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         future.result(timeout=1)
+
+
+@pytest.mark.parametrize(("size", "at_once"), [((24, 24), 1), ((256, 256), 4)], ids=["small", "large"])
+def test_small_images_are_made_by_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], at_once: int
+) -> None:
+    """Two would hand the interpreter to and fro. The first ones tell how large they are."""
+    inside, most, seen, lock = 0, 0, 0, threading.Lock()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside, most, seen
+            with lock:
+                inside, seen = inside + 1, seen + 1
+                most = max(most, inside) if seen > 200 else 0
+            time.sleep(0.002)
+            try:
+                return call(*arguments, **options)
+            finally:
+                with lock:
+                    inside -= 1
+
+        return wrapped
+
+    monkeypatch.setattr("pipeline.engine.stream.place_image", counted(place_image))
+    monkeypatch.setattr(RowMaker, "ok", counted(RowMaker.ok))
+    uris = write(tmp_path, [size] * 4)
+    rows = run(Threshold(), [uris * 80], threads=4, batch_size=4)
+    assert len(rows) == 320 and most == at_once
 
 
 def test_spare_buffers_count_too(tmp_path: Path) -> None:

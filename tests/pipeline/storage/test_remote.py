@@ -10,10 +10,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from chaos.torn_files import KINDS, Break, torn_line
+from dying_storage import KilledError
 from stores import kind_of, listed
 
 from pipeline.errors import StorageError
@@ -96,79 +95,96 @@ class TestRemote:
         assert connection.execute(f"select sum(x) from read_csv('{storage.root}/*.csv')").fetchall() == [(3,)]
 
 
-class _Breaking:
-    """Of a file system's writes, every one breaks off half way until told otherwise, as a line that drops does."""
-
-    protocol = "breaking"
-    cachable = False
-    breaks = True
-    left = "half"
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> Any:
-        return LocalFileSystem._strip_protocol(
-            path.replace("breaking://", "file://") if isinstance(path, str) else path
-        )
-
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        if mode == "create" and Path(path).exists():
-            raise FileExistsError(path)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        whole = not _Breaking.breaks or _Breaking.left == "whole"
-        Path(path).write_bytes(value if whole else value[: len(value) // 2])
-        if _Breaking.breaks:
-            raise OSError("connection reset")
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-class _Server(_Breaking, LocalFileSystem):  # type: ignore[misc]
-    """Files can be moved, as on SFTP."""
-
-
-class _Objects(_Breaking, LocalFileSystem):  # type: ignore[misc]
-    """They cannot, as in most object stores."""
-
-    mv = AbstractFileSystem.mv
-
-
-@pytest.fixture(params=[_Server, _Objects], ids=["moves", "cannot move"])
-def breaking_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    fsspec.register_implementation("breaking", request.param, clobber=True)
-    monkeypatch.setattr(_Breaking, "breaks", True)
-    return f"breaking://{tmp_path}/place"
-
-
-def test_what_breaks_off_is_not_there(breaking_uri: str, tmp_path: Path) -> None:
+def test_what_breaks_off_is_not_there(kind: str, tmp_path: Path) -> None:
     """A half Part under its own name would count as committed for ever."""
-    storage, uri = open_storage(breaking_uri), f"{breaking_uri}/segments/part.parquet"
-    with pytest.raises(StorageError, match="connection reset"):
-        storage.put_new(uri, b"PAR1 and more")
-    assert not storage.exists(uri)
-    _Breaking.breaks = False
-    assert storage.put_new(uri, b"PAR1 and more")
-    assert not storage.put_new(uri, b"PAR1 and else")
-    assert storage.get(uri).data == b"PAR1 and more"
+    root = f"torn://{tmp_path}/place"
+    uri = f"{root}/segments/part.parquet"
+    with torn_line(kind, str(tmp_path), lambda call: "half"):
+        storage = open_storage(root)
+        with pytest.raises(StorageError, match="the connection was reset"):
+            storage.put_new(uri, b"PAR1 and more")
+        assert not storage.exists(uri)
+    with torn_line(kind, str(tmp_path)):
+        assert storage.put_new(uri, b"PAR1 and more")
+        assert not storage.put_new(uri, b"PAR1 and else")
+        assert storage.get(uri).data == b"PAR1 and more"
     assert [path.name for path in (tmp_path / "place").rglob("*") if path.is_file()] == ["part.parquet"]
 
 
-def test_what_arrived_though_the_answer_was_lost_is_there(breaking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, uri = open_storage(breaking_uri), f"{breaking_uri}/segments/part.parquet"
-    monkeypatch.setattr(_Breaking, "left", "whole")
-    try:
-        assert not storage.put_new(uri, b"PAR1 and more")
-    except StorageError:
-        assert not storage.exists(uri)  # it was not moved yet
-    else:
-        assert storage.get(uri).data == b"PAR1 and more"
+def test_what_arrived_though_the_answer_was_lost_is_there(kind: str, tmp_path: Path) -> None:
+    root = f"torn://{tmp_path}/place"
+    uri = f"{root}/segments/part.parquet"
+    with torn_line(kind, str(tmp_path), lambda call: "whole"):
+        storage = open_storage(root)
+        try:
+            assert not storage.put_new(uri, b"PAR1 and more")
+        except StorageError:
+            assert not storage.exists(uri)  # it was not moved yet
+        else:
+            assert storage.get(uri).data == b"PAR1 and more"
 
 
-def test_what_a_killed_process_left_goes_after_a_day(breaking_uri: str, tmp_path: Path) -> None:
-    _Breaking.breaks = False
+def test_what_replaces_is_old_or_new(tmp_path: Path) -> None:
+    """A Part that is forgotten from holds rows that are nowhere else."""
+    root = f"torn://{tmp_path}/place"
+    uri = f"{root}/part.parquet"
+    with torn_line("moves", str(tmp_path)):
+        storage = open_storage(root)
+        storage.put(uri, b"the old rows")
+    breaks: tuple[Break, ...] = ("half", "kill", "whole")
+    for how in breaks:
+        with (
+            torn_line("moves", str(tmp_path), lambda call, how=how: how),  # type: ignore[misc]
+            pytest.raises(KilledError if how == "kill" else StorageError),
+        ):
+            storage.put(uri, b"the new")
+        with torn_line("moves", str(tmp_path)):
+            assert storage.get(uri).data == b"the old rows"
+    with (
+        torn_line("moves", str(tmp_path), lambda call: "whole" if call.method == "mv" else None),
+        pytest.raises(StorageError),
+    ):
+        storage.put(uri, b"the new")
+    with torn_line("moves", str(tmp_path)):
+        assert storage.get(uri).data == b"the new"
+
+
+def test_files_that_cannot_be_moved_over_others_are_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"torn://{tmp_path}/place/lease.json"
+    with torn_line("moves", str(tmp_path)):
+        storage = open_storage(f"torn://{tmp_path}/place")
+        files: Any = storage.filesystem()
+        move = files.mv
+
+        def over_nothing(path1: str, path2: str) -> None:
+            if files.exists(path2):
+                raise FileExistsError(path2)
+            move(path1, path2)
+
+        monkeypatch.setattr(files, "mv", over_nothing)
+        for data in (b"1", b"2"):
+            storage.put(uri, data)
+            assert storage.get(uri).data == data
+        storage.put_stream(uri, lambda: [b"3", b"4"])
+        assert storage.get(uri).data == b"34"
+        assert storage.replace(uri, b"5", etag=storage.head(uri).etag) and storage.get(uri).data == b"5"
+    assert [path.name for path in (tmp_path / "place").rglob("*") if path.is_file()] == ["lease.json"]
+
+
+def test_what_a_killed_process_left_goes_after_a_day(kind: str, tmp_path: Path) -> None:
     old, young = (tmp_path / "place" / "_tmp" / name for name in ("old", "young"))
     for path in (old, young):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 25 * 3600,) * 2)
-    storage = open_storage(breaking_uri)
-    assert storage.check_create_only() is False
+    with torn_line(kind, str(tmp_path)):
+        assert open_storage(f"torn://{tmp_path}/place").check_create_only() is False
     assert young.exists()
-    assert old.exists() == (type(storage.filesystem()) is _Objects)
+    assert old.exists() == (kind == "cannot move")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.utils import infer_storage_options
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +30,17 @@ from pipeline.storage import (
     uri_scheme,
     without_secrets,
 )
+
+
+class _Hosted(AbstractFileSystem):  # type: ignore[misc]
+    """Connects at once, to nobody."""
+
+    def __init__(self, host: str, **options: Any) -> None:
+        raise OSError(f"{host} refused the connection")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+        return {key: value for key, value in infer_storage_options(path).items() if key in ("host", "port") and value}
 
 
 class TestUris:
@@ -182,10 +197,17 @@ class TestUris:
         with pytest.raises(UsageError, match=r"'nosuch'.*install"):
             open_storage("nosuch://x/y")
 
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of fsspec's destructor
     def test_a_scheme_that_needs_a_host_takes_it_from_the_uri(self) -> None:
-        with pytest.raises(StorageError, match=r"could not reach 'ftp://127\.0\.0\.1:1/a\.jpg'") as caught:
-            open_storage("ftp://127.0.0.1:1/a.jpg")  # where nobody listens
+        fsspec.register_implementation("hosted", _Hosted, clobber=True)
+        with pytest.raises(
+            StorageError, match=r"could not reach 'hosted://127\.0\.0\.1:1/a\.jpg': .*127\.0\.0\.1"
+        ) as caught:
+            open_storage("hosted://127.0.0.1:1/a.jpg")
         assert caught.value.kind == "fetch_failed"
         with pytest.raises(UsageError, match="does not say enough"):
-            open_storage("ftp:///a.jpg")
+            open_storage("hosted:///a.jpg")
+
+    def test_ftp_says_what_to_use_instead(self) -> None:
+        for scheme in ("ftp", "ftps"):
+            with pytest.raises(UsageError, match=rf"^'{scheme}://me@host/a'.*sftp"):
+                open_storage(f"{scheme}://me:word@host/a")

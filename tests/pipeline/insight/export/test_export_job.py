@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import get_args
 
 import boto3
 import pytest
@@ -19,6 +21,8 @@ from harness import file_digests, wait_until
 import pipeline
 from pipeline.errors import InfrastructureError, UsageError
 from pipeline.insight.export.job import ExportOutcome
+from pipeline.insight.export.shape import Kind
+from pipeline.storage import file_uri, local_path, open_storage
 
 
 def test_the_condition_is_any_sql(tmp_path: Path) -> None:
@@ -123,17 +127,29 @@ def test_nothing_to_be_had_is_a_failure(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "export.json").exists()
 
 
-def test_names_that_lead_elsewhere_stay_inside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", get_args(Kind))
+def test_names_that_lead_elsewhere_stay_inside(tmp_path: Path, format_: str) -> None:
     table = Exported(tmp_path, "semantic", images=1, errors=0)
     (row,) = table.rows.values()
-    uris = ["s3://b/../../../etc/x.jpg", "s3://b/north/x.jpg", "s3://b/south/x.jpg", "s3://b/" + "é" * 400 + ".jpg",
+    names = ("..png", ".hidden.png", "a\nb\\c.png", "..\\..\\x.png", "%2e%2e%2fx.png", "-rf.png", "é" * 100 + ".png")
+    for name in names:  # that a disk has
+        shutil.copy(local_path(row["image_uri"]), table.place.photos / name)
+    uris = [file_uri(str(table.place.photos / name)) for name in names]
+    gone = ["s3://b/../../../etc/x.jpg", "s3://b/north/x.jpg", "s3://b/south/x.jpg", "s3://b/" + "é" * 400 + ".jpg",
             "s3://b/..", "s3://b/a\nb\\c\x00.jpg"]  # fmt: skip
     kept = {name: row[name] for name in ("width", "height", "mask", "classes", "image_format")}
-    table.place.table.run(*(make_row(uri, "e", **kept) for uri in uris), card=table_card(table))
-    outcome = table.export("png")
-    assert outcome.images == outcome.annotations == 1 + len(uris)
-    masks = [path for path in tmp_path.rglob("*.png") if path.parent != table.place.photos]
-    assert len(masks) == 1 + len(uris) and {path.parent for path in masks} == {tmp_path / "out" / "masks"}
+    rows = [make_row(uri, open_storage(uri).head(uri).etag, **kept) for uri in uris]
+    rows += [make_row(uri, "e", **kept) for uri in gone] if format_ != "overlay" else []  # which takes the image itself
+    table.place.table.run(*rows, card=table_card(table))
+    outcome = table.export(format_)
+    assert outcome.images == 1 + len(rows) and not outcome.skipped
+    new = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(tmp_path / "dest")]
+    made = [path for path in new if path.parent != table.place.photos]
+    assert all(path.is_relative_to(tmp_path / "out") for path in made)
+    folder = {"png": "masks", "overlay": "overlays", "yolo": "labels"}.get(format_)
+    if folder:
+        assert len([path for path in made if path.parent == tmp_path / "out" / folder]) == 1 + len(rows), made
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", path.name) for path in made)
 
 
 def table_card(table: Exported) -> dict[str, object]:
