@@ -475,7 +475,8 @@ class Stream:
                         if answered.slots < len(answered.batch.items):
                             self._rack.limit(answered.batch.shape, answered.slots)
                         self._to_encode.append(answered)
-                        self._state.notify()
+                        # Of several that wait, only the one that makes small images may be free to take it.
+                        self._state.notify(len(self._threads) if self._small_under_way else 1)
                 under_way = started
         except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
             self._break(error)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import cv2
@@ -459,6 +460,22 @@ def test_small_images_are_made_by_one_thread(
     uris = write(tmp_path, [size] * 4)
     rows = run(Threshold(), [uris * 80], threads=4, batch_size=4)
     assert len(rows) == 320 and most == at_once
+
+
+@pytest.mark.parametrize("runs", [40, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(400)])])
+def test_whatever_the_sizes_threads_and_budget_it_ends(tmp_path: Path, runs: int) -> None:
+    """Nobody waits for somebody who waits for him."""
+    random = Random(runs)
+    edges = [1, 10, 24, 40, 64, 96, 130, 200]
+    uris = write(tmp_path, [(random.choice(edges), random.choice(edges)) for _ in range(60)])
+    for _ in range(runs):
+        lists = [random.choices(uris, k=random.choice([1, 5, 40, 120])) for _ in range(random.choice([1, 2, 4]))]
+        rows = run(
+            Threshold(multiple=random.choice([1, 32, 64])), lists, threads=random.choice([1, 2, 3, 5]),
+            batch_size=random.choice([1, 2, 4, 9]), memory_bytes=random.choice([1, 20_000, 200_000, 1 << 24]),
+            fetch_threads=random.choice([0, 0, 3]),
+        )  # fmt: skip
+        assert len(rows) == sum(map(len, lists))
 
 
 def test_spare_buffers_count_too(tmp_path: Path) -> None:
