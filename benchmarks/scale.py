@@ -38,12 +38,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import planning
 
@@ -217,13 +218,25 @@ def fleet_step(options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def list_step(options: Any) -> dict[str, Any]:
+    """The list that the Parts of `planning.make_inputs` answer, where their run has it; what comes before the end."""
+    path = options.folder / "listed.parquet"
+    with duckdb.connect() as connection:
+        connection.execute(
+            "COPY (SELECT uri, etag, size_bytes, modified, 1::SMALLINT AS attempt "
+            f"FROM read_parquet('{options.folder / 'corpus.parquet'}')) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"
+        )
+    storage = open_storage(options.dest)
+    storage.put(Ledger(storage, options.dest).uri(planning.RUN_ID, "manifest.parquet"), path.read_bytes())
+    return {}
+
+
 def reconcile_step(options: Any) -> dict[str, Any]:
     """The rows of all Parts counted against the frozen list, as a run ends."""
     plan = first_plan(options).model_copy(
         update={"dest": options.dest, "run_id": planning.RUN_ID, "shard_size": planning.ROWS_PER_PART}
     )
     ledger = Ledger(open_storage(plan.dest), plan.dest)
-    ledger.storage.put(ledger.uri(plan.run_id, "manifest.parquet"), (options.folder / "work.parquet").read_bytes())
     record = reconcile(ledger, plan, Session(1.0, FleetProgress(0, 0, 0, 0.0, 0.0), []))
     return {"rows": record.ok, "parts": record.parts}
 
@@ -250,6 +263,7 @@ STEPS = {
     "first": first_step,
     "freeze": freeze_step,
     "fleet": fleet_step,
+    "list": list_step,
     "reconcile": reconcile_step,
 }
 
@@ -275,7 +289,7 @@ def on_disk(options: Any, scratch: Path, add: Callable[..., None]) -> dict[str, 
         planning.make_inputs(folder, images)
     dest = f"file://{folder / 'dest'}"
     found = {}
-    for name in ("plan", "first", "freeze", "fleet", "reconcile"):
+    for name in ("plan", "first", "freeze", "fleet", "list", "reconcile"):
         found[name] = step_alone(name, options, folder, dest)
         add("disk", images, name, found[name])
     return found
@@ -299,7 +313,7 @@ def on_s3(options: Any, scratch: Path, add: Callable[..., None]) -> dict[str, di
                 storage.put(f"s3://table/dest/{path.relative_to(folder / 'dest')}", path.read_bytes())
         with FaultProxy(port) as proxy:
             lead_to(proxy.port)
-            for name in ("plan", "first", "freeze", "reconcile"):
+            for name in ("plan", "first", "freeze", "list", "reconcile"):
                 proxy.clear()
                 found[name] = step_alone(name, options, folder, "s3://table/dest")
                 sent = Counter(request.split()[0] for request in proxy.requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,3 +191,14 @@ def test_what_every_command_imports_does_not_load_torch(code: str) -> None:
     script = f"import sys, json; {code}; print(json.dumps([m for m in ('torch', 'ray') if m in sys.modules]))"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(answer.stdout) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_starts(script: Path) -> None:
+    """As its page has it: `python benchmarks/NAME.py`, without any path set."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr

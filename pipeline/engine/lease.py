@@ -82,9 +82,13 @@ class Lease:
         StorageError where the store fails.
         """
         while True:
-            self._outlive_holder()
+            if not self._outlive_holder() and self._storage.create_only_is_atomic:
+                if self._write_new():
+                    break
+                if self._read():  # else it is damaged
+                    continue
             self._write()
-            time.sleep(min(0.2, self._ttl_s / 10))
+            time.sleep(min(0.2, self._ttl_s / 10))  # who wrote at the same moment finds out that he was not the last
             if self._read().get("holder") == self._holder:
                 break
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -99,15 +103,16 @@ class Lease:
             if self._read().get("holder") == self._holder:
                 self._storage.delete(self._uri)
 
-    def _outlive_holder(self) -> None:
-        """Returns once nobody holds the run. Dead: its process is gone, or its lease stood still for a TTL."""
+    def _outlive_holder(self) -> bool:
+        """Returns once nobody holds the run: whether a lease of the dead is there. Dead: its process is gone, or its
+        lease stood still for a TTL."""
         seen = self._read()
         since_s = time.monotonic()
         while seen:
             if seen.get("host") == this_host() and process_start(int(seen.get("pid", -1))) != seen.get("started"):
-                return
+                return True
             if time.monotonic() - since_s > self._ttl_s:
-                return
+                return True
             time.sleep(min(0.5, self._ttl_s / 10))
             if self._should_stop():
                 raise StoppedError("stopped while waiting for another driver's run")
@@ -120,6 +125,7 @@ class Lease:
                         "wait until it ends (`segment --wait` does), or stop it"
                     )
                 seen, since_s = now, time.monotonic()
+        return False
 
     def _keep(self) -> None:
         while not self._stop.wait(self._ttl_s / 4):
@@ -137,14 +143,22 @@ class Lease:
             except StorageError as error:
                 log.warning("the lease could not be renewed: %s", error)
 
+    def _write_new(self) -> bool:
+        """Whether the lease, which was not there, is ours: of all who write it now, one is told so."""
+        # A write whose answer was lost is ours all the same.
+        return self._storage.put_new(self._uri, self._body()) or self._read().get("holder") == self._holder
+
     def _write(self) -> None:
+        self._storage.put(self._uri, self._body())
+
+    def _body(self) -> bytes:
         self._beat += 1
         pid = os.getpid()
         body = {
             "holder": self._holder, "beat": self._beat, "host": this_host(), "pid": pid,
             "started": process_start(pid), "at": time.time(), "ttl_s": self._ttl_s,
         }  # fmt: skip
-        self._storage.put(self._uri, json.dumps(body).encode())
+        return json.dumps(body).encode()
 
     def _read(self) -> dict[str, Any]:
         return read_lease(self._storage, self._uri)

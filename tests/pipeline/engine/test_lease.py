@@ -97,6 +97,51 @@ def test_waiting_for_a_live_holder(storage: Storage, uri: str) -> None:
     assert order == ["first", "second"]
 
 
+def test_where_nobody_holds_it_nobody_is_waited_for(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("pipeline.engine.lease.time.sleep", slept.append)
+    with Lease(storage, uri, ttl_s=60):
+        assert not slept
+    storage.create_only_is_atomic = False
+    with Lease(storage, uri, ttl_s=60):
+        assert slept == [0.2]
+
+
+def test_of_many_who_begin_at_once_one_holds_it(storage: Storage, uri: str) -> None:
+    barrier, held, refused = threading.Barrier(8), [], []
+
+    def begin() -> None:
+        barrier.wait()
+        try:
+            with Lease(storage, uri, ttl_s=0.4):
+                held.append(1)
+                until(lambda: len(refused) == 7)
+        except HeldError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 7)
+
+
+def test_a_lease_whose_answer_was_lost_is_ours(storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_new = storage.put_new
+    monkeypatch.setattr(storage, "put_new", lambda uri, data: put_new(uri, data) and False)
+    with Lease(storage, uri, ttl_s=100_000):
+        assert read_lease(storage, uri)["pid"] == os.getpid()
+
+
+def test_a_damaged_lease_is_replaced(storage: Storage, uri: str) -> None:
+    storage.put(uri, b"{")
+    with Lease(storage, uri, ttl_s=5):
+        assert read_lease(storage, uri)["pid"] == os.getpid()
+
+
 def test_a_dead_process_of_this_host_is_replaced_at_once(storage: Storage, uri: str) -> None:
     write(storage, uri, pid=dead_pid(), started="1")
     with Lease(storage, uri, ttl_s=100_000):  # waiting for it would outlast the test
