@@ -43,8 +43,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the tests of `pipeline`, which lie in a folder of that name
 
 import planning
 

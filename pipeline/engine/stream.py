@@ -43,6 +43,8 @@ _T = TypeVar("_T")
 # Of images up to this size and area two threads make fewer rows than one: they hand the interpreter to and fro.
 _SMALL_BYTES = 8 << 10
 _SMALL_PIXELS = 128 * 128
+# Threads that wait for a slow disk wait better together.
+_QUICK_FETCH_S = 0.0005
 
 
 class _Item(NamedTuple):
@@ -128,6 +130,7 @@ class Stream:
         self._outstanding = 0
         self._decoding = 0
         self._area_px = 1 << 30
+        self._fetch_s = 0.0
         self._small_under_way = False
         self._blocked = 0
         self._closed = False
@@ -243,13 +246,18 @@ class Stream:
         if self._to_encode:
             shape = self._to_encode[0].batch.shape
             small = shape.height * shape.width <= _SMALL_PIXELS
-            return (self._to_encode.popleft(), small) if self._admitted(small) else None
+            if self._admitted(small):
+                return self._to_encode.popleft(), small
         if self._closed:
             return None
         self._top_up()
         if not self._window or len(self._rack.ready) >= 2 * self._config.threads:
             return None
-        small = self._area_px <= _SMALL_PIXELS and mean_bytes(self._window[0]) <= _SMALL_BYTES
+        small = (
+            self._area_px <= _SMALL_PIXELS
+            and self._fetch_s <= _QUICK_FETCH_S
+            and mean_bytes(self._window[0]) <= _SMALL_BYTES
+        )
         if not self._admitted(small):
             return None
         chunk = self._window.popleft()
@@ -296,6 +304,7 @@ class Stream:
         try:
             blob = self._fetched(work.address(index), fetched)
             fetched_s = time.perf_counter()
+            self._fetch_s += (fetched_s - began_s - self._fetch_s) / 16  # of the last few; a lost update is no harm
             height, width = size_of(self._segmenter, blob.data)
             limits = {"max_pixels": self._config.max_pixels, "max_tiled_pixels": self._config.max_tiled_pixels}
             check_size(blob.data, height, width, **limits)

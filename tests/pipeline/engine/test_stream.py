@@ -433,9 +433,11 @@ def test_close_ends_a_stream_that_is_full_to_the_brim(tmp_path: Path) -> None:
         future.result(timeout=1)
 
 
-@pytest.mark.parametrize(("size", "at_once"), [((24, 24), 1), ((256, 256), 4)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("size", "waits_s", "at_once"), [(24, 0.0, 1), (24, 0.003, 4), (256, 0.0, 4)], ids=["small", "slow disk", "large"]
+)
 def test_small_images_are_made_by_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], at_once: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, waits_s: float, at_once: int
 ) -> None:
     """Two would hand the interpreter to and fro. The first ones tell how large they are."""
     inside, most, seen, lock = 0, 0, 0, threading.Lock()
@@ -455,10 +457,14 @@ def test_small_images_are_made_by_one_thread(
 
         return wrapped
 
+    def fetch(uri: str) -> Blob:
+        time.sleep(waits_s)
+        return open_storage("file:///").get(uri)
+
     monkeypatch.setattr("pipeline.engine.stream.place_image", counted(place_image))
     monkeypatch.setattr(RowMaker, "ok", counted(RowMaker.ok))
-    uris = write(tmp_path, [size] * 4)
-    rows = run(Threshold(), [uris * 80], threads=4, batch_size=4)
+    uris = write(tmp_path, [(size, size)] * 4)
+    rows = run(Threshold(), [uris * 80], threads=4, batch_size=4, fetch=fetch)
     assert len(rows) == 320 and most == at_once
 
 
