@@ -306,6 +306,8 @@ def test_no_secret_stays_behind(
         ("models", "show", model), ("models", "push", model, "--registry", registry),
         ("models", "push", f"http://{host}/bad.safetensors?{signed}", "--registry", registry),
         ("models", "list", "--registry", f"http://{userinfo}{host}/registry?{signed}"),
+        ("limits", f"http://{userinfo}{host}/list.txt?{signed}", "--model", model, "--seconds", "0.05", "--out",
+         tmp_path / "limits.json"),
         ("runs", "list", dest), ("query", dest, "SELECT * FROM segments"), ("verify", dest, "--deep"),
         ("report", dest, "--out", tmp_path / "page.html"), ("sheet", dest, "--out", tmp_path / "sheet.png"),
         ("export", dest, "--format", "png", "--out", tmp_path / "export", "--images"),
