@@ -51,6 +51,13 @@ class Place:
         """The bytes of one file. Raises StorageError."""
         return self._storage.get(join_uri(self.uri, name)).data
 
+    def read_text(self, name: str) -> str:
+        """Raises UsageError where it is no UTF-8, StorageError."""
+        try:
+            return self.read(name).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{self}/{name} is not a text in UTF-8: {error}") from error
+
     def uri_of(self, name: str) -> str:
         """The URI of one file."""
         return join_uri(self.uri, name)

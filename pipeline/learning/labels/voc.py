@@ -50,7 +50,7 @@ class VocLabels:
         own = {}
         for file in place.files("ImageSets/Segmentation"):
             split = file.removesuffix(".txt")
-            stems = place.read(f"ImageSets/Segmentation/{file}").decode().split()
+            stems = place.read_text(f"ImageSets/Segmentation/{file}").split()
             if split != "trainval" and any(stem in named for stem in stems):
                 own[split] = tuple(named.get(stem, f"{stem}.jpg") for stem in stems)
                 gaps += [Gap(f"{stem}.jpg", "label", f"{file} names it, SegmentationClass/ has no mask for it")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_datasets import coco_content, write_coco
+from small_datasets import coco_content, write_coco, write_voc
 
 from pipeline.errors import UsageError
 from pipeline.learning.labels.place import decode_ids, id_size
@@ -147,3 +147,11 @@ def test_postscript_is_run_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for read in (decode_ids, id_size):
         with pytest.raises(LabelError):
             read(eps, "a.png")
+
+
+def test_a_split_that_is_no_text_is_a_sentence(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    write_voc(tmp_path)
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_bytes(b"a\n\x89PNG")
+    with pytest.raises(UsageError, match=r"train\.txt is not a text in UTF-8"):
+        open_labels(tmp_path)
