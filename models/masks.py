@@ -83,6 +83,8 @@ def decode_mask_png(data: bytes) -> NDArray[np.uint8]:
             return np.array(image, dtype=np.uint8)
     except UnidentifiedImageError as error:  # its text is of an object in memory
         raise OSError(f"{len(data)} bytes of no image") from error
+    except (SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:  # so Pillow tells of damage
+        raise OSError(f"{len(data)} bytes of a damaged image: {error}") from error
 
 
 def mask_crc32(class_ids: NDArray[np.uint8], rles: Iterable[Mapping[str, Any]] = ()) -> int:

@@ -76,9 +76,14 @@ class SegmentsLabels:
         class_ids, unknown = self._classes.indexed(ids.astype(np.int32))
         objects = None
         if self.has_objects:
+            found = list(row["instances"] or ())
+            if strange := {one["class_id"] for one in found} - self._classes.index_of.keys():
+                raise LabelError(
+                    f"objects of {item.name} have classes {strange} that the card lacks", kind="unreadable"
+                )
             objects = tuple(
                 LabelledObject(self._classes.index_of[one["class_id"]], dict(one["rle"]), float(one["area"]))
-                for one in row["instances"] or ()
+                for one in found
             )
         return Labels(*class_ids.shape, class_ids=class_ids, objects=objects, unknown=unknown)
 
