@@ -83,10 +83,15 @@ class Lease:
         """
         while True:
             if not self._outlive_holder() and self._storage.create_only_is_atomic:
-                if self._write_new():
+                # Twice, since it may be gone again; what is there and cannot be read is damaged.
+                created = self._write_new() or (not self._read() and self._write_new())
+                # A disk without hard links says what it is when it is first asked.
+                if created and self._storage.create_only_is_atomic:
                     break
-                if self._read():  # else it is damaged
+                if not created and self._read():
                     continue
+            if self._should_stop():
+                raise StoppedError("stopped while taking up a run")
             self._write()
             time.sleep(min(0.2, self._ttl_s / 10))  # who wrote at the same moment finds out that he was not the last
             if self._read().get("holder") == self._holder:

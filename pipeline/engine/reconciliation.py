@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.engine.fleet import FleetProgress
 from pipeline.engine.lease import Lease
@@ -96,6 +97,11 @@ def reconcile(ledger: Ledger, plan: Plan, session: Session) -> RunRecord:
             rows = read_parts_sql([plan.part_uri(ordinal) for ordinal in range(shards)])
             path = folder / "manifest.parquet"
             path.write_bytes(ledger.storage.get(ledger.uri(plan.run_id, "manifest.parquet")).data)
+            if (listed := pq.read_metadata(path).num_rows) != plan.counts.planned:
+                raise ReconciliationError(
+                    f"run {plan.run_id}: its frozen list has {listed} images, its plan {plan.counts.planned}; "
+                    f"`maskmill verify {plan.dest}` says what else is damaged"
+                )
             missing, example_uri = _without_row(connection, plan, path)
             strangers = connection.execute(
                 f"SELECT count(*) FROM {rows} WHERE run_id IS DISTINCT FROM {sql_text(plan.run_id)}"
@@ -199,6 +205,7 @@ def abandon(ledger: Ledger, plan: Plan, *, ttl_s: float) -> RunRecord:
     # What a driver that slept through the end of its run has written beside it must not hold anybody up.
     if (over := ledger.record(plan.run_id)) is not None:
         return over
+    ledger.storage.check_create_only()  # taking names relies on it, and so does the lease
     with Lease(ledger.storage, ledger.uri(plan.run_id, "lease.json"), ttl_s=ttl_s):
         closed = ledger.record(plan.run_id)
         if closed is not None:

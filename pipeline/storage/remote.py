@@ -206,6 +206,8 @@ class RemoteStorage:
                     if self.exists(uri):
                         return False
                     self._files.mv(aside, path)
+                    if self._files.exists(aside):  # WebHDFS does not say that it did not move anything
+                        return False
         except FileExistsError:
             return False
         except StorageError:
@@ -219,7 +221,9 @@ class RemoteStorage:
     @contextlib.contextmanager
     def _written_aside(self, path: str, write: Callable[[str], object]) -> Iterator[str]:
         """The name of a temporary file beside what it is to become; it is removed at the end, if it was not moved."""
-        aside = self._path(join_uri(self.root, "_tmp", uuid.uuid4().hex))
+        root = self._path(self.root).rstrip("/")
+        folder = root if path.startswith(root + "/") else self._files._parent(path)
+        aside = f"{folder.rstrip('/')}/_tmp/{uuid.uuid4().hex}"
         for name in (aside, path):
             self._files.makedirs(self._files._parent(name), exist_ok=True)
         try:
@@ -264,12 +268,15 @@ class RemoteStorage:
                 write(path)
                 return
             with self._written_aside(path, write) as aside:
+                refusal = None
                 try:
                     self._files.mv(aside, path)
-                except Exception:
-                    if not (self._files.exists(aside) and self._files.exists(path)):
-                        raise
+                except Exception as error:  # noqa: BLE001 - raised below, where nothing can be made of it
+                    refusal = error
+                if self._files.exists(aside) and self._files.exists(path):  # WebHDFS does not even say so
                     write(path)
+                elif refusal is not None:
+                    raise refusal
         except Exception as error:
             raise self._failure("write", uri, error) from error
 

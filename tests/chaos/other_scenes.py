@@ -213,7 +213,8 @@ class ExportScene:
         out = f"{folder_uri}/out"
         storage = open_storage(out)
         return [
-            (uri.removeprefix(out), hashlib.sha256(storage.get(uri).data).hexdigest())
+            # Some formats name the copies of images by their URIs.
+            (uri.removeprefix(out), hashlib.sha256(storage.get(uri).data.replace(out.encode(), b"OUT")).hexdigest())
             for uri in files_below(storage, out)
             if not uri.endswith("/export.json") and "/_tmp/" not in uri
         ], [uri.removeprefix(out) for uri in files_below(storage, out) if "/_export/" in uri]

@@ -440,6 +440,22 @@ def test_a_part_with_the_wrong_rows_fails_the_run(
         bench.segment(photos, shard_size=1)
 
 
+def test_a_list_that_became_shorter_fails_the_run(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(4)
+    reconcile = engine_run.reconcile
+
+    def cut(*arguments: Any) -> Any:
+        (path,) = bench.dest.glob("runs/*/manifest.parquet")
+        pq.write_table(pq.read_table(path).slice(0, 3), path)
+        return reconcile(*arguments)
+
+    monkeypatch.setattr(engine_run, "reconcile", cut)
+    with pytest.raises(ReconciliationError, match="its frozen list has 3 images, its plan 4"):
+        bench.segment(photos)
+
+
 def test_a_manifest_in_parquet_with_its_own_etags(bench: Bench, image_folder: Callable[..., Path]) -> None:
     """The listed etag is outdated: the row has both, and the image is done under either."""
     photos = image_folder(2)

@@ -434,7 +434,7 @@ def test_close_ends_a_stream_that_is_full_to_the_brim(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "waits_s", "at_once"), [(24, 0.0, 1), (24, 0.003, 4), (256, 0.0, 4)], ids=["small", "slow disk", "large"]
+    ("size", "waits_s", "at_once"), [(24, 0.0, 1), (24, 0.03, 4), (256, 0.0, 4)], ids=["small", "slow disk", "large"]
 )
 def test_small_images_are_made_by_one_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, waits_s: float, at_once: int
@@ -461,11 +461,68 @@ def test_small_images_are_made_by_one_thread(
         time.sleep(waits_s)
         return open_storage("file:///").get(uri)
 
+    monkeypatch.setattr("pipeline.engine.stream._SMALL_LATE_S", 20.0)  # all are slow here
+    monkeypatch.setattr("pipeline.engine.stream._QUICK_FETCH_S", 0.02)
     monkeypatch.setattr("pipeline.engine.stream.place_image", counted(place_image))
     monkeypatch.setattr(RowMaker, "ok", counted(RowMaker.ok))
     uris = write(tmp_path, [(size, size)] * 4)
     rows = run(Threshold(), [uris * 80], threads=4, batch_size=4, fetch=fetch)
     assert len(rows) == 320 and most == at_once
+
+
+class OnSmallCanvas(Threshold):
+    """Whatever the size of an image, it is shown to the model on 32×32 pixels, as by a card that resizes."""
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        return 32, 32
+
+    def fit(self, pixels: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+        out[:] = cv2.resize(pixels, (32, 32))
+        return 32, 32
+
+
+def test_rows_of_large_images_on_a_small_canvas_are_made_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(4)
+    ok = RowMaker.ok
+
+    def wait_for_others(*arguments: Any) -> Any:
+        together.wait(20)
+        return ok(*arguments)
+
+    monkeypatch.setattr(RowMaker, "ok", wait_for_others)
+    uris = write(tmp_path, [(256, 256)] * 4)
+    rows = run(OnSmallCanvas(), [uris * 16], threads=4, batch_size=4)
+    assert [row["status"] for row in rows] == ["ok"] * 64
+
+
+@pytest.mark.parametrize("fetch_threads", [0, 8])
+def test_a_small_image_that_does_not_come_holds_nobody_up(tmp_path: Path, fetch_threads: int) -> None:
+    uris = write(tmp_path, [(24, 24)] * 4)
+    rows: list[dict[str, Any]] = []
+    late = threading.Event()
+    fetched = 0
+
+    def fetch(uri: str) -> Blob:
+        nonlocal fetched
+        fetched += 1
+        if fetched == 300:
+            assert late.wait(20), "the others wait for it"
+        return open_storage("file:///").get(uri)
+
+    def take(some: Any) -> None:
+        rows.extend(some)
+        if len(rows) >= 560:
+            late.set()
+
+    config = StreamConfig(threads=4, batch_size=4, fetch_threads=fetch_threads)
+    stream = Stream(Threshold(), fetch=fetch, config=config, stamp={"task": "semantic"})
+    try:
+        stream.submit(refs(uris * 150), take).result(timeout=60)
+    finally:
+        stream.close()
+    assert [row["status"] for row in rows] == ["ok"] * 600
 
 
 @pytest.mark.parametrize("runs", [40, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(400)])])

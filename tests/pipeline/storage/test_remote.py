@@ -154,8 +154,9 @@ def test_what_replaces_is_old_or_new(tmp_path: Path) -> None:
         assert storage.get(uri).data == b"the new"
 
 
+@pytest.mark.parametrize("says_so", [True, False], ids=["SMB", "WebHDFS"])
 def test_files_that_cannot_be_moved_over_others_are_written_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says_so: bool
 ) -> None:
     uri = f"torn://{tmp_path}/place/lease.json"
     with torn_line("moves", str(tmp_path)):
@@ -164,9 +165,10 @@ def test_files_that_cannot_be_moved_over_others_are_written_in_place(
         move = files.mv
 
         def over_nothing(path1: str, path2: str) -> None:
-            if files.exists(path2):
+            if not files.exists(path2):
+                move(path1, path2)
+            elif says_so:
                 raise FileExistsError(path2)
-            move(path1, path2)
 
         monkeypatch.setattr(files, "mv", over_nothing)
         for data in (b"1", b"2"):
@@ -175,7 +177,20 @@ def test_files_that_cannot_be_moved_over_others_are_written_in_place(
         storage.put_stream(uri, lambda: [b"3", b"4"])
         assert storage.get(uri).data == b"34"
         assert storage.replace(uri, b"5", etag=storage.head(uri).etag) and storage.get(uri).data == b"5"
+        assert not storage.put_new(uri, b"6") and storage.get(uri).data == b"5"
     assert [path.name for path in (tmp_path / "place").rglob("*") if path.is_file()] == ["lease.json"]
+
+
+def test_a_file_may_be_its_own_root(kind: str, tmp_path: Path) -> None:
+    """As of a report: `--out sftp://host/report.html`."""
+    uri = f"torn://{tmp_path}/page.html"
+    with torn_line(kind, str(tmp_path)):
+        for data in (b"1", b"2"):
+            open_storage(uri).put(uri, data)
+            assert open_storage(uri).get(uri).data == data
+        open_storage(uri).put_stream(uri, lambda: [b"3"])
+        assert not open_storage(uri).put_new(uri, b"4")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["page.html"]
 
 
 def test_what_a_killed_process_left_goes_after_a_day(kind: str, tmp_path: Path) -> None:
