@@ -4,6 +4,7 @@ Must not know: listing, HEAD requests, or what becomes of the rows.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -33,6 +34,7 @@ from pipeline.storage import (
 ENTRY_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 URI_COLUMNS = ("uri", "image_uri", "path", "url")
 _ROWS_PER_BATCH = 50_000
+_HEADER_BYTES = 1 << 20
 _ABSOLUTE = r"\A(?:[A-Za-z][A-Za-z0-9+.\-]*::)*[A-Za-z][A-Za-z0-9+.\-]*://"
 _UNTIDY = r"(?:\A|/)\.{0,2}(?:/|\z)"
 _TEXT_COLUMNS = {**dict.fromkeys(URI_COLUMNS, pa.string()), "etag": pa.string(), "modified": pa.string()}
@@ -184,11 +186,12 @@ def _read_parquet(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
 
 def _read_csv(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     parse = pacsv.ParseOptions(newlines_in_values=True)
-    names = pacsv.open_csv(stream, parse_options=parse).schema.names
-    wanted = [name for name in names if name in _TEXT_COLUMNS or name == "size_bytes"]
-    if not set(wanted) & set(URI_COLUMNS):
-        raise _EntryError(f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(names)}")
+    # Not by a reader of Arrow's, which reads ahead in a thread: it would take blocks away from the one below.
+    names = _csv_names(stream.read(_HEADER_BYTES))
     stream.seek(0)
+    wanted = [name for name in names if name in _TEXT_COLUMNS or name == "size_bytes"]
+    if names and not set(wanted) & set(URI_COLUMNS):
+        raise _EntryError(f"no column named {' or '.join(URI_COLUMNS)} among {', '.join(names)}")
     convert = pacsv.ConvertOptions(
         column_types=_TEXT_COLUMNS | {"size_bytes": pa.int64()},
         include_columns=wanted,
@@ -196,6 +199,15 @@ def _read_csv(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         strings_can_be_null=True,
     )
     yield from pacsv.open_csv(stream, parse_options=parse, convert_options=convert)
+
+
+def _csv_names(head: bytes) -> list[str]:
+    """The first row of a CSV that begins so; [] where it has none."""
+    lines = io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+    try:
+        return next((row for row in csv.reader(lines) if row), [])
+    except csv.Error as error:
+        raise _EntryError(f"its first line is no row of a CSV: {error}") from error
 
 
 def _read_jsonl(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

@@ -40,6 +40,7 @@ def test_the_scale_benchmark_simulates_every_shard(tmp_path: Path, monkeypatch: 
     fleet = scale.fleet_step(options)
     assert fleet["shards"] == fleet["calls"]["run"] == 20 and fleet["shard_size"] == 1000
     assert fleet["run_seconds"] > fleet["first_receipt_s"] > 0.05 and fleet["sent_bytes"] > 20_000 * 50
+    scale.list_step(options)
     assert scale.reconcile_step(options)["rows"] == 20_000
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +21,7 @@ import pytest
 from awkward_corpus import AWKWARD_NAMES, make_awkward_corpus
 
 from pipeline.corpus import manifest as manifest_module
-from pipeline.corpus.entries import read_entries
+from pipeline.corpus.entries import _read_csv, read_entries
 from pipeline.corpus.etags import EtagFiller
 from pipeline.corpus.manifest import MANIFEST_SCHEMA, Corpus, read_source
 from pipeline.errors import StorageError, UsageError
@@ -377,6 +379,22 @@ def test_a_manifest_longer_than_one_batch_streams_and_keeps_order(
         (path,) = (tmp_path / "scratch").glob("*/corpus.parquet")
         assert pq.ParquetFile(path).num_row_groups >= 2
         shutil.rmtree(path.parent)
+
+
+def test_a_csv_is_read_by_one_reader_alone() -> None:
+    """Arrow's reads ahead, in a thread of its own: one that was only asked for the names of the columns took a block
+    away from the one that came after it."""
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                time.sleep(0.02)
+            return super().read(size)
+
+    uris = [f"s3://bucket/{n:07d}.jpg" for n in range(150_000)]
+    for _ in range(3):
+        stream = pa.PythonFile(Slow(b"uri,etag\n" + b"".join(b"%b,e\n" % uri.encode() for uri in uris)), "r")
+        assert [uri for batch in _read_csv(stream) for uri in batch["uri"].to_pylist()] == uris
 
 
 # -- what is refused
