@@ -45,7 +45,7 @@ _SMALL_BYTES = 8 << 10
 _SMALL_PIXELS = 128 * 128
 # Threads that wait for a slow disk wait better together.
 _QUICK_FETCH_S = 0.0005
-# Sixteen of them are made in a fifth of that.
+# A piece of sixteen small images is made in a fifth of that, unless one does not come.
 _SMALL_LATE_S = 0.05
 
 
@@ -131,8 +131,8 @@ class Stream:
         self._window_bytes = 0
         self._outstanding = 0
         self._decoding = 0
-        self._area_px = 1 << 30
-        self._fetch_s = 0.0
+        self._area_px = 1 << 30  # of the last image; none was seen yet
+        self._fetch_s = 0.0  # what the last few took to fetch, each
         self._small_under_way = False
         self._small_since_s = 0.0
         self._blocked = 0

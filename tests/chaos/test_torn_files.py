@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from chaos.faulty_storage import Once
 from chaos.killed_calls import Scene
@@ -147,8 +148,6 @@ def test_every_write(tmp_path: Path, models: list[str], discs: str, command: str
 def test_both_kinds_are_what_they_say(tmp_path: Path) -> None:
     for kind in KINDS:
         with torn_line(kind, str(tmp_path)):
-            import fsspec
-
             files: Any = fsspec.filesystem("torn")
             files.pipe_file(f"{tmp_path}/a", b"1")
             files.mv(f"{tmp_path}/a", f"{tmp_path}/b")
