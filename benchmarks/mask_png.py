@@ -55,45 +55,56 @@ def pillow(level: int) -> Encode:
     return encode
 
 
-def deflated_by(compress: Callable[[Any], bytes]) -> Encode:
+class Whole:
+    """What is made of all the data at once, where our encoder wants it bit by bit."""
+
+    def __init__(self, compress: Callable[[Any], bytes]) -> None:
+        self._compress = compress
+        self._data = bytearray()
+
+    def compress(self, data: Any) -> bytes:
+        self._data += memoryview(data).cast("B")
+        return b""
+
+    def flush(self) -> bytes:
+        return self._compress(self._data)
+
+
+def deflated_by(begin: Callable[[], Any]) -> Encode:
     """Our encoder around another deflate."""
 
     def encode(ids: np.ndarray) -> bytes:
-        with mock.patch.object(masks.zlib_ng, "compress", lambda data, level: compress(data)):
+        with mock.patch.object(masks.zlib_ng, "compressobj", lambda *_: begin()):
             return encode_mask_png(ids, COLORS)
 
     return encode
-
-
-def zlib_rle(data: Any) -> bytes:
-    deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
-    return deflate.compress(data) + deflate.flush()
 
 
 def ways() -> tuple[dict[str, Encode], list[str]]:
     """The ways, and the peers that are not installed."""
     from zlib_ng import zlib_ng
 
-    compress = zlib_ng.compress
+    ng = zlib_ng.compressobj
     found: dict[str, Encode] = {
         "OpenCV, filter up, strategy RLE": opencv,
         "Pillow, level 1": pillow(1),
         "Pillow, level 6": pillow(6),
-        "zlib, level 1, strategy RLE": deflated_by(zlib_rle),
-        "zlib-ng, level 1": deflated_by(lambda data: compress(data, 1)),
-        "zlib-ng, level 2 (what we do)": lambda ids: encode_mask_png(ids, COLORS),
-        "zlib-ng, level 3": deflated_by(lambda data: compress(data, 3)),
+        "zlib, level 1, strategy RLE": deflated_by(lambda: zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)),
+        "zlib-ng, level 1": deflated_by(lambda: ng(1)),
+        "zlib-ng, level 2": deflated_by(lambda: ng(2)),
+        "zlib-ng, level 3": deflated_by(lambda: ng(3)),
+        "zlib-ng, strategy RLE (what we do)": lambda ids: encode_mask_png(ids, COLORS),
     }
     missing = []
     try:
         libdeflate = importlib.import_module("deflate")
-        found["libdeflate, level 1"] = deflated_by(lambda data: bytes(libdeflate.zlib_compress(data, 1)))
+        found["libdeflate, level 1"] = deflated_by(lambda: Whole(lambda data: bytes(libdeflate.zlib_compress(data, 1))))
     except ImportError:
         missing.append("deflate")
     try:
         igzip = importlib.import_module("isal.isal_zlib")
         for level in (0, 1, 3):
-            found[f"igzip, level {level}"] = deflated_by(lambda data, level=level: igzip.compress(data, level))
+            found[f"igzip, level {level}"] = deflated_by(lambda level=level: igzip.compressobj(level))
     except ImportError:
         missing.append("isal")
     return found, missing

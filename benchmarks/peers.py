@@ -44,8 +44,8 @@ sys.path[:0] = [str(HERE / "side_by_side"), str(ROOT)]
 import chart  # noqa: E402 - beside this script, where the peers find it too
 import corpora  # noqa: E402
 import slow_store  # noqa: E402
+from job import Job  # noqa: E402
 from stand_in import write_model_file  # noqa: E402
-from work import Job  # noqa: E402
 
 from models.masks import decode_mask_png  # noqa: E402
 from models.segmenter import supports_bf16  # noqa: E402

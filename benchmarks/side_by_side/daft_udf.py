@@ -16,7 +16,8 @@ import pyarrow as pa
 from daft import DataType, Series, col
 from daft.functions import download
 from daft.io import IOConfig, S3Config
-from work import OUTPUT, Job, Model, Seen, given_job, kept_model, list_images, see, timed
+from job import Job, timed
+from work import OUTPUT, Model, Seen, given_job, kept_model, list_images, see
 
 from pipeline.errors import ImageError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from work import given_job, timed
+from job import given_job, timed
 
 import pipeline
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from work import OUTPUT, Model, given_job, list_images, reader, table, timed
+from job import timed
+from work import OUTPUT, Model, given_job, list_images, reader, table
 
 
 def main() -> None:

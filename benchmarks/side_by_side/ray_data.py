@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from job import Job, timed
 from pyarrow.fs import FileSystem, LocalFileSystem, S3FileSystem
-from work import Job, Model, Seen, given_job, kept_model, list_images, see, table, timed
+from work import Model, Seen, given_job, kept_model, list_images, see, table
 
 from models.prediction import Prediction
 from pipeline.engine.rows import Picture

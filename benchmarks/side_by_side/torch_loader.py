@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from job import Job, timed
 from torch.utils.data import DataLoader, Dataset
-from work import OUTPUT, Job, Model, Seen, given_job, list_images, reader, see, table, timed
+from work import OUTPUT, Model, Seen, given_job, list_images, reader, see, table
 
 from pipeline.errors import ImageError
 

@@ -1,5 +1,5 @@
 """What every engine does to an image, so that only the engine differs: the same decoder, model, encoder and row.
-Owns: the job that a peer is given, the steps, the columns. Must not know: engines, clocks.
+Owns: the steps, the columns. Must not know: engines, clocks.
 
 A peer is a script: `python ENGINE.py JOB.json`. It reads the images of `source`, and leaves Parquet files with the
 columns of `OUTPUT` in `dest`, one row per image: a mask as palette PNG with figures per class, or what was wrong.
@@ -7,18 +7,17 @@ columns of `OUTPUT` in `dest`, one row per image: a mask as palette PNG with fig
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from job import Job
+from job import given_job as told_job
 from stand_in import StandIn
 
 from models.preprocessing import picture_statistics
@@ -39,37 +38,10 @@ _COLUMNS = (
 OUTPUT = pa.schema([*(SEGMENTS.field(name) for name in _COLUMNS), pa.field("begun_at", pa.float64())])
 
 
-class Job(BaseModel):
-    """What to do, and how much of the machine it may take."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    #: A folder, or `s3://bucket/prefix`; the store's address and keys are in the environment.
-    source: str
-    #: An empty folder.
-    dest: str
-    #: A model file.
-    model: str
-    #: The model is a stand-in that sleeps so long; None: the network in the file.
-    sleeps_s: float | None
-    batch_size: int
-    precision: str
-    cores: int
-    #: Copies of the model. A stand-in is one device; a network on the CPU has a copy of one thread for each core,
-    #: or one copy with as many threads where an engine has no workers.
-    copies: int
-    #: Reads in flight that hide a store's latency.
-    reads: int
-
-    @property
-    def is_remote(self) -> bool:
-        return self.source.startswith("s3://")
-
-
 def given_job() -> Job:
     """The job that this process was started with; libraries keep to their share of the cores."""
     cv2.setNumThreads(1)
-    return Job.model_validate_json(Path(sys.argv[1]).read_text())
+    return told_job()
 
 
 class Seen(NamedTuple):
@@ -190,10 +162,3 @@ def _s3(job: Job) -> Any:
     from botocore.config import Config
 
     return boto3.client("s3", config=Config(max_pool_connections=job.reads))
-
-
-@contextlib.contextmanager
-def timed() -> Iterator[None]:
-    """Says when the work ended: what follows is only the end of the process."""
-    yield
-    print(f"ended {time.time():.6f}", flush=True)

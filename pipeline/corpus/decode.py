@@ -52,6 +52,8 @@ _TRUNCATED = re.compile(
     r"truncat|not enough (?:image )?data|unexpected end|EOF|end of (?:file|data)|no more images|only got",
     re.IGNORECASE,
 )
+# A place made for a file, and never filled, ends so; a JPEG without its end marker hardly.
+_NEVER_WRITTEN = bytes(512)
 _UNSUPPORTED = re.compile(r"unsupported|not supported|unknown \w*\s?(?:pixel )?mode|cannot handle", re.IGNORECASE)
 
 
@@ -141,6 +143,8 @@ def _decode_jpeg(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.nda
 def _decode_unended_jpeg(data: bytes, buffer: np.ndarray | None) -> np.ndarray:
     """A JPEG without its end marker: taken where nothing else is missing, else ImageError `truncated`, or ValueError
     for damage before that."""
+    if data.endswith(_NEVER_WRITTEN):  # to some tables of codes zeros are as many flat blocks as one likes
+        raise ImageError("the JPEG has no end, but zeros: it was not written to its end", kind="truncated")
     cause = None
     if header.jpeg_has_one_scan(data):
         ended = data + b"\xff\xd9"

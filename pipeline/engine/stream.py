@@ -131,6 +131,7 @@ class Stream:
         self._window_bytes = 0
         self._outstanding = 0
         self._decoding = 0
+        self._encoding = 0
         self._area_px = 1 << 30  # of the last image; none was seen yet
         self._fetch_s = 0.0  # what the last few took to fetch, each
         self._small_under_way = False
@@ -245,13 +246,34 @@ class Stream:
             return found
 
     def _found_task(self) -> tuple[Answered | list[Fetched], bool] | None:
-        """What there is to do now. Called with the lock held."""
-        if self._to_encode:
-            batch = self._to_encode[0].batch
-            # Rows are of the size of their images, whatever canvas these were on.
-            small = not batch.shape.tiles and int(batch.image_sizes_N2.prod(axis=1).max()) <= _SMALL_PIXELS
-            if self._admitted(small):
-                return self._to_encode.popleft(), small
+        """What there is to do now. Called with the lock held.
+
+        Rows before pixels, but half of the threads at most make rows while no more wait: counting regions holds the
+        interpreter, decoding does not, so that a thread of each disturb each other less than two of one kind.
+        """
+        rows_can_wait = self._encoding >= (self._config.threads + 1) // 2 and len(self._to_encode) < 2
+        if rows_can_wait:
+            return self._found_pixels() or self._found_rows()
+        return self._found_rows() or self._found_pixels()
+
+    def _found_rows(self) -> tuple[Answered, bool] | None:
+        """Called with the lock held."""
+        if not self._to_encode:
+            return None
+        batch = self._to_encode[0].batch
+        # Rows are of the size of their images, whatever canvas these were on.
+        small = not batch.shape.tiles and int(batch.image_sizes_N2.prod(axis=1).max()) <= _SMALL_PIXELS
+        if not self._admitted(small):
+            return None
+        return self._take_answered(), small
+
+    def _take_answered(self) -> Answered:
+        """Called with the lock held."""
+        self._encoding += 1
+        return self._to_encode.popleft()
+
+    def _found_pixels(self) -> tuple[list[Fetched], bool] | None:
+        """Called with the lock held."""
         if self._closed:
             return None
         self._top_up()
@@ -290,9 +312,13 @@ class Stream:
                 self._load_chunk(task)
 
     def _load_chunk(self, chunk: list[Fetched]) -> None:
+        work, failed = chunk[0][0], []
         try:
-            for work, index, fetched in chunk:
-                self._load(work, index, fetched)
+            for _, index, fetched in chunk:
+                if (row := self._load(work, index, fetched)) is not None:
+                    failed.append(row)
+            if failed:
+                self._emit(work, failed)
         except _StreamEndedError:
             pass
         except BaseException as error:  # noqa: BLE001 - the per-actor boundary: every waiting list is told
@@ -303,8 +329,8 @@ class Stream:
                 if not self._decoding:
                     self._state.notify_all()
 
-    def _load(self, work: Work, index: int, fetched: Future[Blob] | None) -> None:
-        """Fetches and decodes one image into a slot, or into many, or makes its error row."""
+    def _load(self, work: Work, index: int, fetched: Future[Blob] | None) -> dict[str, Any] | None:
+        """Fetches and decodes one image into a slot, or into many; its row where that fails."""
         blob: Blob | None = None
         began_s = fetched_s = time.perf_counter()
         tiled: _Tiled | None = None
@@ -326,7 +352,7 @@ class Stream:
                 self._in_tiles[id(tiled)] = tiled
                 tiled.timings["fetch_ms"] = (fetched_s - began_s) * 1e3
                 self._load_tiles(tiled, blob.data)
-                return
+                return None
             timings = {"fetch_ms": (fetched_s - began_s) * 1e3}
             self._area_px = height * width
             with self._slot(Shape(*self._canvas(height, width))) as slot:
@@ -345,7 +371,7 @@ class Stream:
                     image_size=(height, width),
                     statistics=(placed.mean, placed.std),
                 )
-            return
+            return None
         except ExpiredCredentialsError:
             raise
         except (ImageError, StorageError) as error:
@@ -359,8 +385,9 @@ class Stream:
             failure = ("corrupt", f"{type(error).__name__}: {error}")
         decoded_s = time.perf_counter()
         timings = {"fetch_ms": (fetched_s - began_s) * 1e3, "decode_ms": (decoded_s - fetched_s) * 1e3}
-        if tiled is None or self._settle(tiled):
-            self._emit(work, [self._rows_of.error(work.ref(index), blob, *failure) | timings])
+        if tiled is not None and not self._settle(tiled):
+            return None
+        return self._rows_of.error(work.ref(index), blob, *failure) | timings
 
     def _load_tiles(self, tiled: _Tiled, data: bytes) -> None:
         """Puts one large image into slots, tile by tile; one such image at a time, for its pixels are in no budget."""
@@ -455,7 +482,7 @@ class Stream:
                     self._state.notify_all()
                 if not self._to_encode:
                     self._state.wait()
-                answered = self._to_encode.popleft() if self._to_encode else None
+                answered = self._take_answered() if self._to_encode else None
             if answered is not None:
                 self._encode(answered)
 
@@ -519,6 +546,7 @@ class Stream:
         finally:
             with self._state:
                 self._rack.retire(batch)
+                self._encoding -= 1
                 self._outstanding -= 1
                 self._state.notify_all()
 

@@ -102,6 +102,8 @@ class Worker:
         self._stores: dict[str, Storage] = {}
         self._world_kinds = world_kinds(listed=spec.stream.listed)
         self._rows_of = RowMaker(segmenter, stamp)
+        # pyarrow's first array looks for pandas, whose import would make all threads wait in the middle of a shard.
+        pa.array([], pa.null())
         self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
 
     def run(self, task: ShardTask) -> Receipt:

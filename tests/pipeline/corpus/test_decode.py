@@ -241,6 +241,18 @@ def test_a_jpeg_without_its_end_marker_is_whole(cut: int) -> None:
     np.testing.assert_array_equal(decode(data[:-cut], max_pixels=LIMIT).pixels, decode(data, max_pixels=LIMIT).pixels)
 
 
+def test_a_jpeg_whose_rest_was_never_written_is_truncated() -> None:
+    plain = np.full((640, 640), 90, np.uint8)
+    plain[-16:] = np.random.default_rng(0).integers(0, 255, (16, 640))
+    data = encode(Image.fromarray(plain), "JPEG", optimize=True)
+    cut = data[: len(data) // 8]
+    # To this picture's codes zeros are flat blocks: a decoder finds all of them.
+    flat = np.asarray(Image.open(io.BytesIO(cut + bytes(4096))))
+    assert (flat[-16:] == 90).all()
+    assert kind_of(cut + bytes(4096)) == "truncated"
+    assert kind_of(data + bytes(4096)) == "ok"
+
+
 def test_only_an_end_marker_after_the_scan_ends_a_jpeg() -> None:
     data = encode(PICTURE, "JPEG")
     pixels = decode(data, max_pixels=LIMIT).pixels
