@@ -20,6 +20,7 @@ from models.augmented import average_probabilities
 from models.card import Card, DetectionsPostprocessing, Postprocessing
 from models.compilation import CompiledNetwork
 from models.crf import refine
+from models.detection import detect
 from models.devices import Precision, default_device, dtype_of, supports_bf16
 from models.final_masks import postprocess
 from models.fitting import fit_size, lies_as_it_is, place, takes_exact_tiles, tile_policy
@@ -285,8 +286,6 @@ class Segmenter:
             raise TypeError(f"postprocessing {self.postprocessing.kind!r} has no detections")
         inputs = normalize(images, statistics, self.card.preprocessing, dtype=torch.float32)
         wanted = [bool(height > 0) for height in image_sizes_N2[:, 0]]
-        from models.detection import detect  # here, because torchvision takes a second to come
-
         return detect(self._module, inputs, self.postprocessing, wanted=wanted, dtype=self._dtype)
 
 

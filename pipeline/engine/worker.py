@@ -40,7 +40,7 @@ def describe_device() -> Device:
     """This process's device, as the driver needs it to freeze a run."""
     import torch
 
-    from models.segmenter import default_device, supports_bf16
+    from models.devices import default_device, supports_bf16
 
     device = default_device()
     name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
