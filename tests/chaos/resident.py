@@ -18,7 +18,9 @@ from pathlib import Path
 
 import psutil
 
+# The root first: `tests` has a folder `pipeline`, too.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from harness import SHAPE, in_process
 

@@ -41,7 +41,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+# The root first: `tests` has a folder `pipeline`, too.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from chaos.accounts import Accounts, Slope, account, answers_of, download, slope
 from chaos.ceph import CephStore, missing_programs

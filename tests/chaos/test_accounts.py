@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,14 @@ MASKS: dict[str, Any] = {
     name: {"mask": {"bytes": name.encode(), "path": None}, "mask_crc32": number} for number, name in enumerate(CONTENTS)
 }
 RUN = "20260102T030405Z-abcdef"
+
+
+def test_a_soak_starts_by_itself() -> None:
+    """`make soak` has no pytest to say where the sources are."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(Path(__file__).with_name("soak.py")), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr
 
 
 def table(folder: Path, parts: list[list[dict[str, Any]]], frozen: list[str]) -> Path:
