@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from zlib_ng import zlib_ng
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Measured on label maps (docs/decisions/0017). With the strategy "RLE" all levels are one.
+# Measured on label maps (docs/decisions/0017). With the strategy "RLE" all levels above 0 are one.
 _DEFLATE = (1, zlib_ng.DEFLATED, zlib_ng.MAX_WBITS, zlib_ng.DEF_MEM_LEVEL, zlib_ng.Z_RLE)
 _FILTER_UP = 2
 # Larger masks are counted in bands of so many pixels.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
@@ -52,8 +53,9 @@ _TRUNCATED = re.compile(
     r"truncat|not enough (?:image )?data|unexpected end|EOF|end of (?:file|data)|no more images|only got",
     re.IGNORECASE,
 )
-# A place made for a file, and never filled, ends so; a JPEG without its end marker hardly.
-_NEVER_WRITTEN = bytes(512)
+_UNENDED = re.compile(r"premature end of data|extraneous bytes before marker 0xd9")
+_END = b"\xff\xd9"
+_ZEROS = bytes(512)
 _UNSUPPORTED = re.compile(r"unsupported|not supported|unknown \w*\s?(?:pixel )?mode|cannot handle", re.IGNORECASE)
 
 
@@ -143,20 +145,31 @@ def _decode_jpeg(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.nda
 def _decode_unended_jpeg(data: bytes, buffer: np.ndarray | None) -> np.ndarray:
     """A JPEG without its end marker: taken where nothing else is missing, else ImageError `truncated`, or ValueError
     for damage before that."""
-    if data.endswith(_NEVER_WRITTEN):  # to some tables of codes zeros are as many flat blocks as one likes
-        raise ImageError("the JPEG has no end, but zeros: it was not written to its end", kind="truncated")
     cause = None
-    if header.jpeg_has_one_scan(data):
-        ended = data + b"\xff\xd9"
+    for ended in _with_ends(data) if header.jpeg_has_one_scan(data) else ():
         try:
             # At an eighth of its size an image shows in half the time whether anything is missing.
             simplejpeg.decode_jpeg(ended, min_height=1, min_width=1, strict=True)
             return simplejpeg.decode_jpeg(ended, buffer=buffer, strict=True)
         except ValueError as error:
-            if "premature end of data" not in str(error):
+            if not _UNENDED.search(str(error)):
                 raise
             cause = error
     raise ImageError(f"the JPEG ends too early, after {len(data)} bytes", kind="truncated") from cause
+
+
+def _with_ends(data: bytes) -> Iterator[bytes]:
+    """What a JPEG without its end marker may be, ended. Zeros at its end are padding, or a place made for it that was
+    never filled; part of the picture only where zeros stand for flat blocks, of which a decoder finds as many as it
+    likes."""
+    if not data.endswith(_ZEROS):
+        yield data + _END
+        return
+    size_bytes = len(data) - int((np.frombuffer(data, np.uint8)[::-1] != 0).argmax())
+    size_bytes += data[size_bytes - 1] == 0xFF  # which in a scan is followed by a zero of its own
+    yield data[:size_bytes] + _END
+    if header.jpeg_zeros_are_flat(data):
+        yield data + _END
 
 
 def _decode_with_pillow(data: bytes, name: str, max_pixels: int, out: np.ndarray | None) -> np.ndarray:

@@ -49,6 +49,7 @@ _BMP_HEADER_BYTES = {12, 16, 40, 52, 56, 64, 108, 124}
 _ORIENTATION_TAG = 0x0112
 _TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _SOS = 0xDA
+_DHT = 0xC4
 _EOI = b"\xff\xd9"
 #: Frame markers that libjpeg-turbo decodes: baseline, extended, progressive, and the two arithmetic ones.
 _READ_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
@@ -148,6 +149,18 @@ def jpeg_has_one_scan(data: bytes) -> bool:
             components = data[start + 5]
         elif marker == _SOS and start < len(data):
             return data[start] == components
+    return False
+
+
+def jpeg_zeros_are_flat(data: bytes) -> bool:
+    """Whether zero bits say "nothing more in this block" by any of a JPEG's Huffman tables: the shortest code is all
+    zeros, and belongs to the first symbol (ITU-T T.81, annex C)."""
+    for marker, start, end in _jpeg_segments(data):
+        at = start
+        while marker == _DHT and at + 17 < min(end, len(data)):
+            if data[at] >> 4 == 1 and data[at + 17] == 0:
+                return True
+            at += 17 + sum(data[at + 1 : at + 17])
     return False
 
 

@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -330,7 +329,7 @@ class _Segmentation:
             with self._going(last):
                 record = reconcile(self._ledger, plan, self._session)
                 self._ledger.close(record)
-            self._closed.append(record)
+                self._closed.append(record)
             return "done"
 
     @contextlib.contextmanager
@@ -340,10 +339,12 @@ class _Segmentation:
         if not (last and self._fleet):
             yield
             return
-        with ThreadPoolExecutor(1, "closing") as pool:
-            closing = pool.submit(self._fleet.close)
+        closing = threading.Thread(target=self._fleet.close, name="closing", daemon=True)
+        closing.start()
+        try:
             yield
-            closing.result()
+        finally:
+            closing.join()
 
     def _run_shards(self, plan: Plan, fleet: Fleet) -> bool:
         """False where the canary's error rate is too high."""

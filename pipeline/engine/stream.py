@@ -3,7 +3,7 @@ Owns: the threads, the batches, the budget, what happens to one image. Must not 
 
     refs ─▶ window of fetches ─▶ decode ─▶ batch slots ─▶ model thread ─▶ encode ─▶ rows
 
-One pool of threads decodes and encodes, rows first: on few cores a second pool only fights the first for the
+One pool of threads decodes and encodes, half of it rows first: on few cores a second pool only fights the first for the
 interpreter. Images are decoded straight into a slot of the batch of their canvas; the model thread takes full batches
 (or, when nothing else can move, the fullest open one, padded to the frozen shape). The budget counts batches of decoded
 pixels from the moment that they are opened until their rows are made, and the buffers kept for later ones.
@@ -228,8 +228,8 @@ class Stream:
             self._window_images += len(chunk)
 
     def _next_task(self, *, after_small: bool) -> tuple[Answered | list[Fetched], bool] | None:
-        """Rows before pixels: what leaves makes room. And whether these are small images, of which one thread at a time
-        makes all there is; `after_small`: the caller was that one."""
+        """What to do next. And whether these are small images, of which one thread at a time makes all there is;
+        `after_small`: the caller was that one."""
         with self._state:
             if after_small:
                 self._small_under_way = False

@@ -249,8 +249,34 @@ def test_a_jpeg_whose_rest_was_never_written_is_truncated() -> None:
     # To this picture's codes zeros are flat blocks: a decoder finds all of them.
     flat = np.asarray(Image.open(io.BytesIO(cut + bytes(4096))))
     assert (flat[-16:] == 90).all()
-    assert kind_of(cut + bytes(4096)) == "truncated"
-    assert kind_of(data + bytes(4096)) == "ok"
+    for zeros in (600, 4096, len(data)):
+        assert kind_of(cut + bytes(zeros)) == "truncated"
+    photo = encode(PICTURE, "JPEG")
+    assert kind_of(photo[: len(photo) // 2] + bytes(len(photo) // 2)) == "truncated"
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_zeros_behind_a_whole_jpeg_are_padding_with_and_without_its_end_marker(optimize: bool) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        noise = Image.fromarray(random.integers(0, 255, (40, 48, 3), np.uint8))
+        data = encode(noise, "JPEG", optimize=optimize)
+        pixels = decode(data, max_pixels=LIMIT).pixels
+        for padded in (data + bytes(4096), data[:-2] + bytes(4096), data[:-2] + bytes(600)):
+            np.testing.assert_array_equal(decode(padded, max_pixels=LIMIT).pixels, pixels)
+
+
+def test_flat_blocks_that_are_zeros_may_be_a_jpegs_end() -> None:
+    met = 0
+    for width in range(600, 660, 8):
+        for top in (8, 16, 24, 40):
+            gray = np.zeros((640, width), np.uint8)
+            gray[:top] = np.random.default_rng(top).integers(0, 255, (top, width))
+            data = encode(Image.fromarray(gray), "JPEG", optimize=True)[:-2]
+            met += data.endswith(bytes(512))
+            assert kind_of(data) == "ok"
+            assert kind_of(data + bytes(2000)) in ("ok", "truncated")  # nobody can tell
+    assert met
 
 
 def test_only_an_end_marker_after_the_scan_ends_a_jpeg() -> None:
