@@ -197,7 +197,7 @@ class _Segmentation:
             write_changes(self._storage, self._dest, plan.run_id, draft.changes)
             if self._ledger.freeze(plan, draft.list_path.read_bytes()):
                 self._tell_plan(plan)
-                return self._outcome(self._work(plan, last=True), draft.counts, plan)
+                return self._outcome(self._work(plan), draft.counts, plan)
             withdraw_changes(self._storage, self._dest, plan.run_id, draft.changes)
             self._note("another command planned at the same moment; planning again")
             # It may have been this very command, started twice: then its run is held, or to be waited for.
@@ -287,9 +287,8 @@ class _Segmentation:
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _work(self, plan: Plan, *, last: bool = False) -> Literal["done", "interrupted", "canary_failed"]:
-        """Works on a frozen run until it is closed. Raises as `segment` does; the run then stays open. `last`: no other
-        run follows, and the workers may go."""
+    def _work(self, plan: Plan) -> Literal["done", "interrupted", "canary_failed"]:
+        """Works on a frozen run until it is closed. Raises as `segment` does; the run then stays open."""
         if plan.code_digest != code_digest():
             self._note(
                 f"run {plan.run_id} was planned by other Maskmill code ({plan.code_digest}); going on with this one"
@@ -326,25 +325,10 @@ class _Segmentation:
                 finally:
                     terms = self._terms._replace(threads=self._the_crew().threads)
                     self._session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices, terms)
-            with self._going(last):
-                record = reconcile(self._ledger, plan, self._session)
-                self._ledger.close(record)
-                self._closed.append(record)
+            record = reconcile(self._ledger, plan, self._session)
+            self._ledger.close(record)
+            self._closed.append(record)
             return "done"
-
-    @contextlib.contextmanager
-    def _going(self, last: bool) -> Iterator[None]:
-        """Ends the workers beside the body, where they are not needed any more: that takes about as long as to count
-        a run's rows."""
-        if not (last and self._fleet):
-            yield
-            return
-        closing = threading.Thread(target=self._fleet.close, name="closing", daemon=True)
-        closing.start()
-        try:
-            yield
-        finally:
-            closing.join()
 
     def _run_shards(self, plan: Plan, fleet: Fleet) -> bool:
         """False where the canary's error rate is too high."""
