@@ -86,9 +86,9 @@ def test_a_driver_that_comes_too_late_adds_nothing(
     photos = image_folder(3)
     work = engine_run._Segmentation._work
 
-    def late(self: Any, plan: Any, **how: Any) -> Any:
+    def late(self: Any, plan: Any) -> Any:
         pipeline.abandon_run(str(bench.dest), plan.run_id)
-        return work(self, plan, **how)
+        return work(self, plan)
 
     monkeypatch.setattr(engine_run._Segmentation, "_work", late)
     with pytest.raises(InfrastructureError, match="was abandoned"):
