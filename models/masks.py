@@ -1,5 +1,5 @@
-"""Masks as bytes: palette PNG for class ids, COCO run lengths for instances, checksums and region counts.
-Owns: encodings and what is counted on them. Must not know: torch, networks, tables.
+"""Masks as bytes: palette PNG for class ids, COCO run lengths for instances, checksums.
+Owns: encodings. Must not know: torch, networks, tables.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import cc3d
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from zlib_ng import zlib_ng
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Measured on label maps (docs/decisions/0017). With the strategy "RLE" all levels above 0 are one.
 _DEFLATE = (1, zlib_ng.DEFLATED, zlib_ng.MAX_WBITS, zlib_ng.DEF_MEM_LEVEL, zlib_ng.Z_RLE)
 _FILTER_UP = 2
-# Larger masks are counted in bands of so many pixels.
+# Larger masks are written in bands of so many pixels.
 _BAND_PX = 16 << 20
 
 
@@ -136,77 +133,10 @@ def encode_label_rles(labels: NDArray[np.int32], count: int) -> list[dict[str, A
     return coco_mask.frPyObjects(raw, height, width) if raw else []
 
 
-def count_pixels_by_class(class_ids: NDArray[np.uint8]) -> dict[int, int]:
-    """Number of pixels of every class present in a uint8 [h, w] mask; memory does not grow with the mask."""
-    total = np.zeros(256, np.int64)
-    for band in _bands(class_ids):
-        total += np.bincount(band.reshape(-1), minlength=256)
-    return {class_id: number for class_id, number in enumerate(total.tolist()) if number}
-
-
-def count_regions_by_class(class_ids: NDArray[np.uint8]) -> dict[int, int]:
-    """Number of 8-connected regions of every class present in a uint8 [h, w] mask, in one pass over it.
-
-    Memory beyond the mask: some bytes for each pixel of a band of `_BAND_PX`, and for each region.
-    """
-    owners: list[NDArray[np.uint8]] = []
-    contacts: list[NDArray[np.int64]] = []
-    known = 0
-    above: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
-    for band in _bands(class_ids):
-        labels, classes = _regions(band)
-        row = labels[0].astype(np.int64) + (known - 1)
-        if above is not None:
-            contacts.append(_contacts(above, (band[0], row)))
-        above = (band[-1], labels[-1].astype(np.int64) + (known - 1))
-        owners.append(classes)
-        known += len(classes)
-    classes = np.concatenate(owners)
-    if contacts:
-        one, other = np.concatenate(contacts, axis=1)
-        graph = coo_array((np.ones(one.size, np.bool_), (one, other)), shape=(known, known))
-        count, whole = connected_components(graph, directed=False)
-        of_whole = np.empty(count, np.uint8)
-        of_whole[whole] = classes
-        classes = of_whole
-    return {class_id: number for class_id, number in enumerate(np.bincount(classes).tolist()) if number}
-
-
 def _bands(class_ids: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     rows = max(1, _BAND_PX // class_ids.shape[1])
     for top in range(0, len(class_ids), rows):
         yield class_ids[top : top + rows]
-
-
-def _regions(class_ids: NDArray[np.uint8]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint8]]:
-    """Labels 1 .. n [h, w] of the 8-connected regions of a mask, and the class of each."""
-    above_zero = class_ids + np.uint8(1) if class_ids.max() < 255 else class_ids.astype(np.uint16) + 1
-    labels, count = cc3d.connected_components(above_zero, connectivity=8, return_N=True)
-    # The first pixel of a region, row by row, has none of its class to the left or above: to look at such pixels is
-    # enough to know the class of every region.
-    width = class_ids.shape[1]
-    pixels = class_ids.reshape(-1)
-    begins = np.empty(pixels.size, np.bool_)
-    np.not_equal(pixels[1:], pixels[:-1], out=begins[1:])
-    begins[::width] = True
-    begins[width:] &= pixels[width:] != pixels[:-width]
-    starts = begins.nonzero()[0]
-    owners = np.empty(count + 1, np.uint8)
-    owners[labels.reshape(-1)[starts]] = pixels[starts]
-    return labels, owners[1:]
-
-
-def _contacts(
-    above: tuple[NDArray[np.uint8], NDArray[np.int64]], below: tuple[NDArray[np.uint8], NDArray[np.int64]]
-) -> NDArray[np.int64]:
-    """[2, k]: which regions of two rows, one above the other, are of one class and touch, corners included."""
-    width = above[0].size
-    pairs = []
-    for shift in (-1, 0, 1):
-        up, down = slice(max(0, shift), width + min(0, shift)), slice(max(0, -shift), width + min(0, -shift))
-        same = above[0][up] == below[0][down]
-        pairs.append(np.stack([above[1][up][same], below[1][down][same]]))
-    return np.unique(np.concatenate(pairs, axis=1), axis=1)
 
 
 def _chunk(body: bytes) -> bytes:

@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 
     #: uint8 [h, w], before post-processing. Empty for detections, of which post-processing makes them.
     class_ids: NDArray[np.uint8]
-    #: int64 [C], in the order of `card.classes`. Zeros for detections.
+    #: int64 [C], in the order of `card.classes`: of how many pixels `confidence` is the mean. Zeros for detections.
     pixels: NDArray[np.int64]
     #: float64 [C]: mean, over the pixels of the class, of the probability of the class; NaN where it is
     #: absent. Detections: mean score of those of the class.

@@ -20,14 +20,9 @@ from torch.nn import functional
 
 from models.architectures import untrained_card
 from models.card import WatershedPostprocessing
-from models.masks import (
-    Instance,
-    count_pixels_by_class,
-    count_regions_by_class,
-    encode_mask_png,
-    mask_crc32,
-)
+from models.masks import Instance, encode_mask_png, mask_crc32
 from models.seams import InstanceEvidence, split_in_blocks
+from models.tally import tally
 from models.tiling import TileBlender, TileGrid
 from pipeline.corpus.bands import select_bands, window_statistics
 from pipeline.corpus.windows import WindowReader, open_windows
@@ -143,8 +138,9 @@ def main(path: str, task: str) -> dict[str, Any]:
         mark("split")
     took["png_bytes"] = len(encode_mask_png(class_ids, card.palette))
     mark("png")
-    took["pixels"] = [count_pixels_by_class(class_ids).get(index, 0) for index in range(4)]
-    took["regions"] = count_regions_by_class(class_ids)
+    counted = tally(class_ids)
+    took["pixels"] = [counted.pixels.get(index, 0) for index in range(4)]
+    took["regions"] = counted.regions
     mark("regions")
     took["crc32"] = mask_crc32(class_ids, [one.rle for one in instances])
     took["instances"] = len(instances)

@@ -74,7 +74,8 @@ class Corpus(NamedTuple):
     `full_listing`: whether it holds all that SOURCE held just then (a folder, a prefix, a glob), rather than what
     somebody wrote down (a manifest, an inventory, one file). `source`: SOURCE as an absolute URI. `span`: of a full
     listing, what it covers. `signed_path`: a local Parquet file of `signatures.ADDRESSES`, for the images that can be
-    read by a signed address only; in `sql` they stand without the signature. None where there are none.
+    read by a signed address only; in `sql` they stand without the signature. None where there are none. `in_place`:
+    whether `sql` reads an inventory where it lies, so that it may fail as any reading of SOURCE may.
     """
 
     sql: str
@@ -84,6 +85,7 @@ class Corpus(NamedTuple):
     source: str
     span: Span | None = None
     signed_path: Path | None = None
+    in_place: bool = False
 
 
 def read_source(
@@ -127,7 +129,8 @@ def read_source(
         if found.query is not None:
             if found.query.rows == 0:
                 raise UsageError(found.hint)
-            return Corpus(found.query.sql, found.query.rows, found.query.distinct, False, uri)
+            query = found.query
+            return Corpus(query.sql, query.rows, query.distinct, False, uri, in_place=True)
         path, signed_path = folder / "corpus.parquet", folder / "signed.parquet"
         with _Addresses(signed_path) as addresses, EtagFiller(profile, head_threads) as filler:
             rows = _write(path, (addresses.split(filler.fill(batch)) for batch in found.batches))

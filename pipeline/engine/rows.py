@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from models.masks import Instance, count_pixels_by_class, count_regions_by_class, encode_mask_png, mask_crc32
+from models.masks import Instance, encode_mask_png, mask_crc32
+from models.tally import Tally, tally
 from pipeline.storage import Blob
 
 _MESSAGE_CHARS = 500
@@ -53,6 +54,8 @@ class RowMaker:
         self._names = {info.id: info.name for info in interpreter.card.classes}
         self._background_id = interpreter.card.background_id
         self._palette = interpreter.card.palette
+        # The first count in a process compiles, or finds and loads, its machine code: not in the middle of a shard.
+        tally(np.zeros((1, 1), np.uint8))
 
     def ok(self, ref: Ref, blob: Blob, picture: Picture, prediction: Any) -> dict[str, Any]:
         """The row of an image with a mask. Post-processing happens here; whatever it raises is raised.
@@ -62,20 +65,15 @@ class RowMaker:
         if not math.isfinite(prediction.mean_confidence):
             raise ValueError("the network's output holds NaN or infinity")
         class_ids, instances = self._interpreter.postprocess(prediction)
-        if class_ids is prediction.class_ids and self._interpreter.card.task == "semantic":
-            pixels = dict(zip(self._names, prediction.pixels.tolist(), strict=True))
-        else:
-            counts = count_pixels_by_class(class_ids)
-            pixels = {class_id: counts.get(class_id, 0) for class_id in self._names}
-        total = class_ids.size
-        background = 0 if self._background_id is None else pixels[self._background_id]
+        counted = tally(class_ids)
+        background = 0 if self._background_id is None else counted.pixels.get(self._background_id, 0)
         row = self._common(ref, blob) | picture._asdict()
         row |= {
             "status": "ok",
             "mean_confidence": float(prediction.mean_confidence),
             "mean_entropy": float(prediction.mean_entropy),
-            "foreground_fraction": 1.0 - background / total,
-            "classes": self._classes(class_ids, pixels, prediction.confidence),
+            "foreground_fraction": 1.0 - background / class_ids.size,
+            "classes": self._classes(counted, class_ids.size, prediction.confidence),
             "mask": {"bytes": encode_mask_png(class_ids, self._palette), "path": None},
             "mask_crc32": mask_crc32(class_ids, [one.rle for one in instances]),
         }
@@ -100,21 +98,18 @@ class RowMaker:
         row["image_modified"] = blob.modified if blob else None
         return row
 
-    def _classes(
-        self, class_ids: np.ndarray, pixels: Mapping[int, int], confidence: np.ndarray
-    ) -> list[dict[str, Any]]:
-        regions = count_regions_by_class(class_ids)
+    def _classes(self, counted: Tally, total: int, confidence: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
                 "class_id": class_id,
-                "name": self._names[class_id],
-                "pixels": count,
-                "fraction": count / class_ids.size,
+                "name": name,
+                "pixels": counted.pixels[class_id],
+                "fraction": counted.pixels[class_id] / total,
                 "mean_confidence": float(mean) if np.isfinite(mean) else None,
-                "regions": regions[class_id],
+                "regions": counted.regions[class_id],
             }
-            for (class_id, count), mean in zip(pixels.items(), confidence, strict=True)
-            if count
+            for (class_id, name), mean in zip(self._names.items(), confidence, strict=True)
+            if class_id in counted.pixels
         ]
 
     def _instance(self, one: Instance) -> dict[str, Any]:

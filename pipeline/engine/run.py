@@ -119,7 +119,7 @@ class _Segmentation:
         try:
             return self._continue() or self._plan_and_work()
         except duckdb.Error as error:
-            raise unreadable(self._dest, error) from error
+            raise self._unreadable(error) from error
         except StoppedError:
             # Before there was a run to drain: nothing is left behind.
             return self._outcome("interrupted", WorkCounts(), None)
@@ -138,7 +138,7 @@ class _Segmentation:
             counts = self._planner.preview(corpus)
             ours = [plan for plan in self._ledger.open_plans() if plan.command == self._planner.command]
         except duckdb.Error as error:
-            raise unreadable(self._dest, error) from error
+            raise self._unreadable(error) from error
         model = self._planner.model
         return Preview(model.card.name, model.version, counts, [plan.run_id for plan in ours], corpus)
 
@@ -228,6 +228,10 @@ class _Segmentation:
             if self._corpus.full_listing:
                 self._terms = self._terms._replace(listed=self._corpus.rows, listing_s=time.monotonic() - began_s)
         return self._corpus
+
+    def _unreadable(self, error: duckdb.Error) -> InfrastructureError:
+        in_place = self._corpus is not None and self._corpus.in_place
+        return unreadable(self._dest, error, or_else=f"the inventory {self._source}" if in_place else "")
 
     def _check_dest(self) -> None:
         """An unwritable DEST is found before any work; a store without conditional writes is named. Asks once."""

@@ -120,15 +120,18 @@ def _duckdb_type(arrow: pa.DataType) -> str:
     return _DUCKDB_TYPES[str(arrow)]
 
 
-def unreadable(dest: str, error: duckdb.Error) -> InfrastructureError:
-    """What DuckDB says of a table that it cannot read, in one sentence and without the SQL."""
+def unreadable(dest: str, error: duckdb.Error, *, or_else: str = "") -> InfrastructureError:
+    """What DuckDB says of a table that it cannot read, in one sentence and without the SQL. `or_else` names what else
+    it was reading.
+    """
     if os.strerror(errno.ENOSPC) in str(error):  # it reads the table, and writes in scratch
         return scratch_is_full()
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     # What a store raises reaches us as the text of a traceback: its last line says what happened. The SQL may follow.
     said = next((index for index, line in enumerate(lines) if index and line.startswith("LINE ")), len(lines))
     why = lines[said - 1] if "Traceback" in lines[0] else lines[0]
-    return InfrastructureError(f"the table at {dest} could not be read: {why}")
+    also = f", or {or_else}," if or_else else ""
+    return InfrastructureError(f"the table at {dest}{also} could not be read: {why}")
 
 
 def connect(dest: str, *, profile: str | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -466,6 +467,29 @@ def test_a_manifest_in_parquet_with_its_own_etags(bench: Bench, image_folder: Ca
     assert {row["listed_etag"] for row in rows_of(bench.dest)} == {"yesterday"}
     assert bench.segment(manifest).planned == 0
     assert bench.segment(photos).planned == 0
+
+
+def test_an_inventory_that_goes_while_it_is_planned_is_named(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts are read where they lie, in the same question as the table: either may be what fails."""
+    part = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"bucket": ["b"], "key": ["a.jpg"], "e_tag": ["e"]}), part)
+    md5 = hashlib.md5(part.read_bytes()).hexdigest()
+    source = tmp_path / "manifest.json"
+    files = [{"key": part.name, "MD5checksum": md5}]
+    source.write_text(json.dumps({"fileFormat": "Parquet", "files": files}))
+    read_source = engine_run.read_source
+
+    def read_then_lose(*args: Any, **kwargs: Any) -> Any:
+        corpus = read_source(*args, **kwargs)
+        part.unlink()
+        return corpus
+
+    monkeypatch.setattr(engine_run, "read_source", read_then_lose)
+    with pytest.raises(InfrastructureError, match=r"the table at .*, or the inventory file://.*manifest\.json, could not"):
+        bench.segment(source)
+    assert not part_paths(bench.dest)
 
 
 def test_all_in_memory(memory_folder: str, semantic_model: Path) -> None:
