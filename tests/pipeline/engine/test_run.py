@@ -487,7 +487,7 @@ def test_an_inventory_that_goes_while_it_is_planned_is_named(
         return corpus
 
     monkeypatch.setattr(engine_run, "read_source", read_then_lose)
-    with pytest.raises(InfrastructureError, match=r"the table at .*, or the inventory file://.*manifest\.json, could not"):
+    with pytest.raises(InfrastructureError, match=r"table at .*, or the inventory file:.*manifest\.json, could not"):
         bench.segment(source)
     assert not part_paths(bench.dest)
 
