@@ -160,15 +160,18 @@ def _decode_unended_jpeg(data: bytes, buffer: np.ndarray | None) -> np.ndarray:
 
 def _with_ends(data: bytes) -> Iterator[bytes]:
     """What a JPEG without its end marker may be, ended. Zeros at its end are padding, or a place made for it that was
-    never filled; part of the picture only where zeros stand for flat blocks, of which a decoder finds as many as it
-    likes."""
+    never filled; part of the picture only where zeros stand for flat blocks, and are no more than these can take."""
     if not data.endswith(_ZEROS):
         yield data + _END
         return
-    size_bytes = len(data) - int((np.frombuffer(data, np.uint8)[::-1] != 0).argmax())
-    size_bytes += data[size_bytes - 1] == 0xFF  # which in a scan is followed by a zero of its own
-    yield data[:size_bytes] + _END
-    if header.jpeg_zeros_are_flat(data):
+    size_bytes = len(data)
+    while data.endswith(_ZEROS, 0, size_bytes):  # by far faster than byte by byte
+        size_bytes -= len(_ZEROS)
+    written = data[:size_bytes].rstrip(b"\0")
+    if written.endswith(b"\xff"):  # which in a scan is followed by a zero of its own
+        written += b"\0"
+    yield written + _END
+    if len(data) - len(written) <= header.jpeg_flat_bytes(data):
         yield data + _END
 
 

@@ -152,16 +152,44 @@ def jpeg_has_one_scan(data: bytes) -> bool:
     return False
 
 
-def jpeg_zeros_are_flat(data: bytes) -> bool:
-    """Whether zero bits say "nothing more in this block" by any of a JPEG's Huffman tables: the shortest code is all
-    zeros, and belongs to the first symbol (ITU-T T.81, annex C)."""
+def jpeg_flat_bytes(data: bytes) -> int:
+    """How many bytes of zeros can stand for blocks of one colour in a JPEG of one scan, at most: 0 where none can.
+
+    The shortest Huffman code is all zeros, and belongs to a table's first symbol (ITU-T T.81, annex C). A block is a
+    code for its mean, as many bits as that says, and, if it is flat, the code for "nothing more in this block".
+    """
+    blocks = bits = 0
+    firsts: dict[int, tuple[int, int]] = {}
     for marker, start, end in _jpeg_segments(data):
+        if marker in _FRAMES:
+            blocks = _jpeg_blocks(data[start:end])
         at = start
         while marker == _DHT and at + 17 < min(end, len(data)):
-            if data[at] >> 4 == 1 and data[at + 17] == 0:
-                return True
-            at += 17 + sum(data[at + 1 : at + 17])
-    return False
+            counts = data[at + 1 : at + 17]
+            firsts[data[at]] = next((length for length, count in enumerate(counts, 1) if count), 0), data[at + 17]
+            at += 17 + sum(counts)
+        if marker == _SOS and start < len(data):
+            for tables in data[start + 2 : min(end, start + 1 + 2 * data[start]) : 2]:
+                mean_bits, more_bits = firsts.get(tables >> 4, (0, 0))
+                rest_bits, rest = firsts.get(0x10 | tables & 15, (0, 1))
+                if rest != 0:
+                    return 0
+                bits = max(bits, mean_bits + more_bits + rest_bits)
+    # A byte more for a code that began before the zeros, and one that is filled up with ones.
+    return blocks * bits // 8 + 2
+
+
+def _jpeg_blocks(frame: bytes) -> int:
+    """How many blocks of 8 × 8 a frame's header speaks of, at most; 0 where it is damaged."""
+    if len(frame) < 6 or len(frame) < 6 + 3 * frame[5]:
+        return 0
+    factors = [(frame[at] >> 4, frame[at] & 15) for at in range(7, 6 + 3 * frame[5], 3)]
+    across, down = max((one for one, _ in factors), default=0), max((one for _, one in factors), default=0)
+    if not across or not down:
+        return 0
+    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
+    units = -(-height // (8 * down)) * -(-width // (8 * across))
+    return units * sum(x * y for x, y in factors)
 
 
 def jpeg_lacks_end(data: bytes) -> bool:
