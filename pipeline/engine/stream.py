@@ -131,7 +131,6 @@ class Stream:
         self._window_bytes = 0
         self._outstanding = 0
         self._decoding = 0
-        self._encoding = 0
         self._area_px = 1 << 30  # of the last image; none was seen yet
         self._fetch_s = 0.0  # what the last few took to fetch, each
         self._small_under_way = False
@@ -246,14 +245,7 @@ class Stream:
             return found
 
     def _found_task(self) -> tuple[Answered | list[Fetched], bool] | None:
-        """What there is to do now. Called with the lock held.
-
-        Rows before pixels, but half of the threads at most make rows while no more wait: counting regions holds the
-        interpreter, decoding does not, so that a thread of each disturb each other less than two of one kind.
-        """
-        rows_can_wait = self._encoding >= (self._config.threads + 1) // 2 and len(self._to_encode) < 2
-        if rows_can_wait:
-            return self._found_pixels() or self._found_rows()
+        """What there is to do now, rows first. Called with the lock held."""
         return self._found_rows() or self._found_pixels()
 
     def _found_rows(self) -> tuple[Answered, bool] | None:
@@ -265,12 +257,7 @@ class Stream:
         small = not batch.shape.tiles and int(batch.image_sizes_N2.prod(axis=1).max()) <= _SMALL_PIXELS
         if not self._admitted(small):
             return None
-        return self._take_answered(), small
-
-    def _take_answered(self) -> Answered:
-        """Called with the lock held."""
-        self._encoding += 1
-        return self._to_encode.popleft()
+        return self._to_encode.popleft(), small
 
     def _found_pixels(self) -> tuple[list[Fetched], bool] | None:
         """Called with the lock held."""
@@ -482,7 +469,7 @@ class Stream:
                     self._state.notify_all()
                 if not self._to_encode:
                     self._state.wait()
-                answered = self._take_answered() if self._to_encode else None
+                answered = self._to_encode.popleft() if self._to_encode else None
             if answered is not None:
                 self._encode(answered)
 
@@ -546,7 +533,6 @@ class Stream:
         finally:
             with self._state:
                 self._rack.retire(batch)
-                self._encoding -= 1
                 self._outstanding -= 1
                 self._state.notify_all()
 

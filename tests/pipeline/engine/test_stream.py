@@ -21,8 +21,6 @@ from models.architectures import untrained_card
 from models.card import Card
 from models.masks import decode_mask_png
 from models.segmenter import Prediction
-from pipeline.engine.batches import Batch, Shape
-from pipeline.engine.forward import Answered
 from pipeline.engine.intake import place_image
 from pipeline.engine.messages import StreamConfig
 from pipeline.engine.rows import RowMaker
@@ -433,32 +431,6 @@ def test_close_ends_a_stream_that_is_full_to_the_brim(tmp_path: Path) -> None:
     assert not closing.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         future.result(timeout=1)
-
-
-@pytest.mark.parametrize(
-    ("encoding", "waiting", "takes"),
-    [(0, 1, "rows"), (1, 1, "rows"), (2, 1, "pixels"), (2, 2, "rows"), (2, 0, "pixels"), (4, 5, "rows")],
-)
-def test_half_of_the_threads_make_rows_unless_rows_pile_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: int, waiting: int, takes: str
-) -> None:
-    monkeypatch.setattr(Stream, "_pool_loop", lambda stream: None)
-    stream = Stream(Threshold(), fetch=open_storage("file:///").get, config=StreamConfig(threads=4), stamp={})
-    stream.submit(refs(write(tmp_path, [(64, 64)])), lambda rows: None)
-    answered = Answered(Batch(Shape(256, 256), np.zeros((1, 256, 256, 3), np.uint8)), [], 0.0, 1)
-    answered.batch.image_sizes_N2[:] = 256
-    with stream._state:
-        stream._encoding = encoding
-        stream._to_encode.extend([answered] * waiting)
-        task, _ = stream._found_task()
-        assert takes == ("rows" if isinstance(task, Answered) else "pixels")
-        stream._to_encode.clear()
-        if takes == "rows":  # and where there are no rows, or no pixels, the other
-            assert not isinstance(stream._found_task()[0], Answered)
-        else:
-            stream._to_encode.append(answered)
-            assert stream._found_task()[0] is answered
-    stream.close()
 
 
 @pytest.mark.parametrize(
