@@ -5,9 +5,9 @@
 
 One process, no Ray, no Prefect, no object store, no database, nothing from the network (needed beside torch and
 torchvision: numpy, pyarrow, pydantic, opencv, pillow, rich, scipy, scikit-image, tifffile, timm, safetensors, and
-segmentation-models-pytorch, pycocotools, connected-components-3d, simplejpeg, zlib-ng); under 8 minutes on an H200
-(what is left at `--budget-s` is skipped, by name). Images are JPEGs made here, on local disk. For each network and
-size, images/s:
+segmentation-models-pytorch, pycocotools, connected-components-3d, numba, simplejpeg, zlib-ng); under 8 minutes on an
+H200 (what is left at `--budget-s` is skipped, by name). Images are JPEGs made here, on local disk. For each network
+and size, images/s:
 
 - `fp32 eager`: the library's network called on a batch that is on the device already, NCHW, as torch is shipped (which
   lets convolutions use TensorFloat-32), and `strict`, without that; detectors with their own post-processing.

@@ -1,14 +1,13 @@
 """What is counted on a finished mask: pixels and regions of every class. Owns: the counting, and its machine code.
 Must not know: torch, networks, encodings, tables.
 
-Compiled by Numba when it is first called in a process, and kept beside this file or in the user's cache where either
-can be written to. It holds no interpreter lock: threads count side by side (docs/decisions/0019).
+Compiled by Numba when it is first called in a process, which takes a second, and never kept: what was kept could come
+from another processor, or be damaged. It holds no interpreter lock: threads count side by side (docs/decisions/0019).
 """
 
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,14 +42,11 @@ def tally(class_ids: NDArray[np.uint8]) -> Tally:
 @functools.cache
 def _compiled() -> Callable[[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]], None]:
     """`_count` as machine code."""
-    import numba  # 0.2 s: only who counts pays for it
+    import numba  # 0.1 s: only who counts pays for it
 
     counts = numba.int64[::1]
     signature = numba.void(numba.types.Array(numba.uint8, 2, "C", readonly=True), counts, counts)
-    try:
-        return numba.njit(signature, nogil=True, cache=True)(_count)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # no place for it, a full disk, half a file
-        return numba.njit(signature, nogil=True)(_count)
+    return numba.njit(signature, nogil=True)(_count)
 
 
 def _count(mask: NDArray[np.uint8], pixels: NDArray[np.int64], regions: NDArray[np.int64]) -> None:

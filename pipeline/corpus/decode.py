@@ -164,10 +164,10 @@ def _with_ends(data: bytes) -> Iterator[bytes]:
     if not data.endswith(_ZEROS):
         yield data + _END
         return
-    size_bytes = len(data)
-    while data.endswith(_ZEROS, 0, size_bytes):  # by far faster than byte by byte
+    scan, size_bytes = header.jpeg_scan(data), len(data)
+    while data.endswith(_ZEROS, scan, size_bytes):  # by far faster than byte by byte
         size_bytes -= len(_ZEROS)
-    written = data[:size_bytes].rstrip(b"\0")
+    written = data[:scan] + data[scan:size_bytes].rstrip(b"\0")
     if written.endswith(b"\xff"):  # which in a scan is followed by a zero of its own
         written += b"\0"
     yield written + _END

@@ -145,7 +145,7 @@ def jpeg_has_one_scan(data: bytes) -> bool:
     """Whether a JPEG's first scan holds all components entirely, so that none can be missing after it."""
     components = 0
     for marker, start, end in _jpeg_segments(data):
-        if marker in (0xC0, 0xC1, 0xC9) and end <= len(data):
+        if marker in (0xC0, 0xC1, 0xC9) and start + 5 < min(end, len(data)):
             components = data[start + 5]
         elif marker == _SOS and start < len(data):
             return data[start] == components
@@ -175,8 +175,8 @@ def jpeg_flat_bytes(data: bytes) -> int:
                 if rest != 0:
                     return 0
                 bits = max(bits, mean_bits + more_bits + rest_bits)
-    # A byte more for a code that began before the zeros, and one that is filled up with ones.
-    return blocks * bits // 8 + 2
+    # A code of 16 bits with 15 of its own may have begun before the zeros, with its block's end behind it.
+    return blocks * bits // 8 + 8
 
 
 def _jpeg_blocks(frame: bytes) -> int:
@@ -192,11 +192,16 @@ def _jpeg_blocks(frame: bytes) -> int:
     return units * sum(x * y for x, y in factors)
 
 
+def jpeg_scan(data: bytes) -> int | None:
+    """Where a JPEG's first scan begins, behind its header; None where there is none."""
+    return next((end for marker, _, end in _jpeg_segments(data) if marker == _SOS), None)
+
+
 def jpeg_lacks_end(data: bytes) -> bool:
     """Whether no end marker follows the first scan's header. Whatever follows an end marker does not matter."""
     if data.endswith(_EOI):
         return False
-    scan = next((end for marker, _, end in _jpeg_segments(data) if marker == _SOS), None)
+    scan = jpeg_scan(data)
     # Among the bits of a scan 0xFF is always followed by 0x00 or a restart marker.
     return scan is not None and data.rfind(_EOI, scan) < 0
 

@@ -130,7 +130,8 @@ def read_source(
             if found.query.rows == 0:
                 raise UsageError(found.hint)
             query = found.query
-            return Corpus(query.sql, query.rows, query.distinct, False, uri, in_place=True)
+            # Parts in a store were copied.
+            return Corpus(query.sql, query.rows, query.distinct, False, uri, in_place=uri_scheme(uri) == "file")
         path, signed_path = folder / "corpus.parquet", folder / "signed.parquet"
         with _Addresses(signed_path) as addresses, EtagFiller(profile, head_threads) as filler:
             rows = _write(path, (addresses.split(filler.fill(batch)) for batch in found.batches))

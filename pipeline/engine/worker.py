@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _SOFTWARE = (
     "maskmill", "torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy", "scipy", "scikit-image",
     "opencv-python-headless", "pillow", "simplejpeg", "tifffile", "imagecodecs",
-    "pycocotools", "connected-components-3d", "zlib-ng", "pyarrow",
+    "pycocotools", "connected-components-3d", "numba", "llvmlite", "zlib-ng", "pyarrow",
     "duckdb", "obstore", "ray",
 )  # fmt: skip
 

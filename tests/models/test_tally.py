@@ -107,34 +107,10 @@ def test_threads_count_at_the_same_time() -> None:
     assert _compiled().targetoptions["nogil"] is True  # type: ignore[attr-defined]
 
 
-_IN_A_NEW_PROCESS = """
-import resource, signal, sys
-import numpy as np
-from models.tally import tally
-if sys.argv[1] == "full":  # what a full disk does, for any file
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
-print(tally(np.array([[0, 1], [1, 0]], np.uint8)).regions)
-"""
-
-
-def counted_in_a_new_process(cache: str, how: str = "") -> str:
-    environment = os.environ | {"NUMBA_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _IN_A_NEW_PROCESS, how]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-def test_it_counts_where_machine_code_cannot_be_kept(tmp_path: Path) -> None:
-    right = "{0: 1, 1: 1}\n"
-    assert counted_in_a_new_process("/dev/null/nowhere") == right
-    assert counted_in_a_new_process(str(tmp_path), "full") == right
-    assert not list(tmp_path.rglob("*.nbc"))
-    assert counted_in_a_new_process(str(tmp_path)) == right
-    (kept,) = tmp_path.rglob("*.nbc")
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert counted_in_a_new_process(str(tmp_path)) == right
-    kept.write_bytes(b"")
-    assert counted_in_a_new_process(str(tmp_path)) == right
-    (index,) = tmp_path.rglob("*.nbi")
-    index.write_bytes(b"")
-    assert counted_in_a_new_process(str(tmp_path)) == right
+def test_machine_code_is_not_kept(tmp_path: Path) -> None:
+    """Files of it are believed unseen: of another processor's, or damaged, one may crash, or count wrong."""
+    code = "import numpy as np; from models.tally import tally; print(tally(np.eye(3, dtype=np.uint8)).regions)"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "{0: 1, 1: 1}\n"
+    assert not list(tmp_path.rglob("*"))

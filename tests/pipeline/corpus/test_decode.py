@@ -298,6 +298,24 @@ def test_zeros_are_no_more_than_flat_blocks_can_take() -> None:
     assert header.jpeg_flat_bytes(encode(PICTURE, "JPEG")) == 0  # by the usual tables zeros are waves, not flat
 
 
+@pytest.mark.parametrize("shape", [(700, 700), (700, 700, 3)])
+def test_a_picture_of_zeros_alone_may_lack_its_end(shape: tuple[int, ...]) -> None:
+    """Of the middle gray every block is zeros, and the header of the scan ends in one, too."""
+    options = (cv2.IMWRITE_JPEG_OPTIMIZE, 1)
+    data = cv2.imencode(".jpg", np.full(shape, 128, np.uint8), options)[1].tobytes()
+    assert data[:-3].endswith(bytes(512))
+    np.testing.assert_array_equal(decode(data[:-2], max_pixels=LIMIT).pixels, np.full((700, 700, 3), 128))
+    assert kind_of(data[:-600]) == "truncated"
+
+
+def test_a_frame_that_is_cut_off_in_its_header_has_no_scan() -> None:
+    data = encode(PICTURE, "JPEG")
+    at = data.index(b"\xff\xc0")
+    short = data[:at] + b"\xff\xc0\x00\x04\x08\x00" + data[data.index(b"\xff\xda") :]
+    assert not header.jpeg_has_one_scan(short) and header.jpeg_flat_bytes(short) == 0
+    assert kind_of(short) == "corrupt"
+
+
 def test_only_an_end_marker_after_the_scan_ends_a_jpeg() -> None:
     data = encode(PICTURE, "JPEG")
     pixels = decode(data, max_pixels=LIMIT).pixels
