@@ -34,9 +34,9 @@ _RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _POLL_S = 0.5
 _STATUS_EVERY_S = 2.0
 _AWAY_TIMEOUT_S = 120.0
-#: A cluster that has just come up answers before it has anybody to start a job; then it says so.
+#: A cluster that has just come up, or is busy, answers while it has nobody to start a job; then it says so.
 _NO_AGENT = "No available agent"
-_AGENT_TIMEOUT_S = 25.0
+_AGENT_TIMEOUT_S = 60.0
 #: What a job needs, beside its drain, to write down what it came to.
 _CLOSE_TIMEOUT_S = 5.0
 
