@@ -49,7 +49,7 @@ class Layout(NamedTuple):
         ray = [
             sys.executable, str(ROOT / "infra" / "local_ray.py"), "--port", ports["ray"],
             "--dashboard-port", ports["dashboard"], "--metrics-port", ports["metrics"],
-            "--folder", str(self._ray_folder()),
+            "--folder", str(self.ray_folder),
         ]  # fmt: skip
         prefect = [sys.executable, "-m", "prefect"]
         server = [*prefect, "server", "start", "--host", HOST, "--port", ports["prefect"]]
@@ -96,16 +96,20 @@ class Layout(NamedTuple):
             }
         return found
 
-    def _ray_folder(self) -> Path:
+    @property
+    def ray_folder(self) -> Path:
         """Where the folder `ray` is: this one, unless its name is too long for Ray's sockets."""
         if len(str(self.folder)) + _SOCKET_DEPTH <= 107:
             return self.folder
-        short = Path(tempfile.gettempdir(), f"maskmill-{self.mark[:8]}")
-        (short / "ray").mkdir(parents=True, mode=0o700, exist_ok=True)
+        return Path(tempfile.gettempdir(), f"maskmill-{self.mark[:8]}")
+
+    def make_ray_folder(self) -> None:
+        """With a link to it in this site's folder, where it lies elsewhere."""
+        found = self.ray_folder / "ray"
+        found.mkdir(parents=True, mode=0o700, exist_ok=True)
         link = self.folder / "ray"
-        if not link.is_symlink():
-            link.symlink_to(short / "ray")
-        return short
+        if self.ray_folder != self.folder and not link.is_symlink():
+            link.symlink_to(found)
 
     def _ray_nodes(self) -> int:
         """Living nodes of the cluster, as its dashboard says."""

@@ -92,6 +92,8 @@ class Site:
 
     def start(self, part: Part) -> None:
         """Raises SiteError where a port is taken, or where it does not become healthy at any of its tries."""
+        if part.name == "ray":
+            self.layout.make_ray_folder()
         for name in part.ports:
             if is_taken(self.ports[name]):
                 raise SiteError(

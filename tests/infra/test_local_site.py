@@ -19,8 +19,19 @@ import psutil
 import pytest
 from harness import wait_until, write_images, write_tiny_model
 
+from infra.local_parts import PORTS, Layout
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["store", "prefect-server", "ray", "prefect-worker"]
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For what a site leaves there, and its killed processes. With a short name: Ray's sockets need that."""
+    folder = tempfile.mkdtemp(prefix="s-")
+    monkeypatch.setenv("TMPDIR", folder)
+    yield
+    shutil.rmtree(folder)
 
 
 def site(folder: Path, *arguments: str, status: int = 0, environment: dict[str, str] | None = None) -> str:
@@ -89,6 +100,22 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         said = site(tmp_path / "site", "up", "--free-ports", "--store-port", str(port), status=1)
     assert f"port {port}" in said and "--store-port" in said
     assert "Nothing was up" in site(tmp_path / "site", "down")
+
+
+def test_ray_has_a_short_folder_which_only_its_start_makes(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    deep = Layout(tmp_path / ("n" * 100), mark, dict(PORTS), own_store=True)
+    deep.folder.mkdir()
+    deep.parts()
+    assert deep.ray_folder == Path(tempfile.gettempdir(), f"maskmill-{mark[:8]}") and not deep.ray_folder.exists()
+    try:
+        for _ in range(2):
+            deep.make_ray_folder()
+        assert deep.folder.joinpath("ray").resolve() == deep.ray_folder / "ray"
+        assert deep.ray_folder.joinpath("ray").stat().st_mode & 0o777 == 0o700
+    finally:
+        shutil.rmtree(deep.ray_folder)
+    assert Layout(Path("/home/me/.site"), mark, dict(PORTS), own_store=True).ray_folder == Path("/home/me/.site")
 
 
 @pytest.mark.slow
