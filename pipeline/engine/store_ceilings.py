@@ -19,7 +19,8 @@ from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import cores
 from pipeline.engine.limits import StoreCeiling
-from pipeline.storage import Blob, open_storage, store_root, uri_scheme
+from pipeline.errors import InfrastructureError
+from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
 
 _T = TypeVar("_T")
 _SAMPLE_IMAGES = 64
@@ -90,15 +91,20 @@ def listing_of(
 
 
 def sample_of(corpus: Corpus) -> list[str]:
-    """Images from all over the corpus, of one store."""
+    """Images from all over the corpus, of one store. Raises InfrastructureError where an inventory that is read in
+    place is gone meanwhile."""
     step = max(1, corpus.rows // _SAMPLE_IMAGES)
     found: list[str] = []
     at = 0
-    with duckdb.connect() as connection:
-        for batch in connection.sql(f"SELECT uri FROM {corpus.sql}").to_arrow_reader():
-            rows = range(-at % step, batch.num_rows, step)
-            found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
-            at += batch.num_rows
+    try:
+        with duckdb.connect() as connection:
+            for batch in connection.sql(f"SELECT uri FROM {corpus.sql}").to_arrow_reader():
+                rows = range(-at % step, batch.num_rows, step)
+                found += batch.column("uri").take(np.array(list(rows), np.int64)).to_pylist()
+                at += batch.num_rows
+    except duckdb.Error as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InfrastructureError(f"{recorded_uri(corpus.source)} could not be read: {why}") from error
     return [uri for uri in found if store_root(uri) == store_root(found[0])][:_SAMPLE_IMAGES]
 
 

@@ -13,11 +13,13 @@ from handmade import make_image, make_part
 from tables import whole_row
 
 import pipeline
+from pipeline.corpus.manifest import Corpus
 from pipeline.engine import placement
 from pipeline.engine.ceilings import measure, unlike_rows
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
-from pipeline.errors import UsageError
+from pipeline.engine.store_ceilings import sample_of
+from pipeline.errors import InfrastructureError, UsageError
 
 WORKER = {"node": "a", "device": "cpu", "name": "Abacus", "cores": 4}
 
@@ -217,6 +219,12 @@ def test_rows_made_for_a_part_are_as_large_as_those_of_other_images() -> None:
             assert sorted(one["rle"]["counts"]) == sorted(other["rle"]["counts"])
             assert one["bbox"] == other["bbox"]
     assert len(make_part(made)) > 2 * len(make_part([rows[i % 8] for i in range(200)]))
+
+
+def test_an_inventory_that_goes_meanwhile_is_named() -> None:
+    gone = Corpus("read_parquet(['/nowhere/part.parquet'])", 100, True, False, "file:///lists/manifest.json")
+    with pytest.raises(InfrastructureError, match=r"lists/manifest\.json could not be read: IO Error"):
+        sample_of(gone)
 
 
 @pytest.mark.slow
