@@ -23,6 +23,7 @@ from pipeline.errors import UsageError
 from pipeline.storage import (
     CREDENTIALS_ADVICE,
     CREDENTIALS_BEFORE_BUCKET,
+    CREDENTIALS_BEFORE_HOST,
     LISTING_SCHEMA,
     Storage,
     join_uri,
@@ -46,9 +47,9 @@ def read_entries(uri: str, storage: Storage) -> Iterator[pa.RecordBatch]:
     Entries without a scheme are paths: relative ones lie beside the manifest. Everything else is taken raw,
     never percent-decoded. An etag, size or time that the file does not give is null; etags lose their quotes
     and `W/`.
-    Raises UsageError for a file that cannot be read as what its suffix says, that has no column for the URI,
-    in which a row has none, or one with credentials before a bucket's name. Local files are read piece by piece;
-    remote ones are fetched whole first.
+    Raises UsageError for a file that cannot be read as what its suffix says, that has no column for the URI, in which
+    a row has none, or one with credentials before a bucket's name or with a slash in them. Local files are read piece
+    by piece; remote ones are fetched whole first.
     """
     shown = without_secrets(uri)
     folder = _location(uri).rpartition("/")[0]
@@ -74,12 +75,13 @@ def _refuse_credentials(uris: pa.Array, shown: str, row: int) -> None:
     # Few names have an @, which is told for a tenth of a regex.
     if not pc.any(pc.match_substring(uris, "@")).as_py():
         return
-    at = pc.index(pc.match_substring_regex(uris, CREDENTIALS_BEFORE_BUCKET), True).as_py()
-    if at >= 0:
-        raise UsageError(
-            f"the manifest {shown!r} holds credentials in row {row + at + 1}, before the bucket of "
-            f"{without_secrets(uris[at].as_py())!r}: {CREDENTIALS_ADVICE}"
-        )
+    for where, what in ((CREDENTIALS_BEFORE_BUCKET, "bucket"), (CREDENTIALS_BEFORE_HOST, "host")):
+        at = pc.index(pc.match_substring_regex(uris, where), True).as_py()
+        if at >= 0:
+            raise UsageError(
+                f"the manifest {shown!r} holds credentials in row {row + at + 1}, before the {what} of "
+                f"{without_secrets(uris[at].as_py())!r}: {CREDENTIALS_ADVICE}"
+            )
 
 
 def columns_of(batch: pa.RecordBatch) -> dict[str, pa.Array]:
@@ -123,6 +125,8 @@ def as_listing(
         etag = pc.utf8_trim(pc.replace_substring_regex(etag, r"\AW/", ""), characters='"')
     moment = modified if modified is not None else nulls
     if pa.types.is_string(moment.type) or pa.types.is_large_string(moment.type):
+        date = pc.match_substring_regex(moment, r"\A\d{4}-\d\d-\d\d\z")
+        moment = pc.if_else(date, pc.binary_join_element_wise(moment, "T00:00:00Z", ""), moment)
         zoned = pc.match_substring_regex(moment, r"(?:Z|[+-]\d\d:?\d\d)\z")
         moment = pc.if_else(zoned, moment, pc.binary_join_element_wise(moment, "Z", ""))
     elif pa.types.is_timestamp(moment.type) and moment.type.tz is None:
@@ -186,6 +190,7 @@ def _read_parquet(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
 
 def _read_csv(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     parse = pacsv.ParseOptions(newlines_in_values=True)
+    _refuse_open_quote(stream)
     # Not by a reader of Arrow's, which reads ahead in a thread: it would take blocks away from the one below.
     names = _csv_names(stream.read(_HEADER_BYTES))
     stream.seek(0)
@@ -199,6 +204,26 @@ def _read_csv(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         strings_can_be_null=True,
     )
     yield from pacsv.open_csv(stream, parse_options=parse, convert_options=convert)
+
+
+def _refuse_open_quote(stream: pa.NativeFile) -> None:
+    """Arrow takes a file that was cut off inside a quoted value for whole. Few hold an odd number of quotes."""
+    quotes = 0
+    while block := stream.read(_HEADER_BYTES):
+        quotes += block.count(b'"')
+    stream.seek(0)
+    if quotes % 2 == 0:
+        return
+    text = io.TextIOWrapper(stream, "utf-8", "replace", newline="")
+    try:
+        for _ in csv.reader(text, strict=True):
+            pass
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise _EntryError("it ends inside a quoted value: it was cut off") from error
+    finally:
+        text.detach()  # it would close the stream
+    stream.seek(0)
 
 
 def _csv_names(head: bytes) -> list[str]:

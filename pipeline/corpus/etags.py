@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage import LISTING_SCHEMA, ObjectInfo, Storage, open_storage
+from pipeline.storage import (
+    LISTING_SCHEMA,
+    ObjectInfo,
+    Storage,
+    hide_secrets,
+    is_chain,
+    open_storage,
+    store_root,
+    without_secrets,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +76,17 @@ class EtagFiller:
         return pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
 
     def _open(self, uri: str) -> Storage | None:
-        scheme, _, rest = uri.partition("://")
-        root = "file:///" if scheme == "file" else f"{scheme}://{rest.partition('/')[0]}"
+        if is_chain(uri):  # each is a store of its own, which none can open
+            return None
+        root = store_root(uri)
         if root not in self._storages:
             try:
                 self._storages[root] = open_storage(root, profile=self._profile)
             except (UsageError, StorageError) as error:
                 log.warning("%s", error)
+                self._storages[root] = None
+            except Exception as error:  # noqa: BLE001 - the per-image boundary: the run will say it in its row
+                log.warning("%r could not be opened: %s", without_secrets(root), hide_secrets(str(error)))
                 self._storages[root] = None
         return self._storages[root]
 
@@ -86,3 +99,6 @@ class EtagFiller:
             return None
         except StorageError as error:
             return error
+        except Exception as error:  # noqa: BLE001 - the per-image boundary: the run will say it in its row
+            why = hide_secrets(f"{type(error).__name__}: {error}")
+            return StorageError(f"could not look at {without_secrets(uri)!r}: {why}", kind="fetch_failed")

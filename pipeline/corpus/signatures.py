@@ -26,7 +26,7 @@ ADDRESSES = pa.schema([("uri", pa.string()), ("address", pa.string())])
 _KNOWN_STORES = ("file", "s3", "gs", "memory")
 # A quick look at many: a password before the host, or a parameter that could be a signature.
 _PERHAPS = (
-    r"(?i)(?:\A|::)[a-z][a-z0-9+.\-]*://(?:[^/]*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
+    r"(?i)(?:\A|::|://)[a-z][a-z0-9+.\-]*://(?:[^/]*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
 )
 #: (what proves the kind of signature, all parameters that belong to it), of parameters' names in lower case.
 _KINDS = [
@@ -51,8 +51,6 @@ def identity(address: str) -> str:
 
 def _identity(link: str) -> str:
     bare = without_password(link)
-    if not bare.lower().startswith(("http://", "https://")):
-        return bare
     place, mark, query = bare.partition("?")
     parts = query.split("&") if mark else []
     names = [part.partition("=")[0].lower() for part in parts]

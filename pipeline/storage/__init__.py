@@ -13,6 +13,7 @@ from pipeline.storage.blob import LISTING_SCHEMA, Blob, ObjectInfo, Storage, def
 from pipeline.storage.uris import (
     CREDENTIALS_ADVICE,
     CREDENTIALS_BEFORE_BUCKET,
+    CREDENTIALS_BEFORE_HOST,
     chain_links,
     check_web_address,
     clean_etag,
@@ -20,6 +21,7 @@ from pipeline.storage.uris import (
     file_uri,
     hide_secrets,
     holds_secret,
+    is_chain,
     join_uri,
     local_path,
     normalize_uri,
@@ -36,6 +38,7 @@ from pipeline.storage.uris import (
 __all__ = [
     "CREDENTIALS_ADVICE",
     "CREDENTIALS_BEFORE_BUCKET",
+    "CREDENTIALS_BEFORE_HOST",
     "LISTING_SCHEMA",
     "Blob",
     "ObjectInfo",
@@ -47,6 +50,7 @@ __all__ = [
     "file_uri",
     "hide_secrets",
     "holds_secret",
+    "is_chain",
     "join_uri",
     "local_path",
     "normalize_uri",

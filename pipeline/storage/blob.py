@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.storage.uris import without_secrets
+from pipeline.storage.uris import hide_secrets, without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -213,9 +213,7 @@ def failure_text(error: BaseException) -> str:
     answer = re.search(r"<Code>([^<]*)</Code>(?:\s*<Message>([^<]*)</Message>)?", text)
     if answer:
         return f"{answer[1]}: {answer[2] or ''}".rstrip(": ")[:300]
-    text = text.partition("\n")[0].partition("<?xml")[0]
-    text = re.sub(r"(https?://)[^/@\s]*@", r"\1", text)
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text).strip()[:300]
+    return hide_secrets(text.partition("\n")[0].partition("<?xml")[0]).strip()[:300]
 
 
 def listing_batch(uris: list[str], etags: list[str], sizes: list[int], modified_us: list[int | None]) -> pa.RecordBatch:

@@ -29,7 +29,15 @@ from pipeline.storage.blob import (
     wait_before_retry,
 )
 from pipeline.storage.parallel import Jobs, spread
-from pipeline.storage.uris import check_web_address, clean_etag, join_uri, uri_scheme, without_secrets
+from pipeline.storage.uris import (
+    check_web_address,
+    clean_etag,
+    is_chain,
+    join_uri,
+    refuse_chain,
+    uri_scheme,
+    without_secrets,
+)
 
 _ATTEMPTS = 4
 _ROWS_PER_BATCH = 5_000
@@ -37,6 +45,8 @@ _STALE_TEMPORARY = timedelta(days=1)
 _READ_ONLY = ("http", "https")
 # fsspec's client is one connection, on which threads would talk at once.
 _ONE_AT_A_TIME = ("ftp", "ftps")
+# fsspec's way to copy from one store to another; asked for a file it calls itself for ever.
+_NO_STORES = ("generic",)
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
     "LastModified",
@@ -65,6 +75,12 @@ class RemoteStorage:
         self._prepare()
 
     def _prepare(self) -> None:
+        if is_chain(self.root):
+            refuse_chain(self.root)
+        if self._scheme in _NO_STORES:
+            raise UsageError(
+                f"{without_secrets(self.root)!r}: {self._scheme}:// is no store; name the one that is meant"
+            )
         if self._scheme in _ONE_AT_A_TIME:
             raise UsageError(
                 f"{without_secrets(self.root)!r}: {self._scheme}:// is not served, since its client in fsspec cannot "

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 from pipeline.errors import UsageError
@@ -35,8 +36,13 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*(?:://|::))")
 _BEGINS_CHAIN = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*::)+[A-Za-z][A-Za-z0-9+.\-]*://")
 _WEB = ("http://", "https://")
+_NAMES = ("file://", "s3://", "gs://", "memory://")
+# Of an address within another: `cached://https://me:password@host`.
+_NESTED_PASSWORD = re.compile(r"(?<=://)[^/?@]*@")
 #: No bucket has an @ in its name, but a secret key may have a slash. For Python and RE2.
 CREDENTIALS_BEFORE_BUCKET = r"\A(?i:s3|gs)://(?:[^/]*@|[A-Z0-9]{16,}:[^@]*@)"
+#: A password with a slash ends what reads as the host: there a colon is followed by no port. For Python and RE2.
+CREDENTIALS_BEFORE_HOST = r"\A(?i:https?)://[^/?@:\[]*:[0-9]*[^/?@0-9][^/?@]*[/?][^@]*@"
 CREDENTIALS_ADVICE = (
     "credentials do not belong in an address, where they are shown and kept: make these invalid, and give others by "
     "a profile or by environment variables"
@@ -48,7 +54,8 @@ def normalize_uri(text: str) -> str:
     they are.
 
     `file:/x` becomes `file:///x`. Raises UsageError for an empty text, for a `file://` URI that is not absolute, for
-    credentials before a bucket's name, and for a chain that begins with no address, as `simplecache::s3://b/k`."""
+    credentials before a bucket's name or with a slash in them, and for a chain that begins with no address, as
+    `simplecache::s3://b/k`."""
     if not text:
         raise UsageError("an empty URI; give a folder such as ./photos or s3://bucket/photos")
     if text.startswith("file:") and not text.startswith("file://"):
@@ -60,11 +67,11 @@ def normalize_uri(text: str) -> str:
             raise UsageError(
                 f"{shown!r} is not absolute; write file:///folder/name with three slashes, or a plain path"
             )
-        if re.match(CREDENTIALS_BEFORE_BUCKET, text):
+        if re.match(CREDENTIALS_BEFORE_BUCKET, text) or re.match(CREDENTIALS_BEFORE_HOST, text):
             raise UsageError(f"{without_secrets(text)!r}, as it was given, holds credentials: {CREDENTIALS_ADVICE}")
         return text
     if _BEGINS_CHAIN.match(text):
-        raise UsageError(f"{without_secrets(text)!r} is a chain of stores, which cannot be opened: name one store")
+        refuse_chain(text)
     return file_uri(os.path.abspath(os.path.expanduser(text)))
 
 
@@ -84,8 +91,21 @@ def uri_scheme(uri: str) -> str:
     return match[1].lower()
 
 
+def refuse_chain(uri: str) -> NoReturn:
+    """Raises UsageError."""
+    raise UsageError(f"{without_secrets(uri)!r} is a chain of stores, which cannot be opened: name one store")
+
+
+def is_chain(uri: str) -> bool:
+    """Whether fsspec would open one store inside another: `zip://a.jpg::https://host/x.zip`. Names in buckets, on disks
+    and in memory may look like that."""
+    return "::" in uri and not uri.startswith(_NAMES) and len(chain_links(uri)) > 1
+
+
 def store_root(uri: str) -> str:
-    """The store that holds an object: `s3://b/` of `s3://b/k`, `file:///` of every local file."""
+    """The store that holds an object: `s3://b/` of `s3://b/k`, `file:///` of every local file, all of a chain."""
+    if is_chain(uri):
+        return uri
     return uri[: uri.find("/", uri.find("://") + 3) + 1] or uri
 
 
@@ -156,15 +176,24 @@ def chain_links(uri: str) -> list[str]:
 
 def without_password(link: str) -> str:
     """An address that is no chain, without what stands before its host and is a secret. On the web and before a bucket
-    that is all of it; elsewhere it may be a user's or a container's name, and a password follows a colon."""
+    that is all of it; elsewhere it may be a user's or a container's name, and a password follows a colon. On GitHub it
+    is a repository, `github://owner:repository@branch/path`."""
     scheme, _, rest = link.partition("://")
-    if scheme.lower() in ("s3", "gs"):
+    scheme_is = scheme.lower()
+    if scheme_is in ("s3", "gs"):
         found = re.match(CREDENTIALS_BEFORE_BUCKET, link)
         return f"{scheme}://{link[found.end() :]}" if found else link
+    if scheme_is == "github":
+        return link
     is_web = link.lower().startswith(_WEB)
+    if is_web and (found := re.match(CREDENTIALS_BEFORE_HOST, link)):
+        return f"{scheme}://{link[found.end() :]}"
+    if "://" in rest and scheme_is not in ("file", "memory"):
+        place, mark, query = rest.partition("?")
+        rest = _NESTED_PASSWORD.sub("", place) + mark + query
     user, at, host = re.split("[/?]" if is_web else "/", rest, maxsplit=1)[0].rpartition("@")
     if not at:
-        return link
+        return f"{scheme}://{rest}" if "://" in link else link
     name = "" if is_web else user.partition(":")[0] + at
     return f"{scheme}://{name}{host}{rest[len(user + at + host) :]}"
 
@@ -187,7 +216,12 @@ def holds_secret(uri: str) -> bool:
 
 def hide_secrets(text: str) -> str:
     """`text` with every address in it as `without_secrets` shows it: for what others have written, as in tracebacks."""
-    return _ADDRESS.sub(lambda found: without_secrets(found[0]), text)
+    return _ADDRESS.sub(_shown, text)
+
+
+def _shown(found: re.Match[str]) -> str:
+    address = found[0].rstrip(".,;:)]}`")  # of the sentence around it
+    return without_secrets(address) + found[0][len(address) :]
 
 
 def recorded_uri(uri: str) -> str:

@@ -132,7 +132,7 @@ def _choose(storage: Storage, dest: str, where: str, known: Forgotten, salt: str
         connection = open_duckdb(storage, sizes=files.sizes, memory_bytes=_MEMORY_BYTES, temp_path=str(folder))
         try:
             # The other files know no more of an image than its URI.
-            connection.execute(f"SELECT 1 FROM (SELECT '' AS image_uri) WHERE ({where}\n)")
+            connection.execute(f"SELECT 1 FROM (SELECT '' AS image_uri) WHERE ({where}\n)").fetchall()
             for uris, column in ((files.lists, "uri"), (files.events, "image_uri"), (files.evaluations, "image_uri")):
                 if uris:
                     named = f"(SELECT {column} AS image_uri FROM {read_parts_sql(uris)})"

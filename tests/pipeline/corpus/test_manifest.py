@@ -225,6 +225,43 @@ def test_jsonl_of_plain_strings_and_absolute_entries(read: Read, tmp_path: Path)
     assert uris_of(read(folder / "m.jsonl")) == [wanted[0], wanted[1], wanted[3]]
 
 
+def test_a_date_without_a_time_is_its_midnight(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"uri": "s3://b/a.jpg", "etag": "e", "modified": "2026-01-02"}')
+    assert rows_of(read(tmp_path / "m.jsonl"))[0]["modified"] == datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def test_a_csv_that_was_cut_off_inside_a_value_is_refused(read: Read, tmp_path: Path) -> None:
+    """Read for whole, its last line was an image of another name."""
+    path = tmp_path / "m.csv"
+    path.write_text('uri,etag\n"s3://b/a, b.jpg",e\n"s3://b/c, d')
+    with pytest.raises(UsageError, match="ends inside a quoted value: it was cut off"):
+        read(path)
+    path.write_text('uri,etag\n"s3://b/a, b.jpg",e\ns3://b/5" disk.jpg,e\n')
+    assert uris_of(read(path)) == ["s3://b/a, b.jpg", 's3://b/5" disk.jpg']
+
+
+@pytest.mark.parametrize("uri", ["generic://a/b.png", "zip://0.png::file:///nowhere/x.zip", "nosuch://a/b.png"])
+def test_an_image_that_no_store_can_have_stays_in_the_list(read: Read, tmp_path: Path, uri: str) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{{"uri": "{uri}"}}\n{{"uri": "s3://b/b.jpg", "etag": "e"}}\n')
+    assert [(row["uri"], row["etag"]) for row in rows_of(read(tmp_path / "m.jsonl"))] == [
+        (uri, ""),
+        ("s3://b/b.jpg", "e"),
+    ]
+
+
+def test_repositories_of_one_owner_are_two(read: Read, tmp_path: Path) -> None:
+    uris = [f"github://owner:{name}@main/a.png" for name in ("first", "second")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"uri": uri, "etag": "e"}) + "\n" for uri in uris))
+    assert uris_of(read(tmp_path / "m.jsonl")) == uris
+
+
+def test_a_password_with_a_slash_is_refused_and_not_shown(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "m.txt").write_text("https://h/a@b.jpg\nhttp://me:ab/SECRET@h/2.png\n")
+    with pytest.raises(UsageError, match=r"credentials in row 2, before the host of 'http://h/2\.png'") as refused:
+        read(tmp_path / "m.txt")
+    assert "SECRET" not in str(refused.value)
+
+
 def test_text_lines_keep_hashes_and_spaces(read: Read, tmp_path: Path) -> None:
     folder = touch(tmp_path / "m", "#1.jpg", " a .jpg ", "# no.jpg")
     (folder / "m.txt").write_bytes("\ufeff#1.jpg\r\n   \n# no.jpg\n a .jpg \n".encode())

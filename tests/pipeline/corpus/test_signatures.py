@@ -26,6 +26,8 @@ SIGNED = [
     ("https://me:SECRET@h/a.jpg", "https://h/a.jpg"),
     ("ftp://me:SECRET@h/a?b.jpg", "ftp://me@h/a?b.jpg"),
     ("ftp://me:SEC?RET@h/a.jpg", "ftp://me@h/a.jpg"),
+    (f"abfs://c@account.dfs.core.windows.net/a.jpg?{AZURE}", "abfs://c@account.dfs.core.windows.net/a.jpg"),
+    ("cached://https://me:SECRET@h/a.jpg", "cached://https://h/a.jpg"),
     (f"zip://a@b?.jpg::https://me:SECRET@h/x.zip?id=7&{AZURE}", "zip://a@b?.jpg::https://h/x.zip?id=7"),
     ("simplecache::zip://a::s3://KEY:SECRET@b/x.zip", "simplecache::zip://a::s3://b/x.zip"),
 ]  # fmt: skip
@@ -33,6 +35,7 @@ PLAIN = [
     "https://h/get?key=a.jpg&token=9&expires=never", "https://h/a.jpg?signature=of-the-painter", "https://h/a.jpg?sig=1",
     "https://h/a.jpg?policy=x&se=1&sp=2", "s3://b/a.jpg?X-Amz-Signature=9", "file:///a?sig=1&sv=2", "abfs://c@acc.net/a",
     "https://h/a@b:c.jpg", "zip://a@b.jpg::https://h/x.zip?token=9", "https://h/a::b@c.jpg",
+    "github://owner:first@main/a.png",
 ]  # fmt: skip
 
 

@@ -55,4 +55,6 @@ def test_failure_text_hides_what_may_be_secret() -> None:
     error = ValueError(
         "Error performing GET https://user:pass@host/key?X-Token=secret&y=1 in 3 ms\n\nDebug source: secret"
     )
-    assert failure_text(error) == "Error performing GET https://host/key in 3 ms"
+    assert failure_text(error) == "Error performing GET https://host/key?… in 3 ms"
+    for address in ("gopher://me:SECRET@x/?X-Amz-Signature=SECRET", "HTTP://me:SECRET@x/", "sftp://me:SEC@RET@x/a"):
+        assert "SEC" not in failure_text(ValueError(address)) and "RET" not in failure_text(ValueError(address))

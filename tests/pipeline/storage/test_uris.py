@@ -26,6 +26,7 @@ from pipeline.storage import (
     normalize_uri,
     open_storage,
     recorded_uri,
+    store_root,
     uri_name,
     uri_scheme,
     without_secrets,
@@ -72,14 +73,45 @@ class TestUris:
                 refuses(uri)
             assert "SEC" not in str(refused.value)
 
+    @pytest.mark.parametrize(
+        "uri", ["http://me:ab/SECRET@h/2.png", "HTTPS://me:1b?SECRET@h", "https://me:a:b/SECRET@h/x"]
+    )
+    def test_a_password_with_a_slash_is_refused(self, uri: str) -> None:
+        assert "SECRET" not in without_secrets(uri) + hide_secrets(f"could not read {uri!r}: why")
+        for refuses in (normalize_uri, open_storage):
+            with pytest.raises(UsageError, match="holds credentials") as refused:
+                refuses(uri)
+            assert "SECRET" not in str(refused.value)
+
     def test_an_at_sign_elsewhere_is_part_of_a_name(self) -> None:
-        for uri in ("s3://b/a@b.jpg", "gs://b/K:S@c/d", "s3://b/a::b@c", "file:///me:x@h/a", "s3://tenant:b/a@c"):
+        names = ("s3://b/a@b.jpg", "gs://b/K:S@c/d", "s3://b/a::b@c", "file:///me:x@h/a", "s3://tenant:b/a@c")
+        web = ("http://h:80/a@b.png", "http://[::1]:80/a@b.png", "http://h/a:b@c.png", "github://o:r@main/a")
+        for uri in (*names, *web):
             assert normalize_uri(uri) == without_secrets(uri) == recorded_uri(uri) == uri
 
     def test_a_chain_without_an_address_in_front_is_no_path(self) -> None:
         with pytest.raises(UsageError, match="chain") as refused:
             normalize_uri("simplecache::https://me:SECRET@h/x")
         assert "SECRET" not in str(refused.value)
+
+    @pytest.mark.parametrize(
+        "uri", ["zip://d/1.png::http://me:SECRET@h/x.zip", "zip://0.png::file:///x.zip", "tar://a::s3://b/k"]
+    )
+    def test_a_chain_is_one_store_which_is_not_opened(self, uri: str) -> None:
+        assert store_root(uri) == uri
+        with pytest.raises(UsageError, match="chain of stores, which cannot be opened") as refused:
+            open_storage(uri)
+        assert "SECRET" not in str(refused.value)
+
+    @pytest.mark.parametrize(
+        ("uri", "root"),
+        [
+            ("s3://b/zip::file://x/y", "s3://b/"), ("file:///a/zip::file://b", "file:///"), ("https://h/a::b/c", "https://h/"),
+            ("memory://m/tar::s3://k", "memory://m/"),
+        ],
+    )  # fmt: skip
+    def test_names_that_look_like_a_chain_are_none(self, uri: str, root: str) -> None:
+        assert store_root(uri) == root
 
     def test_parts(self) -> None:
         assert uri_scheme("S3://b/k") == "s3"
@@ -148,6 +180,8 @@ class TestUris:
             ("simplecache::zip://a?b::s3://KEY:SECRET@b/x.zip", "simplecache::zip://a?…::s3://b/x.zip"),
             ("https://h/a?u=1::https://me:SECRET@h", "https://h/a?…"),
             ("s3://b/a::b.jpg", "s3://b/a::b.jpg"),
+            ("cached://http://me:SECRET@h/x", "cached://http://h/x"),
+            ("https://archive/2020/https://me:SECRET@h/x?y", "https://archive/2020/https://h/x?…"),
         ],
     )
     def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
@@ -171,6 +205,7 @@ class TestUris:
     def test_addresses_in_a_text_are_shown_without_their_secrets(self) -> None:
         text = "Error: url='https://u:p@h/a?sig=x', <ftp://u:p@h/b> and s3://b/k?x=1"
         assert hide_secrets(text) == "Error: url='https://h/a?…', <ftp://u@h/b> and s3://b/k?x=1"
+        assert hide_secrets("see https://h/a?sig=x; or (https://u:p@h/b).") == "see https://h/a?…; or (https://h/b)."
 
     def test_an_address_that_is_signed_anew_is_recorded_alike(self) -> None:
         plain = "https://host/list.csv"
@@ -192,6 +227,10 @@ class TestUris:
             check_web_address(uri)
         with pytest.raises(UsageError):
             open_storage("https://host").get(uri.replace("http:", "https:"))
+
+    def test_a_scheme_that_calls_itself_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="generic:// is no store"):
+            open_storage("generic://a/b.png")
 
     def test_an_unknown_scheme_says_what_to_do(self) -> None:
         with pytest.raises(UsageError, match=r"'nosuch'.*install"):

@@ -178,6 +178,16 @@ def test_an_image_without_a_row_is_found_by_its_name(table: Table) -> None:
     assert verify(table.dest) == []
 
 
+@pytest.mark.parametrize("where", ["true", "image_uri NOT LIKE '%kept%'", "EXISTS (SELECT 1)"])
+def test_a_condition_that_holds_of_no_name_too(table: Table, where: str) -> None:
+    """It is tried on an empty name first; an answer left unread there stood in the way of what follows."""
+    expected = table.ask(f"SELECT count(DISTINCT image_uri) FROM segments WHERE {where}")[0][0]
+    assert expected > 0
+    assert forget(table.dest, where, yes=True).images >= expected
+    assert table.ask(f"SELECT count(*) FROM (SELECT image_uri FROM segments) WHERE {where}") == [(0,)]
+    assert verify(table.dest) == []
+
+
 @pytest.mark.parametrize(
     ("where", "says"),
     [

@@ -97,6 +97,16 @@ def test_a_pruned_version_may_be_used_again(table: Table) -> None:
     assert verify(table.dest) == []
 
 
+def test_a_prune_that_was_killed_ends_though_its_version_is_used_again(table: Table) -> None:
+    marks = sum(one.runs for one in prune(table.dest, keep_versions=1).going)
+    with pytest.raises(KilledError):
+        prune_in(DyingStorage(table.ledger.storage, marks), table.dest, keep_versions=1, yes=True)  # type: ignore[arg-type]
+    again = table.run(whole_row(A), model_version=SECOND)
+    prune(table.dest, keep_versions=9, yes=True)
+    assert verify(table.dest) == []
+    assert table.ask("SELECT DISTINCT run_id FROM segments WHERE model_version = repeat('2', 12)") == [(again.run_id,)]
+
+
 def test_a_version_with_an_open_run_stays(table: Table) -> None:
     table.run(whole_row(C), model_version=SECOND, state="open")
     found = prune(table.dest, keep_versions=1, yes=True)
