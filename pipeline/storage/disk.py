@@ -48,7 +48,7 @@ _SENTENCES = {
     errno.EPERM: "permission denied; check the owner and mode of the file and its folders",
     errno.ENOENT: "no such file or folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EISDIR: "it is a folder, not a file",
+    errno.EISDIR: "it is a folder or a device, not a file",
 }
 
 
