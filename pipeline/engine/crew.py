@@ -118,6 +118,10 @@ class Host:
             self._watch.look(counts)
         return counts
 
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function of some module answers in this process."""
+        return function(*args)
+
     def logged(self) -> list[LogLine]:
         """What this process has logged since the last call."""
         return self._backlog.take() if self._backlog else []

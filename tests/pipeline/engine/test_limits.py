@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import operator
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from pipeline.engine import placement
 from pipeline.engine.ceilings import measure, unlike_rows
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
-from pipeline.engine.store_ceilings import sample_of
+from pipeline.engine.store_ceilings import in_processes, sample_of
 from pipeline.errors import InfrastructureError, UsageError
 
 WORKER = {"node": "a", "device": "cpu", "name": "Abacus", "cores": 4}
@@ -151,6 +155,36 @@ def test_a_file_that_is_none_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.
     place.write_text(json.dumps(json.loads(ceilings().model_dump_json()) | {"version": 1}))
     with pytest.raises(UsageError, match="make it anew with `maskmill limits --out"):
         read_ceilings(None)
+
+
+def test_a_script_without_a_guard_measures_and_is_run_once(
+    tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    """Processes that multiprocessing spawns run the caller's script again, and die of it."""
+    script, source = tmp_path / "script.py", str(image_folder(2))
+    script.write_text(
+        "import pathlib, pipeline, pipeline.engine.store_ceilings as stores\n"
+        f"found = pipeline.limits({source!r}, {str(semantic_model)!r}, seconds=0.02, precision='fp32')\n"
+        f"alone = stores.measure_store({source!r}, scratch=pathlib.Path({str(tmp_path)!r}), seconds=0.02)\n"
+        "print(found.stores.keys() == alone.keys())\n"
+    )
+    variables = os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+
+
+def test_measuring_processes_are_others_and_are_gone_afterwards() -> None:
+    pids = in_processes(2, os.getpid)
+    assert len({*pids, os.getpid()}) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_measuring_process_that_dies_is_told_in_a_sentence() -> None:
+    with pytest.raises(InfrastructureError, match=r"one of 2 measuring processes died .*exit status 3.*: see that"):
+        in_processes(2, os._exit, 3)
+    with pytest.raises(ZeroDivisionError):
+        in_processes(1, operator.truediv, 1, 0)
 
 
 def test_measured_ceilings_are_in_the_record_of_a_run_and_in_its_report(
