@@ -96,8 +96,8 @@ def measure(
     would have them; each stage takes about `seconds`.
 
     Reads SOURCE, writes nothing but in the folder `scratch`. Raises UsageError where SOURCE or the model does not
-    exist, `settings` do not fit it, or no image of the sample can be decoded; InfrastructureError where a store fails
-    or a measuring process dies. Safe to repeat: figures differ by the machine's mood.
+    exist, `settings` do not fit it, or no image of the sample can be read and decoded; InfrastructureError where a
+    store fails or a measuring process dies. Safe to repeat: figures differ by the machine's mood.
     """
     shipped = resolve(model, registry=registry)
     resolved = asked_of(shipped, settings or {})

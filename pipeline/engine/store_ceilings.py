@@ -19,7 +19,7 @@ from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import ProcessMember, WorkerDiedError, cores
 from pipeline.engine.limits import StoreCeiling
-from pipeline.errors import InfrastructureError
+from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError
 from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
 
 _T = TypeVar("_T")
@@ -133,12 +133,32 @@ def sample_of(corpus: Corpus) -> list[str]:
 
 
 def read_all(uris: Sequence[str], seconds: float, profile: str | None) -> tuple[Read, list[Blob]]:
-    """Reads all of `uris`, as many at once as a run does."""
+    """Reads all of `uris` that can be read, as many at once as a run does. Raises UsageError where none is there or may
+    be read, StorageError where the store fails."""
     storage = open_storage(uris[0], profile=profile)
+    left = list(uris)
+
+    def get(uri: str) -> Blob | StorageError:
+        try:
+            return storage.get(uri)
+        except ExpiredCredentialsError:  # says nothing of this image
+            raise
+        except StorageError as error:
+            return error
+
+    def get_all() -> list[Blob]:
+        got = list(pool.map(get, left))
+        # Asked for once: what cannot be read would cost each turn its time.
+        left[:] = [uri for uri, one in zip(left, got, strict=True) if isinstance(one, Blob)]
+        for one in got if not left else ():
+            if isinstance(one, StorageError):
+                raise one.told(f"no image of the sample can be read: {one}")
+        return [one for one in got if isinstance(one, Blob)]
+
     with ThreadPoolExecutor(1 if uri_scheme(uris[0]) == "file" else _GETS_AT_ONCE) as pool:
-        got = rate(lambda: list(pool.map(storage.get, uris)), seconds)
-    mean_bytes = statistics.mean(len(blob.data) for blob in got.result)
-    return Read(len(uris) / got.seconds, mean_bytes, got.cpu_s / len(uris) * 1e3), got.result
+        got = rate(get_all, seconds)
+    count, mean_bytes = len(got.result), statistics.mean(len(blob.data) for blob in got.result)
+    return Read(count / got.seconds, mean_bytes, got.cpu_s / count * 1e3), got.result
 
 
 def ceiling_of(found: Sequence[Read], listed_per_s: float | None) -> StoreCeiling:

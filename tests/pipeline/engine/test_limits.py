@@ -22,8 +22,10 @@ from pipeline.engine import placement
 from pipeline.engine.ceilings import measure, unlike_rows
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
-from pipeline.engine.store_ceilings import in_processes, sample_of
-from pipeline.errors import InfrastructureError, UsageError
+from pipeline.engine.store_ceilings import in_processes, measure_store, read_all, sample_of
+from pipeline.errors import ExpiredCredentialsError, InfrastructureError, UsageError
+from pipeline.storage import Blob
+from pipeline.storage.disk import DiskStorage
 
 WORKER = {"node": "a", "device": "cpu", "name": "Abacus", "cores": 4}
 
@@ -259,6 +261,40 @@ def test_an_inventory_that_goes_meanwhile_is_named() -> None:
     gone = Corpus("read_parquet(['/nowhere/part.parquet'])", 100, True, False, "file:///lists/manifest.json")
     with pytest.raises(InfrastructureError, match=r"lists/manifest\.json could not be read: IO Error"):
         sample_of(gone)
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_sample(
+    tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    """As a damaged one is: one file that somebody had moved ended the measurement."""
+    photos = image_folder(4)
+    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "folder.png").mkdir()
+    uris = [str(photos / "gone.png"), *map(str, sorted(photos.iterdir())), str(photos / "gone.jpg")]
+    (tmp_path / "list.txt").write_text("\n".join(uris))
+    found = measure(str(tmp_path / "list.txt"), str(semantic_model), scratch=tmp_path, seconds=0.02, precision="fp32")
+    assert found.decode_mpx_per_core_s.keys() == {"JPEG", "PNG"}
+    sizes = [path.stat().st_size for path in photos.iterdir() if path.is_file()]
+    store = measure_store(str(tmp_path / "list.txt"), scratch=tmp_path, seconds=0.02)
+    assert store["file:///"].mean_bytes == sum(sizes) / len(sizes) == found.stores["file:///"].mean_bytes
+
+
+def test_a_sample_of_which_nothing_can_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [f"file://{tmp_path}/{name}.png" for name in ("a", "b")]
+    with pytest.raises(UsageError, match=r"no image of the sample can be read: .*a\.png"):
+        read_all(uris, 0.01, None)
+    (tmp_path / "b.png").write_bytes(b"b")
+    assert [blob.data for blob in read_all(uris, 0.01, None)[1]] == [b"b"]
+
+    class Expired(DiskStorage):
+        def get(self, uri: str) -> Blob:
+            if uri == uris[0]:
+                raise ExpiredCredentialsError("expired", kind="denied")
+            return super().get(uri)
+
+    monkeypatch.setattr("pipeline.engine.store_ceilings.open_storage", lambda uri, profile: Expired(uri))
+    with pytest.raises(ExpiredCredentialsError):
+        read_all(uris, 0.01, None)
 
 
 @pytest.mark.slow
