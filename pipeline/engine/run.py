@@ -322,6 +322,12 @@ class _Segmentation:
                     if not self._run_shards(plan, fleet):
                         return "canary_failed"
                 except StoppedError:
+                    if lease.failure is not None:
+                        raise InfrastructureError(
+                            f"the lease of run {plan.run_id} could not be renewed, so that its work stopped "
+                            f"({type(lease.failure).__name__}: {lease.failure}): what was committed is kept, and the "
+                            "same command continues"
+                        ) from lease.failure
                     if lease.superseded.is_set():
                         raise SupersededError(
                             f"run {plan.run_id} was taken over by another driver, which goes on with it"
