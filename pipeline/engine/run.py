@@ -510,8 +510,10 @@ class _Workplace:
         return self._owner._wanted_actors()
 
     def has_bf16(self) -> bool:
-        most = 1 if self._owner._config.dry_run else self._owner._read_source().rows
-        return self._owner._the_fleet().first_device(most=most).bf16
+        owner = self._owner
+        images = owner._read_source().rows
+        most = 1 if owner._config.dry_run else min(images, owner._config.limit or images)
+        return owner._the_fleet().first_device(most=most).bf16
 
 
 def _chain(first: list[ShardTask], then: Iterator[ShardTask]) -> Iterator[ShardTask]:

@@ -307,6 +307,7 @@ def test_settings_that_the_network_cannot_serve_bring_up_no_worker(
         (5, {"shard_size": 3}, 2),
         (3, {"shard_size": 1, "canary": 1}, 3),
         (1, {"precision": "auto"}, 1),
+        (3, {"precision": "auto", "limit": 2}, 2),
         (5, {"shard_size": 1, "dry_run": True}, 1),
     ],
 )
