@@ -205,7 +205,10 @@ def fleet_step(options: Any) -> dict[str, Any]:
     )
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     fleet.load(spec, b"")
-    fleet.run(tasks, on_receipt=lambda receipt: receipts.append(time.perf_counter()), on_progress=seen.append)
+    fleet.run(
+        tasks, shards=len(plan.bounds()), on_receipt=lambda receipt: receipts.append(time.perf_counter()),
+        on_progress=seen.append,
+    )  # fmt: skip
     seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s - crew.clock.cpu_s
     shards = len(plan.bounds())
     assert len(receipts) == shards and seen[-1].rows == plan.counts.planned

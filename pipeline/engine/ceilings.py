@@ -14,9 +14,7 @@ import os
 import socket
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +31,7 @@ from pipeline.engine.limits import Ceilings
 from pipeline.engine.messages import StreamConfig, WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.engine.settings import asked_of, settings_of, setup_digest
-from pipeline.engine.store_ceilings import Read, ceiling_of, listing_of, rate, read_all, sample_of
+from pipeline.engine.store_ceilings import Read, ceiling_of, in_processes, listing_of, rate, read_all, sample_of
 from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
 from pipeline.registry import Model, resolve
@@ -98,16 +96,15 @@ def measure(
     would have them; each stage takes about `seconds`.
 
     Reads SOURCE, writes nothing but in the folder `scratch`. Raises UsageError where SOURCE or the model does not
-    exist, `settings` do not fit it, or no image of the sample can be decoded; StorageError. Safe to repeat: figures
-    differ by the machine's mood.
+    exist, `settings` do not fit it, or no image of the sample can be read and decoded; InfrastructureError where a
+    store fails or a measuring process dies. Safe to repeat: figures differ by the machine's mood.
     """
     shipped = resolve(model, registry=registry)
     resolved = asked_of(shipped, settings or {})
     load = os.getloadavg()[0]
     corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
     uris = sample_of(corpus)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        device = pool.submit(describe_device).result()
+    (device,) = in_processes(1, describe_device)
     on_gpu = gpu_count() > 0 and device.device.startswith("cuda")
     if precision == "auto":
         precision = "bf16" if device.bf16 else "fp32"
@@ -118,9 +115,7 @@ def measure(
         threads=1, stream=StreamConfig(batch_size=batch_size or (32 if on_gpu else 2)),
     )  # fmt: skip
     asked = _Asked(uris, resolved, spec, seconds, profile)
-    processes = 1 if on_gpu else cores()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(_measure_here, [asked] * processes))
+    found = in_processes(1 if on_gpu else cores(), _measure_here, asked)
     name = f"{resolved.card.name}@{resolved.version}"
     setup = setup_digest(
         settings_of(shipped.card, resolved.card, precision=precision, max_pixels=_MAX_PIXELS, compile=compile)

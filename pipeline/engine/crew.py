@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.engine.backlog import Backlog, LogLine
 from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec
-from pipeline.errors import InfrastructureError
+from pipeline.errors import InfrastructureError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.engine.worker import Worker
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALLS_AT_ONCE = 8
+#: A worker takes 0.6 GiB before it has a model or an image.
+_LEAST_WORKER_BYTES = 1 << 30
 
 
 class WorkerDiedError(InfrastructureError):
@@ -115,6 +117,10 @@ class Host:
         if self._watch:
             self._watch.look(counts)
         return counts
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function of some module answers in this process."""
+        return function(*args)
 
     def logged(self) -> list[LogLine]:
         """What this process has logged since the last call."""
@@ -244,8 +250,7 @@ class LocalCrew:
 
     def __init__(self, *, actors: int | None = None, threads: int | None = None) -> None:
         self.has_gpus = gpu_count() > 0
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.default_actors = 1 if self.has_gpus else workers_on_cpu(cores() // (threads or 1), memory_bytes)
+        self.default_actors = 1 if self.has_gpus else workers_on_cpu(cores() // (threads or 1), memory_bytes())
         self.threads = threads or max(1, cores() // (actors or self.default_actors))
         self._members: list[ProcessMember] = []
 
@@ -262,9 +267,24 @@ class LocalCrew:
             member.stop()
 
 
-def workers_on_cpu(places: int, memory_bytes: float) -> int:
+def workers_on_cpu(places: int, room_bytes: float) -> int:
     """How many workers a machine without a GPU has by default: as many as it has room for, with 4 GiB for each."""
-    return max(1, min(places, int(memory_bytes // (4 << 30))))
+    return max(1, min(places, int(room_bytes // (4 << 30))))
+
+
+def check_local_actors(actors: int) -> None:
+    """Raises UsageError where this machine's memory cannot hold so many workers, whatever they do."""
+    most = max(1, memory_bytes() // _LEAST_WORKER_BYTES)
+    if actors > most:
+        raise UsageError(
+            f"--actors {actors}: this machine has {memory_bytes() / (1 << 30):.1f} GiB of memory, and a worker takes "
+            f"{_LEAST_WORKER_BYTES >> 30} GiB at least: give {most} at most, or use a cluster (--engine ray)"
+        )
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def gpu_count() -> int:

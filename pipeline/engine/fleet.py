@@ -77,7 +77,8 @@ class _Seat:
 
 
 class Fleet:
-    """Runs shards on up to `actors` workers of `crew`, using those that come (a cluster may grow while it works).
+    """Runs shards on up to `actors` workers of `crew`, using those that come (a cluster may grow while it works), and
+    starting none for which there is no shard.
 
     Not thread safe. `close` ends the workers; the crew's own end is the caller's.
     """
@@ -104,6 +105,8 @@ class Fleet:
         self._spec: WorkerSpec | None = None
         self._model: Any = None
         self._failed_starts = 0
+        self._most_seats = 0
+        self._left = 0
         self._gone_busy_s = 0.0
         self._gone_active_s = 0.0
         self._committed_rows = 0
@@ -114,12 +117,13 @@ class Fleet:
         self._breaker = Breaker(breaker_images)
         self.devices: list[Device] = []
 
-    def first_device(self, *, alone: bool = False) -> Device:
-        """Starts workers and says what the first to come up runs on: what a run must know before it is frozen. `alone`:
-        starts one, because there may be no work for others. Raises StoppedError, InfrastructureError where none comes.
+    def first_device(self, *, most: int) -> Device:
+        """Starts workers, `most` of them at most, because there may be no work for others, and says what the first to
+        come up runs on: what a run must know before it is frozen. Raises StoppedError, InfrastructureError where none
+        comes.
         """
         while True:
-            self._seat_up_to(1 if alone else min(self._actors, _SEATED_EARLY))
+            self._seat_up_to(min(self._actors, _SEATED_EARLY, max(1, most)))
             for seat in list(self._seats):
                 if seat.device is not None:
                     return seat.device
@@ -132,12 +136,12 @@ class Fleet:
                 raise StoppedError("stopped before the first worker was up")
             self._wait()
 
-    def first_loaded(self) -> None:
+    def first_loaded(self, *, shards: int) -> None:
         """Waits until one worker holds the model that `load` told of: whatever is wrong with it shows here, before any
-        run is frozen. Raises what loading raises, StoppedError. Some others, as many as a machine may have, come up
-        meanwhile.
+        run is frozen. Raises what loading raises, StoppedError. Some others, as many as a machine may have and `shards`
+        need, come up meanwhile.
         """
-        self._seat_up_to(min(self._actors, _SEATED_EARLY))
+        self._seat_up_to(min(self._actors, _SEATED_EARLY, max(1, shards)))
         self._loaded_seat()
 
     def load(self, spec: WorkerSpec, model: bytes) -> None:
@@ -162,16 +166,18 @@ class Fleet:
         self,
         tasks: Iterator[ShardTask],
         *,
+        shards: int,
         on_receipt: Callable[[Receipt], None],
         on_progress: Callable[[FleetProgress], None],
     ) -> None:
-        """Does all tasks. Raises StoppedError after draining, InfrastructureError where the world fails for
-        good.
+        """Does all tasks. `shards`: how many there are, those that a later call brings included; no more workers are
+        started. Raises StoppedError after draining, InfrastructureError where the world fails for good.
 
         Safe to call again with the tasks that are left.
         """
         again: deque[ShardTask] = deque()
         exhausted = False
+        self._left = shards
         stopping_since_s: float | None = None
         told_s = asked_s = 0.0
         while True:
@@ -234,21 +240,30 @@ class Fleet:
 
     def _hand_out(self, tasks: Iterator[ShardTask], again: deque[ShardTask], exhausted: bool) -> bool:
         """Gives tasks to workers with room, starting workers while there is work for them."""
-        self._seat_up_to(self._actors if not exhausted or again else 0)
+        if not exhausted or again:
+            at_work = sum(1 for seat in self._seats if seat.tasks)
+            # One at least: that there are no more tasks is found by asking for one.
+            self._seat_up_to(min(self._actors, max(1, at_work + self._left + len(again))))
         for turn in range(_IN_FLIGHT):
             for seat in self._seats:
                 if not seat.loaded or len(seat.tasks) > turn:
                     continue
-                task = again.popleft() if again else next(tasks, None)
+                task = again.popleft() if again else self._next(tasks)
                 if task is None:
                     return True
                 seat.tasks[seat.member.call("run", task)] = task
         return exhausted
 
+    def _next(self, tasks: Iterator[ShardTask]) -> ShardTask | None:
+        task = next(tasks, None)
+        self._left = max(0, self._left - 1) if task is not None else 0
+        return task
+
     def _seat_up_to(self, count: int) -> None:
         while len(self._seats) < count:
             member = self._crew.start()
             self._seats.append(_Seat(member, member.call("describe")))
+        self._most_seats = max(self._most_seats, len(self._seats))
 
     def _wait(self) -> None:
         futures: list[Future[Any]] = [seat.starting for seat in self._seats if seat.starting is not None]
@@ -365,7 +380,7 @@ class Fleet:
                 raise error
             self._failed_starts += 1
             # Of workers that come up together, one node takes all along.
-            if self._failed_starts >= _FAILED_STARTS * min(self._actors, _SEATED_EARLY):
+            if self._failed_starts >= _FAILED_STARTS * min(self._most_seats, _SEATED_EARLY):
                 raise InfrastructureError(
                     f"{self._failed_starts} workers in a row died before they were ready; the last: {error}"
                 ) from error

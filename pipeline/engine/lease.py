@@ -21,6 +21,9 @@ from pipeline.storage import Storage, uri_name
 
 log = logging.getLogger(__name__)
 
+#: A lease is renewed so often in its TTL.
+_BEATS = 4
+
 
 def this_host() -> str:
     """Names this process table: equal exactly where a process id means the same process."""
@@ -51,7 +54,8 @@ def _read(path: str) -> str | None:
 class Lease:
     """A lease on one run. A context manager: taken on entry, kept alive by a thread, given back on exit.
 
-    `superseded` is set when another driver has taken it: stop working then.
+    `superseded` is set when it is held no more: stop working then. Another driver has taken it, or it could not be
+    renewed for a reason that is not its store's, which is then `failure`. While its store fails it is tried again.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Lease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.superseded = threading.Event()
+        self.failure: Exception | None = None
 
     def __enter__(self) -> Lease:
         """Raises HeldError where a live driver holds the run (unless `wait`), StoppedError where `should_stop` says so,
@@ -133,20 +138,36 @@ class Lease:
         return False
 
     def _keep(self) -> None:
-        while not self._stop.wait(self._ttl_s / 4):
-            try:
-                now = self._read()
-                if now and now.get("holder") != self._holder:
-                    log.warning("another driver has taken over this run (process %s)", now.get("pid"))
-                    self.superseded.set()
-                    return
-                if not now and self._is_over():
-                    log.warning("another driver has taken over this run, and ended it")
-                    self.superseded.set()
-                    return
-                self._write()
-            except StorageError as error:
-                log.warning("the lease could not be renewed: %s", error)
+        failures = 0
+        try:
+            while not self._stop.wait(self._ttl_s / _BEATS):
+                try:
+                    if not self._renew():
+                        self.superseded.set()
+                        return
+                    failures = 0
+                except StorageError as error:
+                    log.warning("the lease could not be renewed: %s", error)
+                except Exception as error:
+                    failures += 1
+                    if failures == _BEATS:  # a whole TTL
+                        raise
+                    log.warning("the lease could not be renewed: %s: %s", type(error).__name__, error)
+        except Exception as error:  # noqa: BLE001 - told by the run, which stops
+            self.failure = error
+            self.superseded.set()
+
+    def _renew(self) -> bool:
+        """False where another driver has taken the lease."""
+        now = self._read()
+        if now and now.get("holder") != self._holder:
+            log.warning("another driver has taken over this run (process %s)", now.get("pid"))
+            return False
+        if not now and self._is_over():
+            log.warning("another driver has taken over this run, and ended it")
+            return False
+        self._write()
+        return True
 
     def _write_new(self) -> bool:
         """Whether the lease, which was not there, is ours: of all who write it now, one is told so."""

@@ -8,7 +8,7 @@ import os
 from typing import Literal
 
 from pipeline.config import SegmentConfig
-from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, gpu_count
+from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, check_local_actors, gpu_count
 from pipeline.errors import UsageError
 
 
@@ -25,8 +25,16 @@ def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Litera
     return "local", "no Ray address, and one GPU at most"
 
 
+def check_actors(config: SegmentConfig, source: str, dest: str) -> None:
+    """Raises UsageError where more workers are asked for than this machine can hold. Ray sees to that by itself."""
+    if config.actors and choose_engine(config, source, dest)[0] == "local":
+        check_local_actors(config.actors)
+
+
 def check_place(config: SegmentConfig, source: str, dest: str) -> None:
-    """Knocks where the workers would live, without starting any. Raises InfrastructureError where nobody answers."""
+    """Knocks where the workers would live, without starting any. Raises InfrastructureError where nobody answers,
+    UsageError as `check_actors`."""
+    check_actors(config, source, dest)
     if choose_engine(config, source, dest)[0] == "ray":
         from pipeline.engine.ray_crew import check_address, ray_address
 

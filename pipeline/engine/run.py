@@ -29,7 +29,7 @@ from pipeline.engine.ledger import Ledger, Plan, RunRecord, WorkCounts
 from pipeline.engine.limits import read_ceilings
 from pipeline.engine.messages import Receipt, ShardTask, StreamConfig, WorkerSpec, code_digest
 from pipeline.engine.outcome import Estimate, Event, Listener, Outcome, Preview, SoFar, tally
-from pipeline.engine.placement import check_place, choose_engine, open_crew
+from pipeline.engine.placement import check_actors, check_place, choose_engine, open_crew
 from pipeline.engine.plan import add_addresses, shard_lists
 from pipeline.engine.planning import Draft, Planner
 from pipeline.engine.reconciliation import Session, Terms, abandon, reconcile, sum_parts
@@ -116,6 +116,7 @@ class _Segmentation:
         )
 
     def run(self) -> Outcome:
+        check_actors(self._config, self._source, self._dest)
         try:
             return self._continue() or self._plan_and_work()
         except duckdb.Error as error:
@@ -193,7 +194,7 @@ class _Segmentation:
             if plan.counts.planned:
                 # A model that does not load, or a precision that the device lacks, must not leave an open run behind.
                 self._load(plan)
-                self._the_fleet().first_loaded()
+                self._the_fleet().first_loaded(shards=len(plan.bounds()))
             write_changes(self._storage, self._dest, plan.run_id, draft.changes)
             if self._ledger.freeze(plan, draft.list_path.read_bytes()):
                 self._tell_plan(plan)
@@ -272,7 +273,7 @@ class _Segmentation:
         self._load(plan)
         receipts: list[Receipt] = []
         task = ShardTask(0, sample, plan.part_uri(0), probe=True)
-        self._the_fleet().run(iter([task]), on_receipt=receipts.append, on_progress=lambda progress: None)
+        self._the_fleet().run(iter([task]), shards=1, on_receipt=receipts.append, on_progress=lambda progress: None)
         rate = len(sample) / max(receipts[0].counts.active_s, 1e-6) * self._wanted_actors()
         return Estimate(
             seconds=plan.counts.planned / rate,
@@ -321,6 +322,12 @@ class _Segmentation:
                     if not self._run_shards(plan, fleet):
                         return "canary_failed"
                 except StoppedError:
+                    if lease.failure is not None:
+                        raise InfrastructureError(
+                            f"the lease of run {plan.run_id} could not be renewed, so that its work stopped "
+                            f"({type(lease.failure).__name__}: {lease.failure}): what was committed is kept, and the "
+                            "same command continues"
+                        ) from lease.failure
                     if lease.superseded.is_set():
                         raise SupersededError(
                             f"run {plan.run_id} was taken over by another driver, which goes on with it"
@@ -338,6 +345,7 @@ class _Segmentation:
         """False where the canary's error rate is too high."""
         committed = set(self._ledger.committed(plan))
         bounds = plan.bounds()
+        left = sum(1 for ordinal in range(len(bounds)) if ordinal not in committed)
         already = sum(bounds[ordinal][1] - bounds[ordinal][0] for ordinal in committed if ordinal < len(bounds))
         list_path = self._with_addresses(plan, self._planner.frozen_list(plan))
         tasks = (
@@ -353,8 +361,8 @@ class _Segmentation:
                 told_s[0] = time.monotonic()
                 self._save_progress(plan, progress)
 
-        def run(some: Iterator[ShardTask]) -> None:
-            fleet.run(some, on_receipt=lambda receipt: None, on_progress=on_progress)
+        def run(some: Iterator[ShardTask], shards: int) -> None:
+            fleet.run(some, shards=shards, on_receipt=lambda receipt: None, on_progress=on_progress)
 
         canary_shards = sum(1 for _, stop in bounds if stop <= plan.canary)
         if canary_shards:
@@ -364,7 +372,7 @@ class _Segmentation:
                 (first if task.ordinal < canary_shards else rest).append(task)
                 if task.ordinal >= canary_shards:
                     break
-            run(iter(first))
+            run(iter(first), left)  # workers for the rest come up meanwhile
             tried = sum_parts(self._ledger, plan, set(range(canary_shards)))
             if tried.errors > self._config.max_error_rate * tried.rows:
                 self._listen(
@@ -378,9 +386,9 @@ class _Segmentation:
                 )
                 return False
             self._note(f"canary fine: {counted(tried.errors, 'error')} in {counted(tried.rows, 'image')}")
-            run(_chain(rest, tasks))
+            run(_chain(rest, tasks), left - len(first))
         else:
-            run(tasks)
+            run(tasks, left)
         return True
 
     def _load(self, plan: Plan) -> None:
@@ -502,7 +510,10 @@ class _Workplace:
         return self._owner._wanted_actors()
 
     def has_bf16(self) -> bool:
-        return self._owner._the_fleet().first_device(alone=self._owner._config.dry_run).bf16
+        owner = self._owner
+        images = owner._read_source().rows
+        most = 1 if owner._config.dry_run else min(images, owner._config.limit or images)
+        return owner._the_fleet().first_device(most=most).bf16
 
 
 def _chain(first: list[ShardTask], then: Iterator[ShardTask]) -> Iterator[ShardTask]:

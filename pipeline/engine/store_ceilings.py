@@ -1,4 +1,5 @@
-"""What a store gives at most. Owns: timing its listing and its reads, on a sample of somebody's own images.
+"""What a store gives at most. Owns: timing its listing and its reads, on a sample of somebody's own images, and the
+processes in which anything is measured.
 Must not know: models, masks, how a ceiling is used or shown.
 """
 
@@ -7,19 +8,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import duckdb
 import numpy as np
 
 from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
-from pipeline.engine.crew import cores
+from pipeline.engine.crew import ProcessMember, WorkerDiedError, cores
 from pipeline.engine.limits import StoreCeiling
-from pipeline.errors import InfrastructureError
+from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError
 from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
 
 _T = TypeVar("_T")
@@ -53,6 +53,29 @@ def rate(action: Callable[[], _T], seconds: float) -> Turn[_T]:
     return Turn((time.perf_counter() - began_s) / calls, (time.process_time() - began_cpu_s) / calls, result)
 
 
+def in_processes(count: int, function: Callable[..., _T], *args: Any) -> list[_T]:
+    """What `function`, of a module that any process can import, answers in each of `count` of them at the same time.
+
+    They are started as workers are: what multiprocessing spawns would run the caller's own script again. Raises what
+    the first to fail raises, InfrastructureError where a process dies.
+    """
+    members: list[ProcessMember] = []
+    try:
+        for _ in range(count):
+            members.append(ProcessMember())
+        answers = [member.call("ask", function, *args) for member in members]
+        for answer in as_completed(answers):
+            answer.result()
+        return [answer.result() for answer in answers]
+    except WorkerDiedError as error:
+        raise InfrastructureError(
+            f"one of {count} measuring processes died ({error}): see that they have the memory, and measure again"
+        ) from error
+    finally:
+        for member in members:
+            member.stop()
+
+
 def measure_store(
     source: str,
     *,
@@ -64,11 +87,12 @@ def measure_store(
     """As `measure`, of the store alone: for one more store beside those of `Ceilings.stores`."""
     corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
     uris = sample_of(corpus)
-    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
-        found = [
-            future.result()[0] for future in [pool.submit(read_all, uris, seconds, profile) for _ in range(cores())]
-        ]
+    found = in_processes(cores(), _read_here, uris, seconds, profile)
     return {store_root(uris[0]): ceiling_of(found, listed_per_s)}
+
+
+def _read_here(uris: Sequence[str], seconds: float, profile: str | None) -> Read:
+    return read_all(uris, seconds, profile)[0]
 
 
 def listing_of(
@@ -109,12 +133,32 @@ def sample_of(corpus: Corpus) -> list[str]:
 
 
 def read_all(uris: Sequence[str], seconds: float, profile: str | None) -> tuple[Read, list[Blob]]:
-    """Reads all of `uris`, as many at once as a run does."""
+    """Reads all of `uris` that can be read, as many at once as a run does. Raises UsageError where none is there or may
+    be read, StorageError where the store fails."""
     storage = open_storage(uris[0], profile=profile)
+    left = list(uris)
+
+    def get(uri: str) -> Blob | StorageError:
+        try:
+            return storage.get(uri)
+        except ExpiredCredentialsError:  # says nothing of this image
+            raise
+        except StorageError as error:
+            return error
+
+    def get_all() -> list[Blob]:
+        got = list(pool.map(get, left))
+        # Asked for once: what cannot be read would cost each turn its time.
+        left[:] = [uri for uri, one in zip(left, got, strict=True) if isinstance(one, Blob)]
+        for one in got if not left else ():
+            if isinstance(one, StorageError):
+                raise one.told(f"no image of the sample can be read: {one}")
+        return [one for one in got if isinstance(one, Blob)]
+
     with ThreadPoolExecutor(1 if uri_scheme(uris[0]) == "file" else _GETS_AT_ONCE) as pool:
-        got = rate(lambda: list(pool.map(storage.get, uris)), seconds)
-    mean_bytes = statistics.mean(len(blob.data) for blob in got.result)
-    return Read(len(uris) / got.seconds, mean_bytes, got.cpu_s / len(uris) * 1e3), got.result
+        got = rate(get_all, seconds)
+    count, mean_bytes = len(got.result), statistics.mean(len(blob.data) for blob in got.result)
+    return Read(count / got.seconds, mean_bytes, got.cpu_s / count * 1e3), got.result
 
 
 def ceiling_of(found: Sequence[Read], listed_per_s: float | None) -> StoreCeiling:

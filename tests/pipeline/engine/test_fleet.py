@@ -122,6 +122,11 @@ def shards(count: int, size: int) -> list[ShardTask]:
     return tasks
 
 
+def finish(fleet: Fleet, tasks: list[ShardTask], receipts: list[Receipt] | None = None) -> None:
+    on_receipt = receipts.append if receipts is not None else lambda receipt: None
+    fleet.run(iter(tasks), shards=len(tasks), on_receipt=on_receipt, on_progress=lambda progress: None)
+
+
 def run(
     crew: ScriptedCrew, tasks: list[ShardTask], *, actors: int = 2, stop: Callable[[], bool] = lambda: False
 ) -> list[Receipt]:
@@ -129,7 +134,7 @@ def run(
     fleet = Fleet(crew, actors=actors, should_stop=stop, drain_timeout_s=5.0)
     fleet.load(None, b"")  # type: ignore[arg-type]
     try:
-        fleet.run(iter(tasks), on_receipt=receipts.append, on_progress=lambda progress: None)
+        finish(fleet, tasks, receipts)
     finally:
         fleet.close()
     return receipts
@@ -153,6 +158,55 @@ def test_every_shard_is_done_once(actors: int) -> None:
     receipts = run(crew, shards(17, 3), actors=actors)
     assert sorted(receipt.ordinal for receipt in receipts) == list(range(17))
     assert crew.diary.started == crew.diary.stopped <= actors
+
+
+@pytest.mark.parametrize(("shard_count", "started"), [(0, 1), (1, 1), (3, 3), (8, 8)])
+def test_no_more_workers_are_started_than_there_are_shards(shard_count: int, started: int) -> None:
+    """500 for 8 shards were as many processes, most of which came up to find nothing."""
+    crew = ScriptedCrew()
+    assert len(run(crew, shards(shard_count, 2), actors=40)) == shard_count
+    assert crew.diary.started == crew.diary.stopped == started
+
+
+def test_workers_for_the_rest_come_up_during_the_canary_and_do_it() -> None:
+    crew = ScriptedCrew()
+    fleet = Fleet(crew, actors=40, should_stop=lambda: False)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    canary, rest = shards(5, 1)[:1], shards(5, 1)[1:]
+    receipts: list[Receipt] = []
+    fleet.run(iter(canary), shards=5, on_receipt=receipts.append, on_progress=lambda progress: None)
+    assert crew.diary.started == 5
+    finish(fleet, rest, receipts)
+    fleet.load("another", b"")  # type: ignore[arg-type]
+    finish(fleet, shards(9, 1), receipts)
+    assert (len(receipts), crew.diary.started) == (14, 9)
+    fleet.close()
+
+
+def test_of_many_places_only_those_of_the_dead_are_filled_again() -> None:
+    deaths = [True, True]
+    crew = ScriptedCrew(lambda uris: uris[0] in ("1/0", "2/0") and bool(deaths) and deaths.pop())
+    assert len(run(crew, shards(4, 2), actors=40)) == 4
+    assert 4 <= crew.diary.started <= 6
+    assert not any(crew.diary.crashed.values())
+
+
+def test_a_lone_shard_that_kills_is_bisected_though_there_is_room_for_many() -> None:
+    crew = ScriptedCrew(lambda uris: "0/2" in uris)
+    assert len(run(crew, shards(1, 4), actors=40)) == 1
+    assert crew.diary.crashed == {0: {"0/2"}}
+    # Six die of it: two before it is set aside, one of it alone, three of a half, a quarter, and the quarter once more.
+    assert crew.diary.started <= 7
+
+
+def test_a_count_that_was_too_low_costs_workers_and_no_shard() -> None:
+    crew = ScriptedCrew()
+    fleet = Fleet(crew, actors=40, should_stop=lambda: False)
+    fleet.load(None, b"")  # type: ignore[arg-type]
+    receipts: list[Receipt] = []
+    fleet.run(iter(shards(30, 1)), shards=2, on_receipt=receipts.append, on_progress=lambda progress: None)
+    fleet.close()
+    assert (len(receipts), crew.diary.started) == (30, 2)
 
 
 def test_a_death_costs_only_what_was_not_committed() -> None:
@@ -235,7 +289,7 @@ def test_progress_counts_rows_and_says_who_is_busy() -> None:
     crew = ScriptedCrew()
     fleet = Fleet(crew, actors=2, should_stop=lambda: False)
     fleet.load(None, b"")  # type: ignore[arg-type]
-    fleet.run(iter(shards(4, 3)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+    finish(fleet, shards(4, 3))
     progress = fleet.progress()
     assert progress.rows == 12
     assert progress.busy_s / progress.active_s == pytest.approx(0.5)
@@ -271,12 +325,12 @@ def test_a_worker_that_was_still_loading_for_one_run_loads_again_for_the_next() 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScriptedMember, "_answer", slow)
         fleet.load("first", b"")  # type: ignore[arg-type]
-        fleet.run(iter(shards(3, 1)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+        finish(fleet, shards(3, 1))
         assert len(members) == 2
         current[0] = "second"
         fleet.load("second", b"")  # type: ignore[arg-type]
         late.set()
-        fleet.run(iter(shards(60, 1)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+        finish(fleet, shards(60, 1))
         fleet.close()
     assert (1, "second") in loaded
 
@@ -301,29 +355,31 @@ def test_nobody_coming_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(ScriptedCrew(), actors=1, should_stop=lambda: bool(said), say=said.append)
     monkeypatch.setattr(ScriptedMember, "call", lambda *_: Future())
     with pytest.raises(StoppedError):
-        fleet.first_device()
+        fleet.first_device(most=1000)
     assert "no worker has come up" in said[0]
 
 
 def test_workers_come_up_together_and_the_first_to_come_answers() -> None:
     crew = ScriptedCrew(start_errors=[WorkerDiedError("killed"), None, None])
     fleet = Fleet(crew, actors=3, should_stop=lambda: False)
-    assert fleet.first_device().node == "here"
+    assert fleet.first_device(most=1000).node == "here"
     assert crew.diary.started in (3, 4), "the dead one may have been seen, and replaced"
     fleet.load(None, b"")  # type: ignore[arg-type]
-    fleet.first_loaded()
+    fleet.first_loaded(shards=1000)
     fleet.close()
     assert crew.diary.stopped == crew.diary.started
 
 
-@pytest.mark.parametrize(("actors", "started"), [(1, 1), (3, 3), (1000, 8)])
-def test_of_many_workers_a_few_come_up_early(actors: int, started: int) -> None:
+@pytest.mark.parametrize(
+    ("actors", "shard_count", "started"), [(1, 1000, 1), (3, 1000, 3), (1000, 1000, 8), (1000, 2, 2), (3, 0, 1)]
+)
+def test_of_many_workers_a_few_come_up_early(actors: int, shard_count: int, started: int) -> None:
     crew = ScriptedCrew()
     fleet = Fleet(crew, actors=actors, should_stop=lambda: False)
-    fleet.first_device(alone=True)
+    fleet.first_device(most=1)
     assert crew.diary.started == 1
     fleet.load(None, b"")  # type: ignore[arg-type]
-    fleet.first_loaded()
+    fleet.first_loaded(shards=shard_count)
     assert crew.diary.started == started
     fleet.close()
 
@@ -334,7 +390,7 @@ def test_workers_that_all_die_at_their_start_are_given_up(actors: int, deaths: i
     crew = ScriptedCrew(start_errors=[WorkerDiedError("killed")] * (deaths + actors))
     fleet = Fleet(crew, actors=actors, should_stop=lambda: False)
     with pytest.raises(InfrastructureError, match=f"{deaths} workers in a row died before they were ready"):
-        fleet.first_device()
+        fleet.first_device(most=1000)
     fleet.close()
 
 
@@ -388,7 +444,7 @@ def test_workers_together_see_that_the_world_fails() -> None:
     fleet, diary = doubtful_fleet(lambda task: task.ordinal >= 3, breaker_images=50)
     fleet.load(None, b"")  # type: ignore[arg-type]
     with pytest.raises(WorldFailingError, match="such as: 403"):
-        fleet.run(iter(shards(40, 5)), on_receipt=lambda receipt: None, on_progress=lambda progress: None)
+        finish(fleet, shards(40, 5))
     fleet.close()
     assert diary.commits <= {0, 1, 2}
     assert len(diary.runs) < 40
@@ -398,7 +454,7 @@ def test_a_doubtful_shard_gets_a_second_try_at_the_end_and_is_committed_then() -
     fleet, diary = doubtful_fleet(lambda task: task.ordinal in (1, 4), breaker_images=50)
     fleet.load(None, b"")  # type: ignore[arg-type]
     receipts: list[Receipt] = []
-    fleet.run(iter(shards(20, 5)), on_receipt=receipts.append, on_progress=lambda progress: None)
+    finish(fleet, shards(20, 5), receipts)
     fleet.close()
     assert sorted(receipt.ordinal for receipt in receipts) == list(range(20)) and diary.commits == set(range(20))
     assert sorted(ordinal for ordinal, _, accept in diary.runs[-2:] if accept) == [1, 4]

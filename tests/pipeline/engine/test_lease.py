@@ -239,6 +239,44 @@ def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
         assert not lease.superseded.is_set()
 
 
+@pytest.mark.parametrize("ttl_s", [float("inf"), 1e300])
+def test_a_lease_that_can_never_be_renewed_is_lost(storage: Storage, uri: str, ttl_s: float) -> None:
+    """No thread waits so long; the one that renews it died, and the run went on."""
+    with Lease(storage, uri, ttl_s=ttl_s) as lease:
+        assert lease.superseded.wait(60)
+        assert isinstance(lease.failure, OverflowError)
+    assert read_lease(storage, uri) == {}
+
+
+def test_what_goes_wrong_for_a_moment_does_not_end_the_lease(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failures = storage.put, [MemoryError("no room"), RuntimeError("no thread"), ValueError("a bug")]
+
+    def fails(uri: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        put(uri, data)
+
+    with Lease(storage, uri, ttl_s=0.2) as lease:
+        beat = read_lease(storage, uri)["beat"]
+        monkeypatch.setattr(storage, "put", fails)
+        until(lambda: read_lease(storage, uri)["beat"] > beat)
+        assert not failures and not lease.superseded.is_set() and lease.failure is None
+
+
+def test_a_lease_that_could_not_be_renewed_for_a_ttl_is_lost(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(uri: str, data: bytes) -> None:
+        raise ValueError("a bug")
+
+    with Lease(storage, uri, ttl_s=0.2) as lease:
+        monkeypatch.setattr(storage, "put", fails)
+        assert lease.superseded.wait(60)
+        assert str(lease.failure) == "a bug"
+
+
 def test_a_damaged_lease_is_nobodys(storage: Storage, uri: str) -> None:
     for damaged in (b"", b"{", b"[]", b"null", b'{"holder": 1}', b'{"host": 3, "pid": "x"}'):
         storage.put(uri, damaged)

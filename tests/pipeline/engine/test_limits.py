@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import operator
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,10 @@ from pipeline.engine import placement
 from pipeline.engine.ceilings import measure, unlike_rows
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.limits import Ceilings, StoreCeiling, Traits, assess, read_ceilings, write_ceilings
-from pipeline.engine.store_ceilings import sample_of
-from pipeline.errors import InfrastructureError, UsageError
+from pipeline.engine.store_ceilings import in_processes, measure_store, read_all, sample_of
+from pipeline.errors import ExpiredCredentialsError, InfrastructureError, UsageError
+from pipeline.storage import Blob
+from pipeline.storage.disk import DiskStorage
 
 WORKER = {"node": "a", "device": "cpu", "name": "Abacus", "cores": 4}
 
@@ -153,6 +159,36 @@ def test_a_file_that_is_none_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.
         read_ceilings(None)
 
 
+def test_a_script_without_a_guard_measures_and_is_run_once(
+    tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    """Processes that multiprocessing spawns run the caller's script again, and die of it."""
+    script, source = tmp_path / "script.py", str(image_folder(2))
+    script.write_text(
+        "import pathlib, pipeline, pipeline.engine.store_ceilings as stores\n"
+        f"found = pipeline.limits({source!r}, {str(semantic_model)!r}, seconds=0.02, precision='fp32')\n"
+        f"alone = stores.measure_store({source!r}, scratch=pathlib.Path({str(tmp_path)!r}), seconds=0.02)\n"
+        "print(found.stores.keys() == alone.keys())\n"
+    )
+    variables = os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+
+
+def test_measuring_processes_are_others_and_are_gone_afterwards() -> None:
+    pids = in_processes(2, os.getpid)
+    assert len({*pids, os.getpid()}) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_measuring_process_that_dies_is_told_in_a_sentence() -> None:
+    with pytest.raises(InfrastructureError, match=r"one of 2 measuring processes died .*exit status 3.*: see that"):
+        in_processes(2, os._exit, 3)
+    with pytest.raises(ZeroDivisionError):
+        in_processes(1, operator.truediv, 1, 0)
+
+
 def test_measured_ceilings_are_in_the_record_of_a_run_and_in_its_report(
     tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
 ) -> None:
@@ -225,6 +261,40 @@ def test_an_inventory_that_goes_meanwhile_is_named() -> None:
     gone = Corpus("read_parquet(['/nowhere/part.parquet'])", 100, True, False, "file:///lists/manifest.json")
     with pytest.raises(InfrastructureError, match=r"lists/manifest\.json could not be read: IO Error"):
         sample_of(gone)
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_sample(
+    tmp_path: Path, semantic_model: Path, image_folder: Callable[..., Path]
+) -> None:
+    """As a damaged one is: one file that somebody had moved ended the measurement."""
+    photos = image_folder(4)
+    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "folder.png").mkdir()
+    uris = [str(photos / "gone.png"), *map(str, sorted(photos.iterdir())), str(photos / "gone.jpg")]
+    (tmp_path / "list.txt").write_text("\n".join(uris))
+    found = measure(str(tmp_path / "list.txt"), str(semantic_model), scratch=tmp_path, seconds=0.02, precision="fp32")
+    assert found.decode_mpx_per_core_s.keys() == {"JPEG", "PNG"}
+    sizes = [path.stat().st_size for path in photos.iterdir() if path.is_file()]
+    store = measure_store(str(tmp_path / "list.txt"), scratch=tmp_path, seconds=0.02)
+    assert store["file:///"].mean_bytes == sum(sizes) / len(sizes) == found.stores["file:///"].mean_bytes
+
+
+def test_a_sample_of_which_nothing_can_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [f"file://{tmp_path}/{name}.png" for name in ("a", "b")]
+    with pytest.raises(UsageError, match=r"no image of the sample can be read: .*a\.png"):
+        read_all(uris, 0.01, None)
+    (tmp_path / "b.png").write_bytes(b"b")
+    assert [blob.data for blob in read_all(uris, 0.01, None)[1]] == [b"b"]
+
+    class Expired(DiskStorage):
+        def get(self, uri: str) -> Blob:
+            if uri == uris[0]:
+                raise ExpiredCredentialsError("expired", kind="denied")
+            return super().get(uri)
+
+    monkeypatch.setattr("pipeline.engine.store_ceilings.open_storage", lambda uri, profile: Expired(uri))
+    with pytest.raises(ExpiredCredentialsError):
+        read_all(uris, 0.01, None)
 
 
 @pytest.mark.slow

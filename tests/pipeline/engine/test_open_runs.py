@@ -16,6 +16,7 @@ from pipeline.engine import placement, reconciliation
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
 from pipeline.engine.lease import Lease
+from pipeline.engine.outcome import Event
 from pipeline.errors import HeldError, InfrastructureError
 from pipeline.storage import normalize_uri, open_storage
 
@@ -121,6 +122,31 @@ def test_with_wait_it_goes_on_once_the_other_driver_is_done(bench: Bench, image_
     threading.Timer(1.0, holder.__exit__, (None, None, None)).start()
     assert bench.segment(photos, lease_ttl_s=60, wait=True).ok == 4
     assert not holder.superseded.is_set()
+
+
+def test_a_run_whose_lease_cannot_be_renewed_stops(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = image_folder(8)
+    failing: list[Lease] = []
+    tried = threading.Event()
+
+    def fails(lease: Lease) -> bool:
+        failing.append(lease)
+        tried.set()
+        raise ValueError("a bug")
+
+    def listen(event: Event) -> None:
+        if event.kind == "progress":
+            assert tried.wait(60) and failing[0].superseded.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "_renew", fails)
+        with pytest.raises(InfrastructureError, match=r"the lease of run .* could not be renewed.*ValueError: a bug"):
+            bench.segment(photos, shard_size=1, lease_ttl_s=0.2, listen=listen)
+    assert len(bench.done) < 8
+    assert bench.segment(photos, shard_size=1).state == "done"
+    assert bench.done == names(photos)
 
 
 def test_a_driver_killed_while_it_counts_leaves_what_the_next_removes(

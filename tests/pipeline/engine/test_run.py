@@ -301,6 +301,52 @@ def test_settings_that_the_network_cannot_serve_bring_up_no_worker(
     assert not bench.dest.exists()
 
 
+@pytest.mark.parametrize(
+    ("images", "settings", "started"),
+    [
+        (5, {"shard_size": 3}, 2),
+        (3, {"shard_size": 1, "canary": 1}, 3),
+        (1, {"precision": "auto"}, 1),
+        (3, {"precision": "auto", "limit": 2}, 2),
+        (5, {"shard_size": 1, "dry_run": True}, 1),
+    ],
+)
+def test_no_more_workers_are_started_than_there_are_shards(
+    bench: Bench,
+    image_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    images: int,
+    settings: dict[str, Any],
+    started: int,
+) -> None:
+    start, begun = InlineCrew.start, []
+    monkeypatch.setattr(InlineCrew, "start", lambda crew: begun.append(1) or start(crew))
+    bench.segment(image_folder(images), actors=4, **settings)
+    assert len(begun) == started
+
+
+@pytest.mark.parametrize("actors", [25, 500])
+def test_more_workers_than_memory_holds_are_refused_before_one_is_started(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, actors: int
+) -> None:
+    """Processes were forked until the kernel ran out of memory."""
+    photos = image_folder(1)
+    monkeypatch.setattr("pipeline.engine.crew.memory_bytes", lambda: 24 << 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineCrew, "start", lambda crew: pytest.fail("a worker was brought up"))
+        said = f"--actors {actors}: this machine has 24.0 GiB of memory, and a worker takes 1 GiB at least: give 24 at"
+        with pytest.raises(UsageError, match=said):
+            bench.segment(photos, actors=actors)
+        with pytest.raises(UsageError, match=said):
+            config = SegmentConfig(source=str(photos), dest=str(bench.dest), model=str(bench.model), actors=actors)
+            pipeline.plan(config, scratch=photos.parent)
+        assert not bench.dest.exists()
+    assert bench.segment(photos, actors=24).ok == 1
+    monkeypatch.setattr("pipeline.engine.crew.memory_bytes", lambda: 1 << 29)
+    assert bench.segment(photos, actors=1, force=True).ok == 1
+
+
 # ── the same answer however it is cut ───────────────────────────────────────────────────────────────────────────────
 
 
