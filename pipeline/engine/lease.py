@@ -21,8 +21,9 @@ from pipeline.storage import Storage, uri_name
 
 log = logging.getLogger(__name__)
 
-#: A lease is renewed so often in its TTL.
+#: A lease is renewed so often in its TTL, and often enough for others, who go by a TTL of their own.
 _BEATS = 4
+_BEAT_S = 7.5
 
 
 def this_host() -> str:
@@ -140,7 +141,7 @@ class Lease:
     def _keep(self) -> None:
         failures = 0
         try:
-            while not self._stop.wait(self._ttl_s / _BEATS):
+            while not self._stop.wait(min(self._ttl_s / _BEATS, _BEAT_S)):
                 try:
                     if not self._renew():
                         self.superseded.set()
@@ -150,7 +151,7 @@ class Lease:
                     log.warning("the lease could not be renewed: %s", error)
                 except Exception as error:
                     failures += 1
-                    if failures == _BEATS:  # a whole TTL
+                    if failures == _BEATS:  # a whole TTL, or that of most others
                         raise
                     log.warning("the lease could not be renewed: %s: %s", type(error).__name__, error)
         except Exception as error:  # noqa: BLE001 - told by the run, which stops
