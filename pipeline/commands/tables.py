@@ -13,6 +13,7 @@ from rich.text import Text
 import pipeline
 from pipeline import screen
 from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, DriftChanges, Json, drift_config
+from pipeline.commands.rows import print_rows, write_rows
 from pipeline.errors import UsageError
 from pipeline.storage import hide_secrets, without_secrets
 
@@ -55,9 +56,9 @@ def query(
         if relation is None:
             return
         if output == "table":
-            screen.print_rows(relation)
+            print_rows(relation)
         else:
-            screen.write_rows(relation, output)
+            write_rows(relation, output)
     except (duckdb.Error, pa.ArrowException) as error:
         raise UsageError(f"the query failed: {error}") from error
 
