@@ -12,7 +12,16 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, DriftChanges, Json, drift_config
+from pipeline.commands.options import (
+    DRIFTED,
+    INFRASTRUCTURE,
+    Dest,
+    DestProfile,
+    DriftChanges,
+    Json,
+    drift_config,
+    local_file,
+)
 from pipeline.commands.rows import print_rows, write_rows
 from pipeline.errors import UsageError
 from pipeline.storage import hide_secrets, without_secrets
@@ -20,7 +29,7 @@ from pipeline.storage import hide_secrets, without_secrets
 
 def sheet(
     dest: Dest,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.", parser=local_file)],
     dest_profile: DestProfile = None,
 ) -> None:
     """Draw the masks of DEST over their images, one tile each."""
