@@ -33,6 +33,9 @@ _FIELD_OPTIONS = {
     "lease_ttl_s": "--lease-ttl",
 }
 
+#: What one of an option is in its field.
+_OPTION_UNITS = {"memory_bytes": 1 << 20}
+
 app = typer.Typer(
     help="Images in object storage in, one Parquet row per image out.",
     no_args_is_help=True,
@@ -106,8 +109,13 @@ def _last_words(error: Exception) -> tuple[str, str, int]:
         return "failed", str(error), INFRASTRUCTURE
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        option = _FIELD_OPTIONS.get(str(first["loc"][0]), f"--{first['loc'][0]}".replace("_", "-"))
-        return "error", f"{option} is {first['input']!r}: {first['msg'].lower()}", USAGE
+        field, value, message = str(first["loc"][0]), first["input"], first["msg"].lower()
+        if unit := _OPTION_UNITS.get(field):
+            value //= unit
+            for bound in first.get("ctx", {}).values():
+                message = message.replace(str(bound), str(bound // unit))
+        option = _FIELD_OPTIONS.get(field, f"--{field}".replace("_", "-"))
+        return "error", f"{option} is {value!r}: {message}", USAGE
     # Typer's own usage errors (a missing option, an unknown command) know how to say so.
     if hasattr(error, "format_message"):
         return "error", error.format_message(), USAGE

@@ -5,13 +5,24 @@ Must not know: how anything is done.
 from __future__ import annotations
 
 import datetime as dt
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 Engine = Literal["auto", "local", "ray"]
+
+# Shared by all that hand them on. More than any machine has would be refused later, in the words of a library.
+Actors = Annotated[int, Field(ge=1, le=100_000)]
+GpusPerActor = Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+BatchSize = Annotated[int, Field(ge=1, le=16_384)]
+ShardSize = Annotated[int, Field(ge=1, le=1_000_000_000)]
+ImageCount = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
+MaxPixels = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
+MemoryBytes = Annotated[int, Field(ge=1 << 20, le=1 << 44)]
+LeaseTtl = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 DEFAULT_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -21,15 +32,21 @@ class DriftConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: int = Field(7, ge=1, description="Compare with this many comparable runs before, at most.")
-    psi_threshold: float = Field(0.2, gt=0, description="A smaller PSI is no drift. 0.1 is small, above 0.25 large.")
+    runs: int = Field(7, ge=1, le=10_000, description="Compare with this many comparable runs before, at most.")
+    psi_threshold: float = Field(
+        0.2, gt=0, allow_inf_nan=False, description="A smaller PSI is no drift. 0.1 is small, above 0.25 large."
+    )
     ks_threshold: float = Field(0.15, gt=0, lt=1, description="A smaller KS statistic is no drift.")
     alpha: float = Field(
         0.001, gt=0, lt=1, description="Chance of a false alarm for a whole run of the same distribution, at most."
     )
-    bins: int = Field(10, ge=2, description="Bins of the PSI, of equal share in the earlier runs.")
-    least_images: int = Field(50, ge=10, description="With fewer images on either side nothing is said.")
-    sample_images: int = Field(100_000, ge=1000, description="About so many images a side are looked at.")
+    bins: int = Field(10, ge=2, le=1000, description="Bins of the PSI, of equal share in the earlier runs.")
+    least_images: int = Field(
+        50, ge=10, le=1_000_000_000, description="With fewer images on either side nothing is said."
+    )
+    sample_images: int = Field(
+        100_000, ge=1000, le=100_000_000, description="About so many images a side are looked at."
+    )
 
 
 class SegmentConfig(BaseModel):
@@ -46,22 +63,22 @@ class SegmentConfig(BaseModel):
         None, description="A folder or URL with models by name. Default: MASKMILL_REGISTRY, then what ships."
     )
     engine: Engine = Field("auto", description="local: processes on this machine; ray: actors on a Ray cluster.")
-    actors: int | None = Field(
-        None, ge=1, description="How many workers at most. Default: one per GPU, or one per CPU core."
+    actors: Actors | None = Field(
+        None, description="How many workers at most. Default: one per GPU, or one per CPU core."
     )
-    gpus_per_actor: float | None = Field(None, ge=0, description="GPUs for each actor; fractions share a GPU.")
-    batch_size: int | None = Field(
-        None, ge=1, description="Images per forward pass at most (default 32 on a GPU, 2 on a CPU). Frozen."
+    gpus_per_actor: GpusPerActor | None = Field(None, description="GPUs for each actor; fractions share a GPU.")
+    batch_size: BatchSize | None = Field(
+        None, description="Images per forward pass at most (default 32 on a GPU, 2 on a CPU). Frozen."
     )
-    shard_size: int | None = Field(None, ge=1, description="Images per shard, and so per Parquet file.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of each worker's network. Frozen in the run.")
+    shard_size: ShardSize | None = Field(None, description="Images per shard, and so per Parquet file.")
+    threads: Threads | None = Field(None, description="CPU threads of each worker's network. Frozen in the run.")
     precision: PrecisionChoice = Field("auto", description="auto: bf16 where the device has it in hardware, else fp32.")
     compile: bool = Field(
         False, description="torch.compile, for each shape of batch once: faster on long runs, other last bits. Frozen."
     )
-    limit: int | None = Field(None, ge=1, description="Process at most this many of the images that are left.")
-    canary: int | None = Field(
-        None, ge=1, description="Process this many first; go on only if their error rate is fine."
+    limit: ImageCount | None = Field(None, description="Process at most this many of the images that are left.")
+    canary: ImageCount | None = Field(
+        None, description="Process this many first; go on only if their error rate is fine."
     )
     dry_run: bool = Field(False, description="Only print the plan.")
     retry_errors: bool = Field(False, description="Take up again all images that failed and were never done.")
@@ -87,11 +104,16 @@ class SegmentConfig(BaseModel):
     settings: dict[str, JsonValue] = Field(
         {}, description="What this run changes of the model's card: size_policy, postprocessing, cleanup and the like."
     )
-    max_pixels: int = Field(
+    max_pixels: MaxPixels = Field(
         200_000_000,
-        ge=1,
         description="Larger images become `too_large` rows (TIFFs that are read in tiles may be larger).",
     )
-    memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Decoded pixels in flight in one worker, at most.")
-    lease_ttl_s: float = Field(30.0, gt=0, description="A lease that stands still this long is dead.")
-    drain_timeout_s: float = Field(30.0, ge=0, description="On Ctrl-C, how long shards in flight may take to finish.")
+    memory_bytes: MemoryBytes = Field(1 << 30, description="Decoded pixels in flight in one worker, at most.")
+    lease_ttl_s: LeaseTtl = Field(30.0, description="A lease that stands still this long is dead.")
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="On Ctrl-C, how long shards in flight may take to finish.",
+    )

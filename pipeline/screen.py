@@ -1,21 +1,15 @@
-"""What people and pipes see: the progress bar, tables, JSON, query results. Owns: wording and layout.
-Must not know: options, exit statuses, how anything is done.
+"""What people and pipes see: the progress bar, tables, JSON. Owns: wording and layout.
+Must not know: options, exit statuses, how anything is done, results of queries.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 import sys
 import time
 from collections.abc import Iterable
-from decimal import Decimal
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,7 +18,6 @@ from rich.text import Text
 from pipeline.wording import counted
 
 _LINE_EVERY_S = 30.0
-_BATCH_ROWS = 2048
 
 
 class Screen:
@@ -296,98 +289,6 @@ def print_drift(report: Any) -> None:
     out.print(table)
     runs = f"{len(report.earlier_runs)} earlier run{'' if len(report.earlier_runs) == 1 else 's'}"
     out.print(f"run {report.run_id}: {report.images} images, beside {report.earlier_images} of {runs}", soft_wrap=True)
-
-
-def print_rows(relation: Any) -> None:
-    limit = 1000
-    rows = relation.limit(limit + 1).fetchall()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in relation.columns:
-        table.add_column(Text(plain(column)), overflow="fold")
-    for row in rows[:limit]:
-        table.add_row(*(Text(_cell(value)) for value in row))
-    console = stdout()
-    if not console.is_terminal:
-        # A reader at the other end of a pipe wants a row per line.
-        console.width = 100_000
-    console.print(table)
-    shown = f"the first {limit} rows; --format csv gives all" if len(rows) > limit else counted(len(rows), "row")
-    console.print(Text(f"({shown})", style="dim"))
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = "" if value is None else plain(str(_without_bytes(value)))
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-class _Size(int):
-    """A number of bytes, in place of the bytes themselves."""
-
-    def __repr__(self) -> str:
-        return f"<{int(self)} bytes>"
-
-    __str__ = __repr__
-
-
-def _without_bytes(value: object) -> object:
-    if isinstance(value, bytes):
-        return _Size(len(value))
-    if isinstance(value, dict):
-        return {key: _without_bytes(one) for key, one in value.items()}
-    return [_without_bytes(one) for one in value] if isinstance(value, list) else value
-
-
-def write_rows(relation: Any, output: str) -> None:
-    """All rows, batch by batch: the result need not fit into memory."""
-    reader = relation.to_arrow_reader(_BATCH_ROWS)
-    out = sys.stdout.buffer
-    if output == "csv":
-        # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
-        schema = pa.schema([field.with_type(pa.string()) if _is_deep(field.type) else field for field in reader.schema])
-        with pa.csv.CSVWriter(out, schema) as writer:
-            for batch in reader:
-                writer.write_batch(pa.record_batch([_flat(column) for column in batch.columns], schema=schema))
-    elif output == "parquet":
-        with pq.ParquetWriter(out, reader.schema, compression="zstd") as writer:
-            for batch in reader:
-                writer.write_batch(batch)
-    else:
-        separator = b"["
-        given = reader.schema.names  # which may repeat a name, and an object may not
-        names = [f"{name}_{before}" if (before := given[:at].count(name)) else name for at, name in enumerate(given)]
-        for batch in reader:
-            for row in batch.rename_columns(names).to_pylist():
-                out.write(separator + json.dumps(_json_value(row), allow_nan=False).encode())
-                separator = b",\n"
-        out.write(b"]\n" if separator != b"[" else b"[]\n")
-
-
-def _is_deep(kind: pa.DataType) -> bool:
-    return pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_interval(kind)
-
-
-def _flat(column: pa.Array) -> pa.Array:
-    if not _is_deep(column.type):
-        return column
-    values = (_json_value(value) for value in column.to_pylist())
-    texts = (value if value is None or isinstance(value, str) else json.dumps(value) for value in values)
-    return pa.array(texts, pa.string())
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_value(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(inner) for inner in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Decimal):  # what DuckDB makes of a sum
-        return int(value) if value == value.to_integral_value() else float(value)
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def plain_lines(text: str) -> str:

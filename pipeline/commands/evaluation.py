@@ -41,6 +41,7 @@ from pipeline.commands.options import (
     Wait,
     card_changes,
     interruptible,
+    local_file,
     option,
     splitting,
 )
@@ -68,7 +69,7 @@ def evaluate(  # noqa: PLR0917 - typer's way: every option of the command is a p
         str | None,
         option("DEST of masks and counts. Default: in the registry, or ~/.cache/maskmill.", metavar="DEST"),
     ] = None,
-    page: Annotated[Path | None, option("Write the page here, too.", metavar="FILE")] = None,
+    page: Annotated[Path | None, option("Write the page here, too.", metavar="FILE", parser=local_file)] = None,
     no_page: Annotated[bool, option("Write no page.", "--no-page")] = False,
     max_error_rate: Annotated[float, option("Above this share of failures: exit status 3.", metavar="SHARE")] = 0.05,
     wait: Wait = False,

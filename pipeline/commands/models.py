@@ -24,6 +24,7 @@ from pipeline.commands.options import (
     Registry,
     RegistryProfile,
     interruptible,
+    local_file,
     splitting,
 )
 from pipeline.errors import StoppedError, UsageError
@@ -206,12 +207,12 @@ def models_history(
 @app.command("import")
 def models_import(  # noqa: PLR0917 - typer's way: every option of the command is a parameter
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, or smp:ARCHITECTURE/ENCODER.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.", parser=local_file)],
     weights: Annotated[
         str | None, typer.Option(metavar="NAME", help="Published weights (torchvision: DEFAULT unless told otherwise).")
     ] = None,
     weights_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A state dict, as .pth or .safetensors.")
+        Path | None, typer.Option(metavar="FILE", help="A state dict, as .pth or .safetensors.", parser=local_file)
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="Random weights, for tests and measurements.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,

@@ -4,9 +4,11 @@ Must not know: any one command.
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +18,31 @@ from rich.console import Console
 from models.overrides import parse_settings
 from pipeline.config import DriftConfig
 from pipeline.errors import UsageError
+from pipeline.storage import local_path, normalize_uri
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, KEPT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
-def option(help_text: str, *names: str, panel: str = "Options", metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+
+def option(
+    help_text: str,
+    *names: str,
+    panel: str = "Options",
+    metavar: str | None = None,
+    parser: Callable[[str], Any] | None = None,
+) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, parser=parser)
+
+
+def local_file(text: str) -> Path:
+    """The file on this machine that an option names; `file:///x` is `/x`. `Path` would take any other address for
+    folders below this one: raises typer.BadParameter, which shows no more of it than its scheme, as the rest may hold
+    secrets."""
+    is_uri = text.startswith("file:/")
+    if found := _SCHEME.search(text, len("file:/") if is_uri else 0):
+        raise typer.BadParameter(f"'{found[0]}…' is an address: give a file on this machine")
+    return Path(local_path(normalize_uri(text)) if is_uri else text)
 
 
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]

@@ -12,14 +12,24 @@ from rich.text import Text
 
 import pipeline
 from pipeline import screen
-from pipeline.commands.options import DRIFTED, INFRASTRUCTURE, Dest, DestProfile, DriftChanges, Json, drift_config
+from pipeline.commands.options import (
+    DRIFTED,
+    INFRASTRUCTURE,
+    Dest,
+    DestProfile,
+    DriftChanges,
+    Json,
+    drift_config,
+    local_file,
+)
+from pipeline.commands.rows import print_rows, write_rows
 from pipeline.errors import UsageError
 from pipeline.storage import hide_secrets, without_secrets
 
 
 def sheet(
     dest: Dest,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.", parser=local_file)],
     dest_profile: DestProfile = None,
 ) -> None:
     """Draw the masks of DEST over their images, one tile each."""
@@ -55,9 +65,9 @@ def query(
         if relation is None:
             return
         if output == "table":
-            screen.print_rows(relation)
+            print_rows(relation)
         else:
-            screen.write_rows(relation, output)
+            write_rows(relation, output)
     except (duckdb.Error, pa.ArrowException) as error:
         raise UsageError(f"the query failed: {error}") from error
 

@@ -21,6 +21,7 @@ from pipeline.commands.options import (
     LabelsOf,
     Layout,
     interruptible,
+    local_file,
     option,
     splitting,
 )
@@ -40,12 +41,17 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
     ] = None,
     out: Annotated[str | None, option("Write the model to this file (too).", metavar="FILE")] = None,
     recipe: Annotated[
-        Path | None, option("JSON of settings; options on the command line come before them.", metavar="FILE")
+        Path | None,
+        option("JSON of settings; options on the command line come before them.", metavar="FILE", parser=local_file),
     ] = None,
     as_json: Annotated[bool, option("Print exactly one JSON object on stdout.", "--json")] = False,
     preview: Annotated[
         Path | None,
-        option("Train nothing: draw what the network would see, with its labels, to this PNG.", metavar="FILE"),
+        option(
+            "Train nothing: draw what the network would see, with its labels, to this PNG.",
+            metavar="FILE",
+            parser=local_file,
+        ),
     ] = None,
     arch: Annotated[
         str | None, option("An architecture. Default: that of INIT, else unet.", panel=_WHAT, metavar="A")
@@ -164,7 +170,7 @@ def train(  # noqa: PLR0917 - typer's way: every option of the command is a para
     except ValidationError as error:
         raise UsageError(_first_wrong(error)) from error
     if preview is not None:
-        preview.write_bytes(pipeline.preview_training(config))
+        _write_preview(preview, pipeline.preview_training(config))
         print(screen.plain(str(preview)))
         return
     display = screen.TrainingScreen(quiet=as_json)
@@ -203,6 +209,13 @@ def labels_check(  # noqa: PLR0917 - typer's way
     print(report.model_dump_json() if as_json else screen.plain_lines(report.text()))
     if not report.ok:
         raise typer.Exit(INFRASTRUCTURE)
+
+
+def _write_preview(path: Path, png: bytes) -> None:
+    try:
+        path.write_bytes(png)
+    except OSError as error:
+        raise UsageError(f"--preview {path} cannot be written: {error.strerror or error}") from error
 
 
 def _settings(recipe: Path | None, changes: list[str] | None) -> dict[str, Any]:

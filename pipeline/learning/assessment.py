@@ -21,7 +21,19 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from models.card import Card
 from models.overrides import with_settings
-from pipeline.config import Engine, PrecisionChoice, SegmentConfig
+from pipeline.config import (
+    Actors,
+    BatchSize,
+    Engine,
+    GpusPerActor,
+    LeaseTtl,
+    MaxPixels,
+    MemoryBytes,
+    PrecisionChoice,
+    SegmentConfig,
+    ShardSize,
+    Threads,
+)
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine import run
 from pipeline.engine.outcome import Event, Listener, Outcome
@@ -69,21 +81,21 @@ class EvaluateConfig(BaseModel):
     )
     where: str | None = Field(None, description="An SQL condition on rows: only these are scored.")
     slices: tuple[str, ...] = Field((), description="Columns, or SQL expressions, to score piece by piece.")
-    resamples: int = Field(1000, ge=0, description="Of the bootstrap; 0: no intervals.")
+    resamples: int = Field(1000, ge=0, le=1_000_000, description="Of the bootstrap; 0: no intervals.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Share of the resamples within an interval.")
     seed: int = Field(0, ge=0, description="Of the bootstrap.")
     max_detections: int = Field(MAX_DETECTIONS, ge=1, description="Of one class in one image, that AP takes.")
     engine: Engine = "auto"
-    actors: int | None = Field(None, ge=1)
-    gpus_per_actor: float | None = Field(None, ge=0)
-    batch_size: int | None = Field(None, ge=1)
-    shard_size: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
+    actors: Actors | None = None
+    gpus_per_actor: GpusPerActor | None = None
+    batch_size: BatchSize | None = None
+    shard_size: ShardSize | None = None
+    threads: Threads | None = None
     precision: PrecisionChoice = "auto"
     compile: bool = False
     settings: dict[str, JsonValue] = {}
-    max_pixels: int = Field(200_000_000, ge=1)
-    memory_bytes: int = Field(1 << 30, ge=1 << 20)
+    max_pixels: MaxPixels = 200_000_000
+    memory_bytes: MemoryBytes = 1 << 30
     max_error_rate: float = Field(0.05, ge=0, le=1)
     retry_errors: bool = False
     wait: bool = False
@@ -92,7 +104,7 @@ class EvaluateConfig(BaseModel):
     dest_profile: str | None = None
     registry_profile: str | None = None
     shared_filesystem: bool = False
-    lease_ttl_s: float = Field(30.0, gt=0)
+    lease_ttl_s: LeaseTtl = 30.0
 
     @property
     def table_profile(self) -> str | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from pipeline.config import Threads
 from pipeline.learning.labels.source import Layout
 from pipeline.learning.labels.splits import Splitting
 from pipeline.learning.recipe import AugmentationConfig, LossConfig, SamplingConfig
@@ -68,9 +69,11 @@ class TrainConfig(BaseModel):
     loss: LossConfig = LossConfig()
 
     # How long: exactly one.
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0, description="Of wall time, which the schedule then follows.")
+    epochs: int | None = Field(None, ge=1, le=1_000_000)
+    steps: int | None = Field(None, ge=1, le=1_000_000_000)
+    minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Of wall time, which the schedule then follows."
+    )
 
     # How.
     batch_size: int = Field(8, ge=1, description="Images of one step, over all workers.")
@@ -96,7 +99,7 @@ class TrainConfig(BaseModel):
     checkpoints: str | None = Field(None, description="Default: _training/KEY under the registry, or beside the file.")
     engine: Engine = Field("auto", description="local: in this process; ray: Ray Train.")
     workers: int = Field(1, ge=1)
-    threads: int | None = Field(None, ge=1, description="CPU threads of each worker.")
+    threads: Threads | None = Field(None, description="CPU threads of each worker.")
     use_gpu: bool | None = Field(None, description="None: where there is one.")
     ray_address: str | None = None
     shared_filesystem: bool = Field(False, description="Local paths mean the same on every node.")
@@ -118,6 +121,8 @@ class TrainConfig(BaseModel):
             )
         if self.init is not None and self.backbone_weights is not None:
             raise ValueError("give init or backbone_weights, not both")
+        if "://" in (self.backbone_weights or ""):
+            raise ValueError("backbone_weights is an address: give DEFAULT, a name, or a file on this machine")
         if self.patience is not None and self.val_split is None:
             raise ValueError("patience needs a val_split to measure on")
         if self.registry is None and self.out is None:

@@ -40,7 +40,7 @@ class Gate(BaseModel):
         0.95, gt=0, lt=1, description="Share of resamples in which the challenger must be better."
     )
     max_class_drop: float = Field(0.02, ge=0, le=1, description="No class may fall by more than this.")
-    resamples: int = Field(2000, ge=100, description="Of the images, in the paired bootstrap.")
+    resamples: int = Field(2000, ge=100, le=1_000_000, description="Of the images, in the paired bootstrap.")
     seed: int = Field(0, ge=0, description="Of the resamples.")
 
 

@@ -37,6 +37,8 @@ def test_parameters_are_cast_and_checked_like_the_configuration() -> None:
     assert SegmentConfig(**cast) == SegmentConfig(**given)
     with pytest.raises(ParameterTypeError, match="run_date"):
         segment_corpus.validate_parameters(given | {"run_date": "tomorrow"})
+    with pytest.raises(ParameterTypeError, match="threads: Input should be less than or equal to 1024"):
+        segment_corpus.validate_parameters(given | {"threads": 100_000})
 
 
 @pytest.mark.parametrize(

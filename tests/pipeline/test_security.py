@@ -197,37 +197,43 @@ def test_no_name_steers_a_terminal(
     make_image(photos / f"a{STEERING}.png", 7)
     (photos / f"b{STEERING}.png").write_bytes(b"no picture")
     out, registry = tmp_path / f"out{STEERING}", tmp_path / "registry"
-    said = [
-        maskmill("segment", photos, out, "--model", model, *COMMON),
-        maskmill("segment", photos / "nothing", out, "--model", model, *COMMON),
-        maskmill("models", "push", model, "--registry", registry, "--reason", STEERING),
-    ]
+    shown = []
+
+    def show(status: int, *command: Any) -> None:
+        said = maskmill(*command)
+        assert said.status == status, (command, said)
+        text = said.out + said.err
+        wild = [c for c in text if c != "\n" and not c.isprintable()]
+        assert not wild, (command, wild, text)
+        shown.append(text)
+
+    show(3, "segment", photos, out, "--model", model, *COMMON)
+    show(2, "segment", photos / "nothing", out, "--model", model, *COMMON)
+    show(0, "models", "push", model, "--registry", registry, "--reason", STEERING)
     history = registry / card.name / "_history"
     entry = json.loads((history / "00000001.json").read_text())
     entry |= {"number": 2, "by": STEERING, "aliases": entry["aliases"] | {f"a{STEERING}": entry["version"]},
               "version": STEERING}  # fmt: skip
     (history / "00000002.json").write_text(json.dumps(entry))
     sql = "SELECT i.image_uri, c.name FROM images i, classes c"
-    commands: list[tuple[Any, ...]] = [
-        ("models", "list", "--registry", registry), ("models", "history", card.name, "--registry", registry),
-        ("models", "show", model), ("runs", "list", out), ("query", out, sql), ("query", out, f"SELECT '{STEERING}' x"),
-        ("query", out, f'SELECT "{STEERING}"'), ("verify", out, "--deep"), ("drift", out),
-        ("sheet", out, "--out", tmp_path / f"s{STEERING}.png"), ("report", out, "--out", tmp_path / f"{STEERING}.html"),
-        ("export", out, "--format", "coco", "--out", tmp_path / f"e{STEERING}"),
-        ("forget", out, "--where", "true", "--dry-run"), ("prune", out, "--keep-versions", "1", "--dry-run"),
-        ("evaluate", photos, "--model", model), ("labels", "check", photos),
-        ("models", "alias", f"{card.name}@challenger", f"x{STEERING}", "--registry", registry),
-        ("models", "show", f"x{STEERING}", "--registry", registry),
-        ("segment", photos, out, "--model", model, "--set", f"{STEERING}=1"),
-        ("runs", "show", out, f"x{STEERING}"), ("runs", "abandon", out, f"x{STEERING}"),
-    ]  # fmt: skip
-    for command in commands:
-        said.append(maskmill(*command))
-    shown = [one.out + one.err for one in said]
-    for command, text in zip(["segment", "segment", "push", *commands], shown, strict=True):
-        wild = [c for c in text if c != "\n" and not c.isprintable()]
-        assert not wild, (command, wild, text)
+    for status, *command in (
+        (0, "models", "list", "--registry", registry), (0, "models", "history", card.name, "--registry", registry),
+        (0, "models", "show", model), (0, "runs", "list", out),
+        (0, "query", out, sql), (0, "query", out, f"SELECT '{STEERING}' x"), (2, "query", out, f'SELECT "{STEERING}"'),
+        (0, "verify", out, "--deep"), (0, "drift", out), (0, "sheet", out, "--out", tmp_path / f"s{STEERING}.png"),
+        (0, "report", out, "--out", tmp_path / f"{STEERING}.html"),
+        (0, "export", out, "--format", "coco", "--out", tmp_path / f"e{STEERING}"),
+        (0, "forget", out, "--where", "image_uri LIKE '%owned%'"), (2, "forget", out, "--where", f'"{STEERING}"'),
+        (0, "prune", out, "--keep-versions", "1"),
+        (2, "evaluate", photos, "--model", model), (2, "labels", "check", photos),
+        (2, "models", "alias", f"{card.name}@challenger", f"x{STEERING}", "--registry", registry),
+        (2, "models", "show", f"x{STEERING}", "--registry", registry),
+        (2, "segment", photos, out, "--model", model, "--set", f"{STEERING}=1"),
+        (2, "runs", "show", out, f"x{STEERING}"), (2, "runs", "abandon", out, f"x{STEERING}"),
+    ):  # fmt: skip
+        show(status, *command)
     assert sum("owned" in text for text in shown) > len(shown) // 2
+    assert len(rows_of(out)) == 5, "without --yes nothing is forgotten or pruned"
 
 
 # ── secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────

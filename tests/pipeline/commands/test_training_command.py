@@ -177,6 +177,24 @@ def test_options_and_a_recipe_ask_for_the_same(
     assert equal(weights(again["uri"]), weights(told["uri"]))
 
 
+def test_a_preview_that_cannot_be_written_is_a_sentence(maskmill: Maskmill, discs: Path, tmp_path: Path) -> None:
+    command = ("train", discs, *OPTIONS[:-1], "--preview")
+    said = maskmill(*command, tmp_path / "seen.png")
+    assert (said.status, said.err) == (0, "") and Image.open(tmp_path / "seen.png").format == "PNG"
+    for path, why in (("/proc/p.png", "No such file or directory"), (tmp_path, "Is a directory")):
+        said = maskmill(*command, path)
+        assert (said.status, said.err) == (2, f"error: --preview {path} cannot be written: {why}\n")
+
+
+def test_backbone_weights_are_no_address(maskmill: Maskmill, discs: Path, tmp_path: Path) -> None:
+    address = "http://me:Sup3rS3cretThing@127.0.0.1:1/r.pth"
+    command = ("train", discs, "--registry", tmp_path / "models", "--steps", "1", *OPTIONS)
+    for option in (("--backbone-weights", address), ("--set", f"backbone_weights={address}")):
+        said = maskmill(*command, *option)
+        assert said.status == 2 and "backbone_weights is an address: give" in said.err and said.err.count("\n") == 1
+        assert "Sup3rS3cretThing" not in said.out + said.err
+
+
 @pytest.mark.parametrize(("write", "classes"), [(write_voc, 21), (write_cityscapes, 19)])
 def test_published_layouts(
     maskmill: Maskmill,
