@@ -31,7 +31,16 @@ from pipeline.engine.limits import Ceilings
 from pipeline.engine.messages import StreamConfig, WorkerSpec
 from pipeline.engine.rows import Picture, Ref, RowMaker
 from pipeline.engine.settings import asked_of, settings_of, setup_digest
-from pipeline.engine.store_ceilings import Read, ceiling_of, in_processes, listing_of, rate, read_all, sample_of
+from pipeline.engine.store_ceilings import (
+    Read,
+    ceiling_of,
+    check_seconds,
+    in_processes,
+    listing_of,
+    rate,
+    read_all,
+    sample_of,
+)
 from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
 from pipeline.registry import Model, resolve
@@ -43,6 +52,7 @@ log = logging.getLogger(__name__)
 _SAMPLE_PIXELS = 4_000_000
 _ROWS_TO_WRITE = 1000
 _MAX_PIXELS = 1_000_000_000
+_MOST_IMAGES = 16_384  # of a batch
 
 
 class _Asked(NamedTuple):
@@ -99,6 +109,9 @@ def measure(
     exist, `settings` do not fit it, or no image of the sample can be read and decoded; InfrastructureError where a
     store fails or a measuring process dies. Safe to repeat: figures differ by the machine's mood.
     """
+    if batch_size is not None and not 1 <= batch_size <= _MOST_IMAGES:
+        raise UsageError(f"--batch-size is {batch_size}: give 1 to {_MOST_IMAGES:,}")
+    check_seconds(seconds)
     shipped = resolve(model, registry=registry)
     resolved = asked_of(shipped, settings or {})
     load = os.getloadavg()[0]

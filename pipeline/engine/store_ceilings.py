@@ -19,12 +19,13 @@ from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
 from pipeline.engine.crew import ProcessMember, WorkerDiedError, cores
 from pipeline.engine.limits import StoreCeiling
-from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError
+from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError, UsageError
 from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
 
 _T = TypeVar("_T")
 _SAMPLE_IMAGES = 64
 _GETS_AT_ONCE = 32
+_MOST_S = 3600
 
 
 class Turn(NamedTuple, Generic[_T]):
@@ -85,10 +86,17 @@ def measure_store(
     profile: str | None = None,
 ) -> dict[str, StoreCeiling]:
     """As `measure`, of the store alone: for one more store beside those of `Ceilings.stores`."""
+    check_seconds(seconds)
     corpus, listed_per_s = listing_of(source, scratch, seconds, suffixes, profile)
     uris = sample_of(corpus)
     found = in_processes(cores(), _read_here, uris, seconds, profile)
     return {store_root(uris[0]): ceiling_of(found, listed_per_s)}
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises UsageError for a time that no stage can be measured for."""
+    if not 0 < seconds <= _MOST_S:
+        raise UsageError(f"--seconds is {seconds:g}: give a number above 0, and {_MOST_S:,} at most")
 
 
 def _read_here(uris: Sequence[str], seconds: float, profile: str | None) -> Read:

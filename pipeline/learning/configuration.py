@@ -63,7 +63,9 @@ class TrainConfig(BaseModel):
     val_split: str | None = Field("val", description="Measured as training goes on; none: nothing is.")
     val_images: int | None = Field(None, ge=1, description="Measure on so many of them, evenly taken.")
     val_every: int = Field(1, ge=1, description="Epochs from one measurement to the next.")
-    epoch_images: int | None = Field(None, ge=1, description="Images drawn in an epoch. Default: the split's number.")
+    epoch_images: int | None = Field(
+        None, ge=1, le=1_000_000_000, description="Images drawn in an epoch. Default: the split's number."
+    )
     augmentation: AugmentationConfig = AugmentationConfig()
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
@@ -76,13 +78,15 @@ class TrainConfig(BaseModel):
     )
 
     # How.
-    batch_size: int = Field(8, ge=1, description="Images of one step, over all workers.")
+    batch_size: int = Field(8, ge=1, le=16_384, description="Images of one step, over all workers.")
     accumulate: int = Field(1, ge=1, description="A step's images go through the network in so many portions.")
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(2e-3, gt=0)
-    backbone_rate: float = Field(1.0, gt=0, description="Factor of the learning rate for the backbone.")
+    learning_rate: float = Field(2e-3, gt=0, allow_inf_nan=False)
+    backbone_rate: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Factor of the learning rate for the backbone."
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only.")
-    weight_decay: float = Field(0.01, ge=0, description="Of weights with more than one dimension.")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="Of weights with more than one dimension.")
     schedule: Literal["poly", "cosine"] = "cosine"
     poly_power: float = Field(0.9, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the run in which the learning rate rises.")

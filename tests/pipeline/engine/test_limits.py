@@ -304,3 +304,12 @@ def test_images_in_tiles_are_measured_in_tiles(tmp_path: Path) -> None:
     found = measure(str(tmp_path / "photos"), "nuclei-unet", scratch=tmp_path, seconds=0.01)
     assert found.decode_mpx_per_core_s.keys() == {"PNG"}
     assert next(iter(found.forward_mpx_per_s.values())) > 0
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"seconds": float("inf")}, {"seconds": 0.0}, {"seconds": float("nan")}, {"batch_size": 0}, {"batch_size": 10**20}],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"--(seconds|batch-size) is .*: give "):
+        measure("nowhere", "nuclei-unet", scratch=tmp_path, **asked)
