@@ -43,10 +43,9 @@ _ATTEMPTS = 4
 _ROWS_PER_BATCH = 5_000
 _STALE_TEMPORARY = timedelta(days=1)
 _READ_ONLY = ("http", "https")
-# fsspec's client is one connection, on which threads would talk at once.
-_ONE_AT_A_TIME = ("ftp", "ftps")
-# fsspec's way to copy from one store to another; asked for a file it calls itself for ever.
-_NO_STORES = ("generic",)
+# fsspec's client of FTP is one connection, on which threads would talk at once; what is generic calls itself for ever.
+_FTP = "is not served, since threads cannot share its client; use sftp://, or copy the files to a disk or a bucket"
+_UNSERVED = {"ftp": _FTP, "ftps": _FTP, "generic": "is no store; name the one that is meant"}
 _ETAG_FIELDS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _MODIFIED_FIELDS = (
     "LastModified",
@@ -77,15 +76,8 @@ class RemoteStorage:
     def _prepare(self) -> None:
         if is_chain(self.root):
             refuse_chain(self.root)
-        if self._scheme in _NO_STORES:
-            raise UsageError(
-                f"{without_secrets(self.root)!r}: {self._scheme}:// is no store; name the one that is meant"
-            )
-        if self._scheme in _ONE_AT_A_TIME:
-            raise UsageError(
-                f"{without_secrets(self.root)!r}: {self._scheme}:// is not served, since its client in fsspec cannot "
-                "be shared by threads; use sftp://, or copy the files to a disk or a bucket"
-            )
+        if why := _UNSERVED.get(self._scheme):
+            raise UsageError(f"{without_secrets(self.root)!r}: {self._scheme}:// {why}")
         try:
             kind = fsspec.get_filesystem_class(self._scheme)
             # The host of sftp://, the account of abfs://; nothing for most.
