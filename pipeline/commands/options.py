@@ -39,6 +39,8 @@ def local_file(text: str) -> Path:
     """The file on this machine that an option names; `file:///x` is `/x`. `Path` would take any other address for
     folders below this one: raises typer.BadParameter, which shows no more of it than its scheme, as the rest may hold
     secrets."""
+    if not text:
+        raise typer.BadParameter("an empty name: give a file on this machine")
     is_uri = text.startswith("file:/")
     if found := _SCHEME.search(text, len("file:/") if is_uri else 0):
         raise typer.BadParameter(f"'{found[0]}…' is an address: give a file on this machine")

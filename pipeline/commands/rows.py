@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.table import Table
@@ -86,7 +87,7 @@ def write_rows(relation: Any, output: str) -> None:
         # CSV knows text and numbers only: bytes become base64, lists and structs JSON.
         _write_csv(pa.table([pa.array([], pa.string())] * len(names), names), out, header=True)
         for batch in reader:
-            columns = [_flat(column) for column in _whole_columns(batch, paired)]
+            columns = [_flat(column) for column in _whole_columns(batch, paired, as_csv=True)]
             _write_csv(pa.record_batch(columns, names), out, header=False)
     else:
         separator = b"["
@@ -150,7 +151,8 @@ def _whole_row(row: tuple[Any, ...], paired: list[bool]) -> Iterator[Any]:
         yield value if text is None else text
 
 
-def _whole_columns(batch: pa.RecordBatch, paired: list[bool]) -> Iterator[pa.Array]:
+def _whole_columns(batch: pa.RecordBatch, paired: list[bool], *, as_csv: bool = False) -> Iterator[pa.Array]:
+    """`as_csv`: dates beside those that are text are written as Arrow does where there are no such."""
     columns = iter(batch.columns)
     for is_pair in paired:
         column = next(columns)
@@ -158,8 +160,12 @@ def _whole_columns(batch: pa.RecordBatch, paired: list[bool]) -> Iterator[pa.Arr
         if texts is None or texts.null_count == len(texts):
             yield column
         else:
-            both = zip(column.to_pylist(), texts.to_pylist(), strict=True)
-            yield pa.array((text or (None if value is None else str(value)) for value, text in both), pa.string())
+            plain_dates = column.cast(pa.string()) if as_csv else [_text(value) for value in column.to_pylist()]
+            yield pc.coalesce(texts, pa.array(plain_dates, pa.string()))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _is_deep(kind: pa.DataType) -> bool:

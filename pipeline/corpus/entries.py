@@ -219,8 +219,8 @@ def _refuse_open_quote(stream: pa.NativeFile) -> None:
         for _ in csv.reader(text, strict=True):
             pass
     except csv.Error as error:
-        if "unexpected end" in str(error):
-            raise _EntryError("it ends inside a quoted value: it was cut off") from error
+        if "unexpected end" in str(error) or "field larger" in str(error):
+            raise _EntryError("a quoted value in it does not end: it was cut off, or a quote is missing") from error
     finally:
         text.detach()  # it would close the stream
     stream.seek(0)

@@ -24,10 +24,8 @@ from pipeline.storage import LISTING_SCHEMA, chain_links, without_password
 ADDRESSES = pa.schema([("uri", pa.string()), ("address", pa.string())])
 
 _KNOWN_STORES = ("file", "s3", "gs", "memory")
-# A quick look at many: a password before the host, or a parameter that could be a signature.
-_PERHAPS = (
-    r"(?i)(?:\A|::|://)[a-z][a-z0-9+.\-]*://(?:[^/]*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
-)
+# A quick look at many: what could be a password, or a parameter that could be a signature.
+_PERHAPS = r"(?i)://(?:.*@|[^?]*\?(?:.*&)?(?:x-(?:amz|goog|oss)-signature|signature|sig)=)"
 #: (what proves the kind of signature, all parameters that belong to it), of parameters' names in lower case.
 _KINDS = [
     (("x-amz-signature",), r"x-amz-.*"),

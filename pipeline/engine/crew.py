@@ -277,8 +277,9 @@ def check_local_actors(actors: int) -> None:
     most = max(1, memory_bytes() // _LEAST_WORKER_BYTES)
     if actors > most:
         raise UsageError(
-            f"--actors {actors}: this machine has {memory_bytes() / (1 << 30):.1f} GiB of memory, and a worker takes "
-            f"{_LEAST_WORKER_BYTES >> 30} GiB at least: give {most} at most, or use a cluster (--engine ray)"
+            f"--actors {actors}: this machine has {memory_bytes() / (1 << 30):.1f} GiB of memory, and each "
+            f"worker is reckoned to take {_LEAST_WORKER_BYTES >> 30}: give {most} at most, or use a cluster "
+            "(--engine ray)"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import HeldError, StoppedError, StorageError
-from pipeline.storage import Storage, uri_name
+from pipeline.storage import Storage, hide_secrets, uri_name
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ class Lease:
         self._stop.set()
         if self._thread:
             self._thread.join()
-        with contextlib.suppress(StorageError):
+        # What is wrong with it was told already: it must not stand in the way of that.
+        with contextlib.suppress(Exception if self.failure else StorageError):
             if self._read().get("holder") == self._holder:
                 self._storage.delete(self._uri)
 
@@ -153,7 +154,8 @@ class Lease:
                     failures += 1
                     if failures == _BEATS:  # a whole TTL, or that of most others
                         raise
-                    log.warning("the lease could not be renewed: %s: %s", type(error).__name__, error)
+                    why = hide_secrets(f"{type(error).__name__}: {error}")
+                    log.warning("the lease could not be renewed: %s", why)
         except Exception as error:  # noqa: BLE001 - told by the run, which stops
             self.failure = error
             self.superseded.set()

@@ -40,7 +40,7 @@ from pipeline.errors import (
     StorageError,
     SupersededError,
 )
-from pipeline.storage import normalize_uri, open_storage
+from pipeline.storage import hide_secrets, normalize_uri, open_storage
 from pipeline.table.catalog import unreadable
 from pipeline.table.removed import withdraw_changes, write_changes
 from pipeline.table.scratch import scratch_folder
@@ -323,9 +323,10 @@ class _Segmentation:
                         return "canary_failed"
                 except StoppedError:
                     if lease.failure is not None:
+                        why = hide_secrets(f"{type(lease.failure).__name__}: {lease.failure}")
                         raise InfrastructureError(
                             f"the lease of run {plan.run_id} could not be renewed, so that its work stopped "
-                            f"({type(lease.failure).__name__}: {lease.failure}): what was committed is kept, and the "
+                            f"({why}): what was committed is kept, and the "
                             "same command continues"
                         ) from lease.failure
                     if lease.superseded.is_set():

@@ -36,13 +36,17 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*(?:://|::))")
 _BEGINS_CHAIN = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*::)+[A-Za-z][A-Za-z0-9+.\-]*://")
 _WEB = ("http://", "https://")
-_NAMES = ("file://", "s3://", "gs://", "memory://")
-# Of an address within another: `cached://https://me:password@host`.
-_NESTED_PASSWORD = re.compile(r"(?<=://)[^/?@]*@")
+# Of these every name is one of an object, whatever it looks like.
+_NAMES = ("file", "s3", "gs", "memory", "http", "https")
+# In the text of others an address on the web may have quotes in it, which elsewhere end one.
+_WEB_QUERY = re.compile(r"(https?://[^\s?]+)\?(\S+)", re.IGNORECASE)
+_WEB_PASSWORD = re.compile(r"(https?://)[^/@\s]*@", re.IGNORECASE)
+_ENDS_A_PART = ".,;:)]}`"
 #: No bucket has an @ in its name, but a secret key may have a slash. For Python and RE2.
 CREDENTIALS_BEFORE_BUCKET = r"\A(?i:s3|gs)://(?:[^/]*@|[A-Z0-9]{16,}:[^@]*@)"
+_SLASHED = r"[^/?:\[]*:[0-9]*[^/?@0-9][^/?@]*[/?][^@]*@(?:[^/?@]*@)*"
 #: A password with a slash ends what reads as the host: there a colon is followed by no port. For Python and RE2.
-CREDENTIALS_BEFORE_HOST = r"\A(?i:https?)://[^/?@:\[]*:[0-9]*[^/?@0-9][^/?@]*[/?][^@]*@"
+CREDENTIALS_BEFORE_HOST = rf"\A(?i:https?)://{_SLASHED}"
 CREDENTIALS_ADVICE = (
     "credentials do not belong in an address, where they are shown and kept: make these invalid, and give others by "
     "a profile or by environment variables"
@@ -97,9 +101,12 @@ def refuse_chain(uri: str) -> NoReturn:
 
 
 def is_chain(uri: str) -> bool:
-    """Whether fsspec would open one store inside another: `zip://a.jpg::https://host/x.zip`. Names in buckets, on disks
-    and in memory may look like that."""
-    return "::" in uri and not uri.startswith(_NAMES) and len(chain_links(uri)) > 1
+    """Whether fsspec would open one store inside another: `zip://a.jpg::https://host/x.zip`. Names in buckets, on
+    disks, on the web and in memory may look like that."""
+    if "::" not in uri or uri.partition("://")[0].lower() in _NAMES:
+        return False
+    links = chain_links(uri)
+    return len(links) > 1 and "://" in links[-1]
 
 
 def store_root(uri: str) -> str:
@@ -190,12 +197,21 @@ def without_password(link: str) -> str:
         return f"{scheme}://{link[found.end() :]}"
     if "://" in rest and scheme_is not in ("file", "memory"):
         place, mark, query = rest.partition("?")
-        rest = _NESTED_PASSWORD.sub("", place) + mark + query
+        first, *nested = place.split("://")
+        rest = "://".join([first, *map(_bare, nested)]) + mark + query
     user, at, host = re.split("[/?]" if is_web else "/", rest, maxsplit=1)[0].rpartition("@")
     if not at:
         return f"{scheme}://{rest}" if "://" in link else link
     name = "" if is_web else user.partition(":")[0] + at
     return f"{scheme}://{name}{host}{rest[len(user + at + host) :]}"
+
+
+def _bare(place: str) -> str:
+    """Of an address within another, `cached://https://me:password@host/a`, what stands behind its scheme."""
+    if found := re.match(_SLASHED, place):
+        return place[found.end() :]
+    authority, slash, path = place.partition("/")
+    return authority.rpartition("@")[2] + slash + path
 
 
 def without_secrets(uri: str) -> str:
@@ -216,11 +232,17 @@ def holds_secret(uri: str) -> bool:
 
 def hide_secrets(text: str) -> str:
     """`text` with every address in it as `without_secrets` shows it: for what others have written, as in tracebacks."""
-    return _ADDRESS.sub(_shown, text)
+    text = _WEB_QUERY.sub(_without_query, text)
+    return _ADDRESS.sub(_shown, _WEB_PASSWORD.sub(r"\1", text))
+
+
+def _without_query(found: re.Match[str]) -> str:
+    query = found[2].rstrip(_ENDS_A_PART + "'\"<>")
+    return f"{found[1]}?…{found[2][len(query) :]}"
 
 
 def _shown(found: re.Match[str]) -> str:
-    address = found[0].rstrip(".,;:)]}`")  # of the sentence around it
+    address = found[0].rstrip(_ENDS_A_PART)  # of the sentence around it
     return without_secrets(address) + found[0][len(address) :]
 
 

@@ -243,11 +243,14 @@ SECRET = "Sup3rS3cretThing"
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and a web server that shows it to everybody, whatever they sign with."""
+    """A folder, and a web server that shows it to everybody, whatever they sign with, but for what is denied."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
+
+        def send_head(self) -> Any:
+            return self.send_error(403) if "denied" in self.path else super().send_head()
 
     folder = tmp_path / "web"
     folder.mkdir()
@@ -296,7 +299,8 @@ def test_no_secret_stays_behind(
         f"http://{host}/0.png?{signed}", f"http://{userinfo}{host}/1.png", f"http://{host}/2.png?{azure}",
         f"http://{host}/bad.png?{signed}", f"http://{host}/gone.png?{signed}", f"http://{userinfo}{host}/gone2.png",
         f"http://127.0.0.1:1/dead.png?{signed}", f"zip://a.png::http://{userinfo}{host}/x.zip?{signed}",
-        f"simplecache::http://{userinfo}{host}/0.png",
+        f"simplecache::http://{userinfo}{host}/0.png", f"http://{host}/it's denied.png?{signed}",
+        f"http://{host}/denied/http://{userinfo}{host}/0.png", f"cached://http://me:p/{SECRET}@{host}/0.png",
     ]  # fmt: skip
     (folder / "list.txt").write_text("\n".join(lines))
     model, registry = f"http://{host}/m.safetensors?{signed}", tmp_path / "registry"
@@ -336,7 +340,12 @@ def test_no_secret_stays_behind(
     assert statuses[:3] == statuses[-6:-3] == [0, 0, 0] and 0 not in statuses[-3:], statuses
     rows = rows_of(dest)
     assert {f"http://{host}/{n}.png" for n in range(2)} <= {row["image_uri"] for row in rows if row["status"] == "ok"}
-    assert {row["error_kind"] for row in rows if row["status"] != "ok"} >= {"missing", "not_an_image", "fetch_failed"}
+    assert {row["error_kind"] for row in rows if row["status"] != "ok"} >= {
+        "missing",
+        "not_an_image",
+        "fetch_failed",
+        "denied",
+    }
     assert part_paths(dest) and list(dest.glob("runs/*/report.html"))
     for place in (dest, registry, keys, tmp_path / "export", tmp_path / "page.html"):
         for name, data in everything_below(place) if place.is_dir() else [(str(place), place.read_bytes())]:

@@ -233,9 +233,10 @@ def test_a_date_without_a_time_is_its_midnight(read: Read, tmp_path: Path) -> No
 def test_a_csv_that_was_cut_off_inside_a_value_is_refused(read: Read, tmp_path: Path) -> None:
     """Read for whole, its last line was an image of another name."""
     path = tmp_path / "m.csv"
-    path.write_text('uri,etag\n"s3://b/a, b.jpg",e\n"s3://b/c, d')
-    with pytest.raises(UsageError, match="ends inside a quoted value: it was cut off"):
-        read(path)
+    for rest in ("", "\ns3://b/e.jpg,e" * 20_000):
+        path.write_text(f'uri,etag\n"s3://b/a, b.jpg",e\n"s3://b/c, d{rest}')
+        with pytest.raises(UsageError, match="a quoted value in it does not end: it was cut off"):
+            read(path)
     path.write_text('uri,etag\n"s3://b/a, b.jpg",e\ns3://b/5" disk.jpg,e\n')
     assert uris_of(read(path)) == ["s3://b/a, b.jpg", 's3://b/5" disk.jpg']
 

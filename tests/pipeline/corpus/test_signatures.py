@@ -28,6 +28,9 @@ SIGNED = [
     ("ftp://me:SEC?RET@h/a.jpg", "ftp://me@h/a.jpg"),
     (f"abfs://c@account.dfs.core.windows.net/a.jpg?{AZURE}", "abfs://c@account.dfs.core.windows.net/a.jpg"),
     ("cached://https://me:SECRET@h/a.jpg", "cached://https://h/a.jpg"),
+    ("https://h/proxy/https://me:SECRET@x/1.jpg", "https://h/proxy/https://x/1.jpg"),
+    ("zip://a.jpg::https://me:p/SECRET@host/x.zip", "zip://a.jpg::https://host/x.zip"),
+    ("zip://a.jpg::s3://AKIAIOSFODNN7EXAMPLE:SEC/RET@b/x.zip", "zip://a.jpg::s3://b/x.zip"),
     (f"zip://a@b?.jpg::https://me:SECRET@h/x.zip?id=7&{AZURE}", "zip://a@b?.jpg::https://h/x.zip?id=7"),
     ("simplecache::zip://a::s3://KEY:SECRET@b/x.zip", "simplecache::zip://a::s3://b/x.zip"),
 ]  # fmt: skip

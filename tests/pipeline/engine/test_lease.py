@@ -267,6 +267,18 @@ def test_what_goes_wrong_for_a_moment_does_not_end_the_lease(
         assert not failures and not lease.superseded.is_set() and lease.failure is None
 
 
+def test_what_is_wrong_with_the_lease_does_not_hide_what_the_run_says(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> dict[str, object]:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(StopIteration), Lease(storage, uri, ttl_s=0.2) as lease:
+        monkeypatch.setattr("pipeline.engine.lease.read_lease", fails)
+        assert lease.superseded.wait(60)
+        raise StopIteration
+
+
 def test_a_lease_that_could_not_be_renewed_for_a_ttl_is_lost(
     storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,14 @@ class TestUris:
             assert "SEC" not in str(refused.value)
 
     @pytest.mark.parametrize(
-        "uri", ["http://me:ab/SECRET@h/2.png", "HTTPS://me:1b?SECRET@h", "https://me:a:b/SECRET@h/x"]
+        "uri",
+        [
+            "http://me:ab/SECRET@h/2.png",
+            "HTTPS://me:1b?SECRET@h",
+            "https://me:a:b/SECRET@h/x",
+            "https://me@example.com:pa/SECRET@h/x.jpg",
+            "https://me:p/a@SECRET@h/x",
+        ],
     )
     def test_a_password_with_a_slash_is_refused(self, uri: str) -> None:
         assert "SECRET" not in without_secrets(uri) + hide_secrets(f"could not read {uri!r}: why")
@@ -107,7 +114,9 @@ class TestUris:
         ("uri", "root"),
         [
             ("s3://b/zip::file://x/y", "s3://b/"), ("file:///a/zip::file://b", "file:///"), ("https://h/a::b/c", "https://h/"),
-            ("memory://m/tar::s3://k", "memory://m/"),
+            ("memory://m/tar::s3://k", "memory://m/"), ("https://h/Foo::Bar::Baz.png", "https://h/"),
+            ("S3://b/a::http://x/y", "S3://b/"), ("https://h/a::https://g/b", "https://h/"),
+            ("az://c/a::b::c.jpg", "az://c/"), ("sftp://h/a::b::c.jpg", "sftp://h/"),
         ],
     )  # fmt: skip
     def test_names_that_look_like_a_chain_are_none(self, uri: str, root: str) -> None:
@@ -182,6 +191,9 @@ class TestUris:
             ("s3://b/a::b.jpg", "s3://b/a::b.jpg"),
             ("cached://http://me:SECRET@h/x", "cached://http://h/x"),
             ("https://archive/2020/https://me:SECRET@h/x?y", "https://archive/2020/https://h/x?…"),
+            ("cached://https://me:p/SECRET@h/x", "cached://https://h/x"),
+            ("cached://https://me:p@SECRET@h/x", "cached://https://h/x"),
+            ("zip://a.jpg::https://me:p/SECRET@h/x.zip", "zip://a.jpg::https://h/x.zip"),
         ],
     )
     def test_secrets_are_not_shown(self, uri: str, shown: str) -> None:
@@ -205,6 +217,9 @@ class TestUris:
     def test_addresses_in_a_text_are_shown_without_their_secrets(self) -> None:
         text = "Error: url='https://u:p@h/a?sig=x', <ftp://u:p@h/b> and s3://b/k?x=1"
         assert hide_secrets(text) == "Error: url='https://h/a?…', <ftp://u@h/b> and s3://b/k?x=1"
+        assert hide_secrets("403 https://h/x?a='b'&sig=SECRET") == "403 https://h/x?…"
+        assert hide_secrets('url="http://h/it\'s.png?sig=SECRET"; so') == 'url="http://h/it\'s.png?…"; so'
+        assert "SECRET" not in hide_secrets("could not read HTTPS://me:it's-SECRET@h/b")
         assert hide_secrets("see https://h/a?sig=x; or (https://u:p@h/b).") == "see https://h/a?…; or (https://h/b)."
 
     def test_an_address_that_is_signed_anew_is_recorded_alike(self) -> None:
