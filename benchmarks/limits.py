@@ -1,11 +1,12 @@
 """This machine's ceilings, stage by stage, as `maskmill limits` measures them: on disk, on S3, or of one more store.
 
-    python benchmarks/limits.py [--source URI] [--model REF] [--images N] [--seconds S] [--out FILE]
+    python benchmarks/limits.py [--source URI] [--ceph] [--model REF] [--images N] [--seconds S] [--out FILE]
 
-Without --source the images are 480×360 JPEGs of nuclei, in a folder of this machine and in moto's S3 server on it,
-which is slow: what it costs the client in CPU is ours, its objects per second are moto's. The store of a user is
-measured by `--source s3://bucket/some/prefix`, which is only read. --out writes what `maskmill segment --limits`
-takes, of all stores together.
+Without --source the images are 480×360 JPEGs of nuclei, in a folder of this machine and in an S3 server on it: moto's,
+which is slow, or with --ceph the gateway of a Ceph cluster of one, where its programs are installed (Debian: ceph-mon
+ceph-osd radosgw ceph-common). What it costs the client in CPU is ours, objects per second are the server's. The store
+of a user is measured by `--source s3://bucket/some/prefix`, which is only read. --out writes what `maskmill segment
+--limits` takes, of all stores together.
 
 Below the table: PNG and COCO run lengths by themselves, of the masks that the model gave.
 """
@@ -13,9 +14,12 @@ Below the table: PNG and COCO run lengths by themselves, of the masks that the m
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ def made_images(folder: Path, options: Any) -> Ceilings:
     (folder / "photos").mkdir()
     paths = write_nuclei(folder / "photos", options.images)
     found = pipeline.limits(str(folder / "photos"), options.model, seconds=options.seconds)
-    with moto():
+    with s3_server(options.ceph):
         import boto3
 
         boto3.client("s3").create_bucket(Bucket="photos")
@@ -46,6 +50,24 @@ def made_images(folder: Path, options: Any) -> Ceilings:
             storage.put(f"s3://photos/some/{path.name}", path.read_bytes())
         there = measure_store("s3://photos/some", scratch=folder / "listing", seconds=options.seconds)
     return found.model_copy(update={"stores": found.stores | there})
+
+
+@contextmanager
+def s3_server(ceph: bool) -> Iterator[None]:
+    """With the environment of every S3 client led to it."""
+    if not ceph:
+        with moto():
+            yield
+        return
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from chaos.ceph import CephStore
+
+    with CephStore() as store:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": store.endpoint, "AWS_ACCESS_KEY_ID": store.ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": store.SECRET_KEY, "AWS_REGION": "us-east-1",
+        }  # fmt: skip
+        yield
 
 
 def masks_alone(options: Any, source: str, folder: Path) -> list[str]:
@@ -88,6 +110,7 @@ def cpu_s(action: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=None)
+    parser.add_argument("--ceph", action="store_true")
     parser.add_argument("--model", default="nuclei-unet")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=3.0)

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from models.mosaic import DetectionMosaic, Mosaic
-from pipeline.config import DEFAULT_SUFFIXES, PrecisionChoice
+from pipeline.config import DEFAULT_SUFFIXES, MOST_BATCH_IMAGES, PrecisionChoice
 from pipeline.engine.batches import Batch, Rack, Shape
 from pipeline.engine.crew import cores, gpu_count
 from pipeline.engine.forward import Forward
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 _SAMPLE_PIXELS = 4_000_000
 _ROWS_TO_WRITE = 1000
 _MAX_PIXELS = 1_000_000_000
-_MOST_IMAGES = 16_384  # of a batch
 
 
 class _Asked(NamedTuple):
@@ -109,8 +108,8 @@ def measure(
     exist, `settings` do not fit it, or no image of the sample can be read and decoded; InfrastructureError where a
     store fails or a measuring process dies. Safe to repeat: figures differ by the machine's mood.
     """
-    if batch_size is not None and not 1 <= batch_size <= _MOST_IMAGES:
-        raise UsageError(f"--batch-size is {batch_size}: give 1 to {_MOST_IMAGES:,}")
+    if batch_size is not None and not 1 <= batch_size <= MOST_BATCH_IMAGES:
+        raise UsageError(f"--batch-size is {batch_size}: give 1 to {MOST_BATCH_IMAGES:,}")
     check_seconds(seconds)
     shipped = resolve(model, registry=registry)
     resolved = asked_of(shipped, settings or {})

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from pipeline.config import Threads
+from pipeline.config import BatchSize, Threads
 from pipeline.learning.labels.source import Layout
 from pipeline.learning.labels.splits import Splitting
 from pipeline.learning.recipe import AugmentationConfig, LossConfig, SamplingConfig
@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
     )
 
     # How.
-    batch_size: int = Field(8, ge=1, le=16_384, description="Images of one step, over all workers.")
+    batch_size: BatchSize = Field(8, description="Images of one step, over all workers.")
     accumulate: int = Field(1, ge=1, description="A step's images go through the network in so many portions.")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0, allow_inf_nan=False)

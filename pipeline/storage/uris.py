@@ -185,23 +185,21 @@ def without_password(link: str) -> str:
     """An address that is no chain, without what stands before its host and is a secret. On the web and before a bucket
     that is all of it; elsewhere it may be a user's or a container's name, and a password follows a colon. On GitHub it
     is a repository, `github://owner:repository@branch/path`."""
-    scheme, _, rest = link.partition("://")
-    scheme_is = scheme.lower()
-    if scheme_is in ("s3", "gs"):
+    scheme, mark, rest = link.partition("://")
+    kind = scheme.lower()
+    if not mark or kind == "github":
+        return link
+    if kind in ("s3", "gs"):
         found = re.match(CREDENTIALS_BEFORE_BUCKET, link)
         return f"{scheme}://{link[found.end() :]}" if found else link
-    if scheme_is == "github":
-        return link
-    is_web = link.lower().startswith(_WEB)
+    is_web = kind in ("http", "https")
     if is_web and (found := re.match(CREDENTIALS_BEFORE_HOST, link)):
         return f"{scheme}://{link[found.end() :]}"
-    if "://" in rest and scheme_is not in ("file", "memory"):
+    if "://" in rest and kind not in ("file", "memory"):
         place, mark, query = rest.partition("?")
         first, *nested = place.split("://")
         rest = "://".join([first, *map(_bare, nested)]) + mark + query
     user, at, host = re.split("[/?]" if is_web else "/", rest, maxsplit=1)[0].rpartition("@")
-    if not at:
-        return f"{scheme}://{rest}" if "://" in link else link
     name = "" if is_web else user.partition(":")[0] + at
     return f"{scheme}://{name}{host}{rest[len(user + at + host) :]}"
 
