@@ -4,6 +4,7 @@ Owns: the arithmetic of `Preprocessing`, and what is measured on pixels. Must no
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import VALUE_RANGES, Preprocessing
+from models.moments import moments
 
 if TYPE_CHECKING:
     import torch
@@ -104,23 +106,32 @@ def picture_statistics(pixels: NDArray[Any], low_high: tuple[float, float] = VAL
     `low_high`: the values that count as 0 and 1 of brightness. Luma is rounded to the pixels' type. For integers the
     sums are exact to float64 rounding, so the result depends on the pixels alone.
     """
+    low, high = low_high
+    height, width, channels = pixels.shape
+    if pixels.dtype == np.uint8 and channels == 3:
+        sums = moments(pixels)
+        mean, std = _mean_and_std(sums.samples, sums.squares, pixels.size)
+        luma_mean, luma_std = _mean_and_std(sums.luma, sums.luma_squares, height * width)
+    else:
+        mean, std = image_statistics(pixels)
+        luma_mean, luma_std = mean, std
+        if channels == 3:
+            luma_mean, luma_std = image_statistics(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[:, :, None])
+    return ImageStatistics(mean, std, (luma_mean - low) / (high - low), luma_std / (high - low))
+
+
+def image_statistics(pixels: NDArray[Any]) -> tuple[float, float]:
+    """Mean and standard deviation as in `picture_statistics`, which measures more, of any number of channels."""
     height, width, channels = pixels.shape
     mean, std = cv2.meanStdDev(pixels.reshape(height, width * channels))
-    luma_mean, luma_std = mean, std
-    if channels == 3:
-        luma_mean, luma_std = cv2.meanStdDev(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
-    low, high = low_high
-    return ImageStatistics(
-        float(mean[0, 0]),
-        float(std[0, 0]),
-        (float(luma_mean[0, 0]) - low) / (high - low),
-        float(luma_std[0, 0]) / (high - low),
-    )
+    return float(mean[0, 0]), float(std[0, 0])
 
 
-def image_statistics(pixels: NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean and population standard deviation over all pixels and channels of an image, in the pixels' units."""
-    return picture_statistics(pixels)[:2]
+def _mean_and_std(total: int, squares: int, count: int) -> tuple[float, float]:
+    """As OpenCV has them of these sums, bit for bit."""
+    scale = 1.0 / count
+    mean = total * scale
+    return mean, math.sqrt(max(squares * scale - mean * mean, 0.0))
 
 
 def histogram_statistics(counts: NDArray[np.integer], values: NDArray[np.float64]) -> tuple[float, float]:

@@ -1,18 +1,15 @@
-"""What is counted on a finished mask: pixels and regions of every class. Owns: the counting, and its machine code.
+"""What is counted on a finished mask: pixels and regions of every class. Owns: the counting.
 Must not know: torch, networks, encodings, tables.
-
-Compiled by Numba when it is first called in a process, which takes a second, and never kept: what was kept could come
-from another processor, or be damaged. It holds no interpreter lock: threads count side by side (docs/decisions/0019).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from models.machine_code import machine_code
 
 
 class Tally(NamedTuple):
@@ -27,11 +24,14 @@ class Tally(NamedTuple):
 def tally(class_ids: NDArray[np.uint8]) -> Tally:
     """Pixels and 8-connected regions of every class of a uint8 [h, w] mask. Exact, in one pass over the rows.
 
-    Memory beyond the mask: 28 bytes for each column. Thread safe; holds no interpreter lock but in the first call.
+    Memory beyond the mask: 40 bytes for each column. Thread safe; holds no interpreter lock but in the first call.
     """
-    pixels, regions = np.zeros((2, 256), np.int64)
+    pixels, regions = counts = np.zeros((2, 256), np.int64)
     if class_ids.size:
-        _compiled()(np.ascontiguousarray(class_ids), pixels, regions)
+        width = class_ids.shape[1]
+        room = np.zeros((5, 2 * width + 1), np.int32)
+        room[1] = -1
+        machine_code(_count, (np.uint8, 2), (np.int64, 2), (np.int32, 2))(np.ascontiguousarray(class_ids), counts, room)
     present = np.flatnonzero(pixels)
     ids = present.tolist()
     return Tally(
@@ -39,30 +39,18 @@ def tally(class_ids: NDArray[np.uint8]) -> Tally:
     )
 
 
-@functools.cache
-def _compiled() -> Callable[[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]], None]:
-    """`_count` as machine code."""
-    import numba  # 0.1 s: only who counts pays for it
-
-    counts = numba.int64[::1]
-    signature = numba.void(numba.types.Array(numba.uint8, 2, "C", readonly=True), counts, counts)
-    return numba.njit(signature, nogil=True)(_count)
-
-
-def _count(mask: NDArray[np.uint8], pixels: NDArray[np.int64], regions: NDArray[np.int64]) -> None:
-    """Adds to `pixels` and `regions` [256] what a mask [h, w] holds, h and w above 0.
+def _count(mask: NDArray[np.uint8], counts: NDArray[np.int64], room: NDArray[np.int32]) -> None:
+    """Adds to `counts` [2, 256], pixels and regions, what a mask [h, w] holds, h and w above 0. `room`: zeros
+    [5, 2 w + 1], but -1 in the second row.
 
     Runs of equal pixels along the rows are joined where they touch, corners too, by union and find (He, Chao and
     Suzuki, "A Run-Based Two-Scan Labeling Algorithm", IEEE TIP 17(5), 2008). No label is written: a class has as many
     regions as runs, less the joins of two that were not one yet.
     """
     height, width = mask.shape
+    pixels, regions = counts[0], counts[1]
     # Nodes 0 .. width - 1: runs of the row above, by their region. From width on: those of this row.
-    parents = np.empty(2 * width, np.int32)
-    renamed = np.full(2 * width, -1, np.int32)
-    roots = np.empty(width, np.int32)
-    above_starts = np.zeros(width + 1, np.int32)
-    starts = np.zeros(width + 1, np.int32)
+    parents, renamed, roots, above_starts, starts = room[0], room[1], room[2], room[3], room[4]
     above_starts[1] = width
     above, above_runs = mask[0], 0
     for y in range(height):

@@ -148,8 +148,8 @@ def _decode_unended_jpeg(data: bytes, buffer: np.ndarray | None) -> np.ndarray:
     cause = None
     for ended in _with_ends(data) if header.jpeg_has_one_scan(data) else ():
         try:
-            # At an eighth of its size an image shows in half the time whether anything is missing.
-            simplejpeg.decode_jpeg(ended, min_height=1, min_width=1, strict=True)
+            # Gray, at an eighth of its size, an image shows in half the time whether anything is missing.
+            simplejpeg.decode_jpeg(ended, colorspace="GRAY", min_height=1, min_width=1, strict=True)
             return simplejpeg.decode_jpeg(ended, buffer=buffer, strict=True)
         except ValueError as error:
             if not _UNENDED.search(str(error)):

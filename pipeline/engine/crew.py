@@ -7,6 +7,7 @@ A call is answered by a future. A worker that dies fails all its calls with Work
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
@@ -73,35 +74,38 @@ class Watch(Protocol):
 class Host:
     """What runs in a worker's process, whatever started it. Methods may be called from several threads.
 
-    `keeps_log`: this process is the worker's own, and what it logs is kept for `logged`. `watch` makes, in this
-    process, who is told what it does.
+    `owns_process`: this process is the worker's own. What it logs is kept for `logged`, and its garbage is not
+    collected while it starts. `watch` makes, in this process, who is told what it does.
     """
 
-    def __init__(self, *, keeps_log: bool = False, watch: Callable[[], Watch] | None = None) -> None:
+    def __init__(self, *, owns_process: bool = False, watch: Callable[[], Watch] | None = None) -> None:
         self._worker: Worker | None = None
         self._watch = watch() if watch else None
         self._backlog: Backlog | None = None
-        if keeps_log:
+        self._owns_process = owns_process
+        if owns_process:
             self._backlog = Backlog()
             logging.getLogger().addHandler(self._backlog)
 
     def describe(self) -> Device:
         """The device of this process."""
-        from pipeline.engine.worker import describe_device
+        with self._uncollected():
+            from pipeline.engine.worker import describe_device
 
-        return describe_device()
+            return describe_device()
 
     def load(self, spec: WorkerSpec, model: bytes) -> None:
         """Makes the Segmenter and its stream, in place of those of an earlier run."""
-        from pipeline.engine.worker import Worker  # here, because a driver hosts none and needs no PyTorch
+        with self._uncollected():
+            from pipeline.engine.worker import Worker  # here, because a driver hosts none and needs no PyTorch
 
-        self.close()
-        self._worker = None
-        if self._watch:
-            self._watch.begin(spec)
-            self._worker = Worker(spec, model, on_rows=self._watch.rows)
-        else:
-            self._worker = Worker(spec, model)
+            self.close()
+            self._worker = None
+            if self._watch:
+                self._watch.begin(spec)
+                self._worker = Worker(spec, model, on_rows=self._watch.rows)
+            else:
+                self._worker = Worker(spec, model)
 
     def run(self, task: ShardTask) -> Receipt:
         """See Worker.run."""
@@ -130,6 +134,20 @@ class Host:
         """Ends the stream."""
         if self._worker:
             self._worker.close()
+
+    @contextlib.contextmanager
+    def _uncollected(self) -> Iterator[None]:
+        """Imports make half a million objects that stay. To look through them for garbage, again and again while they
+        come, takes a worker half a second of its start, and 0.2 s in the middle of a shard later."""
+        if not self._owns_process or self._worker:  # a second model takes the first one's place, which is garbage
+            yield
+            return
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.freeze()
+            gc.enable()
 
 
 class InlineMember:
@@ -340,7 +358,7 @@ def main() -> None:
     """Entry of a worker process: `python -m pipeline.engine.crew FD`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    serve(Connection(int(sys.argv[1])), Host(keeps_log=True))
+    serve(Connection(int(sys.argv[1])), Host(owns_process=True))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class RayCrew:
             raise InfrastructureError(f"no Ray cluster {where}: {_first_line(error)}") from error
 
     def start(self) -> RayMember:
-        return RayMember(self._ray, self._actor.remote(keeps_log=True, watch=Telemetry))
+        return RayMember(self._ray, self._actor.remote(owns_process=True, watch=Telemetry))
 
     def share(self, model: bytes) -> Any:
         return self._ray.put(model)

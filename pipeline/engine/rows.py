@@ -54,8 +54,6 @@ class RowMaker:
         self._names = {info.id: info.name for info in interpreter.card.classes}
         self._background_id = interpreter.card.background_id
         self._palette = interpreter.card.palette
-        # The first count in a process compiles, or finds and loads, its machine code: not in the middle of a shard.
-        tally(np.zeros((1, 1), np.uint8))
 
     def ok(self, ref: Ref, blob: Blob, picture: Picture, prediction: Any) -> dict[str, Any]:
         """The row of an image with a mask. Post-processing happens here; whatever it raises is raised.
@@ -105,10 +103,10 @@ class RowMaker:
                 "name": name,
                 "pixels": counted.pixels[class_id],
                 "fraction": counted.pixels[class_id] / total,
-                "mean_confidence": float(mean) if np.isfinite(mean) else None,
+                "mean_confidence": mean if math.isfinite(mean) else None,
                 "regions": counted.regions[class_id],
             }
-            for (class_id, name), mean in zip(self._names.items(), confidence, strict=True)
+            for (class_id, name), mean in zip(self._names.items(), confidence.tolist(), strict=True)
             if class_id in counted.pixels
         ]
 

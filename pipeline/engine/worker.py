@@ -15,8 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from models.preprocessing import picture_statistics
+from models.tally import tally
 from pipeline.engine.breaker import world_kinds
 from pipeline.engine.forward import SegmenterLike
 from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec, code_digest
@@ -102,8 +105,10 @@ class Worker:
         self._stores: dict[str, Storage] = {}
         self._world_kinds = world_kinds(listed=spec.stream.listed)
         self._rows_of = RowMaker(segmenter, stamp)
-        # pyarrow's first array looks for pandas, whose import would make all threads wait in the middle of a shard.
+        # The first array looks for pandas, the first figures compile their machine code: not in the middle of a shard.
         pa.array([], pa.null())
+        picture_statistics(np.zeros((1, 1, 3), np.uint8))
+        tally(np.zeros((1, 1), np.uint8))
         self._stream = Stream(segmenter, fetch=self._fetch, config=spec.stream, stamp=stamp)
 
     def run(self, task: ShardTask) -> Receipt:

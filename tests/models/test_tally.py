@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from models.tally import Tally, _compiled, tally
+from models.tally import Tally, tally
 
-ROOT = Path(__file__).parents[2]
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 FEW_CLASSES = SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=st.sampled_from([0, 1, 255])))
 
@@ -104,13 +99,3 @@ def test_threads_count_at_the_same_time() -> None:
     masks = list(large_shapes().values()) * 3
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(tally, masks)) == [tally(mask) for mask in masks]
-    assert _compiled().targetoptions["nogil"] is True  # type: ignore[attr-defined]
-
-
-def test_machine_code_is_not_kept(tmp_path: Path) -> None:
-    """Files of it are believed unseen: of another processor's, or damaged, one may crash, or count wrong."""
-    code = "import numpy as np; from models.tally import tally; print(tally(np.eye(3, dtype=np.uint8)).regions)"
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "{0: 1, 1: 1}\n"
-    assert not list(tmp_path.rglob("*"))
