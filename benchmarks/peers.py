@@ -318,6 +318,7 @@ def measure(key: str, names: list[str], *, turns: int, scale: float, warm_up: bo
         (scratch / "few").mkdir()
         images = len(workload.write(scratch / "images", max(8, int(workload.images * scale))))
         workload.write(scratch / "few", 8)
+        os.sync()  # else the disk is still at it while the first of them works
         model = scratch / "model.safetensors"
         if workload.sleeps_s is None:
             model.write_bytes(resolve("nuclei-unet").data)

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow as pa
+
 from pipeline.engine.backlog import Backlog, LogLine
 from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec
 from pipeline.errors import InfrastructureError, UsageError
@@ -74,8 +76,9 @@ class Watch(Protocol):
 class Host:
     """What runs in a worker's process, whatever started it. Methods may be called from several threads.
 
-    `owns_process`: this process is the worker's own. What it logs is kept for `logged`, and its garbage is not
-    collected while it starts. `watch` makes, in this process, who is told what it does.
+    `owns_process`: this process is the worker's own. What it logs is kept for `logged`, its garbage is not collected
+    while it starts, and Arrow takes memory from where everybody takes it (docs/decisions/0021). `watch` makes, in this
+    process, who is told what it does.
     """
 
     def __init__(self, *, owns_process: bool = False, watch: Callable[[], Watch] | None = None) -> None:
@@ -84,6 +87,7 @@ class Host:
         self._backlog: Backlog | None = None
         self._owns_process = owns_process
         if owns_process:
+            pa.set_memory_pool(pa.system_memory_pool())
             self._backlog = Backlog()
             logging.getLogger().addHandler(self._backlog)
 

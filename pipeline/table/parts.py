@@ -17,8 +17,8 @@ from pipeline.table.schema import SCHEMA_VERSION, SEGMENTS
 ROW_GROUP_ROWS = 32_768
 #: Masks make shorter row groups: what is pending, and what a reader of masks holds, stays bounded in bytes.
 ROW_GROUP_BYTES = 32 << 20
-#: So many rows are held as Python objects, which take several times their bytes, and are still in a core's cache.
-_BATCH_ROWS = 128
+#: So many rows are held as Python objects, which take several times their bytes.
+_BATCH_ROWS = 512
 
 _DICTIONARY = [
     "model_version", "settings_digest", "run_id", "node", "task", "image_format", "status", "error_kind",
@@ -51,7 +51,7 @@ class PartBuilder:
     """Rows in, one Parquet file in memory out.
 
     Every row is a mapping with keys of `SEGMENTS`; absent keys become null. Not thread safe: the caller holds a lock.
-    Memory: the compressed Part, and at most a row group; twice that while it is written.
+    Memory: the compressed Part, and at most a row group.
     """
 
     def __init__(self, *, model_name: str, card_json: str) -> None:
@@ -99,9 +99,7 @@ class PartBuilder:
     def _flush(self) -> None:
         batches, self._batches, self._batches_bytes = self._batches, [], 0
         if batches:
-            # Of many small pieces the writer makes many small pages, each compressed alone.
-            table = pa.Table.from_batches(batches).combine_chunks()
-            batches.clear()
+            table = pa.Table.from_batches(batches)
             self._writer.write_table(table, row_group_size=len(table))
 
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.engine.crew import Host, InlineMember, ProcessMember, WorkerDiedError
@@ -58,6 +59,14 @@ def test_a_worker_in_somebodys_own_process_leaves_the_garbage_to_him(tmp_path: P
     member.call("load", spec(tmp_path), semantic_model.read_bytes()).result(PATIENCE_S)
     member.stop()
     assert (gc.get_freeze_count(), gc.isenabled()) == (before, True)
+
+
+def test_a_worker_takes_arrows_memory_from_the_system(member: ProcessMember) -> None:
+    pool = "__import__('pyarrow').default_memory_pool().backend_name"
+    assert member.call("ask", eval, pool).result(PATIENCE_S) == "system"
+    before = pa.default_memory_pool().backend_name
+    InlineMember(Host()).stop()
+    assert pa.default_memory_pool().backend_name == before
 
 
 def test_a_workers_death_is_told_to_all_who_wait(member: ProcessMember) -> None:
