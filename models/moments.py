@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
 
 def moments(pixels: NDArray[np.uint8]) -> Moments:
-    """Of uint8 RGB [h, w, 3]. Exact below 2**47 pixels. Thread safe; holds no interpreter lock but in the first call.
+    """Of uint8 RGB [h, w, 3]. Exact below 2**45 pixels. Thread safe; holds no interpreter lock but in the first call.
 
     The luma is `cv2.cvtColor`'s (COLOR_RGB2GRAY), value for value.
     """
