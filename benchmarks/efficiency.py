@@ -32,9 +32,9 @@ from models.masks import encode_mask_png, mask_crc32
 from models.preprocessing import picture_statistics
 from models.segmenter import supports_bf16
 from pipeline.corpus.decode import decode
-from pipeline.engine.crew import cores
 from pipeline.engine.messages import ShardTask, StreamConfig, WorkerSpec, code_digest
 from pipeline.engine.worker import Worker, load_segmenter
+from pipeline.machine import cores
 from pipeline.registry import resolve
 from pipeline.table.schema import WORK
 

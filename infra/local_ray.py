@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from pipeline.engine.crew import cores, gpu_count
+from pipeline.machine import cores, gpu_count
 
 _LOOK_EVERY_S = 1.0
 #: Models, and nothing else, go through it.

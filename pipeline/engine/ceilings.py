@@ -24,7 +24,6 @@ from pydantic import JsonValue
 from models.mosaic import DetectionMosaic, Mosaic
 from pipeline.config import DEFAULT_SUFFIXES, MOST_BATCH_IMAGES, PrecisionChoice
 from pipeline.engine.batches import Batch, Rack, Shape
-from pipeline.engine.crew import cores, gpu_count
 from pipeline.engine.forward import Forward
 from pipeline.engine.intake import Tiles, place_image, size_of
 from pipeline.engine.limits import Ceilings
@@ -43,6 +42,7 @@ from pipeline.engine.store_ceilings import (
 )
 from pipeline.engine.worker import describe_device, load_segmenter
 from pipeline.errors import ImageError, UsageError
+from pipeline.machine import cores, gpu_count
 from pipeline.registry import Model, resolve
 from pipeline.storage import Blob, recorded_uri, store_root
 from pipeline.table.parts import PartBuilder

@@ -26,6 +26,7 @@ import pyarrow as pa
 from pipeline.engine.backlog import Backlog, LogLine
 from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, WorkerSpec
 from pipeline.errors import InfrastructureError, UsageError
+from pipeline.machine import cores, gpu_count, memory_bytes
 
 if TYPE_CHECKING:
     from pipeline.engine.worker import Worker
@@ -299,28 +300,10 @@ def check_local_actors(actors: int) -> None:
     most = max(1, memory_bytes() // _LEAST_WORKER_BYTES)
     if actors > most:
         raise UsageError(
-            f"--actors {actors}: this machine has {memory_bytes() / (1 << 30):.1f} GiB of memory, and each "
+            f"--actors {actors}: {memory_bytes() / (1 << 30):.1f} GiB of memory may be used here, and each "
             f"worker is reckoned to take {_LEAST_WORKER_BYTES >> 30}: give {most} at most, or use a cluster "
             "(--engine ray)"
         )
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs of this machine, asked of the driver without loading CUDA into this process."""
-    try:
-        return len(os.listdir("/proc/driver/nvidia/gpus"))
-    except OSError:
-        return 0
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def serve(connection: Connection, host: Host) -> None:

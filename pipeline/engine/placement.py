@@ -8,8 +8,9 @@ import os
 from typing import Literal
 
 from pipeline.config import SegmentConfig
-from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, check_local_actors, gpu_count
+from pipeline.engine.crew import Crew, InlineCrew, LocalCrew, check_local_actors
 from pipeline.errors import UsageError
+from pipeline.machine import gpu_count
 
 
 def choose_engine(config: SegmentConfig, source: str, dest: str) -> tuple[Literal["local", "ray"], str]:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from pipeline.engine.crew import CALLS_AT_ONCE, Host, WorkerDiedError, cores, workers_on_cpu
+from pipeline.engine.crew import CALLS_AT_ONCE, Host, WorkerDiedError, workers_on_cpu
 from pipeline.engine.telemetry import Telemetry
 from pipeline.errors import InfrastructureError, UsageError
+from pipeline.machine import cores
 
 log = logging.getLogger(__name__)
 

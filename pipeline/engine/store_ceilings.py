@@ -17,9 +17,10 @@ import numpy as np
 
 from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
-from pipeline.engine.crew import ProcessMember, WorkerDiedError, cores
+from pipeline.engine.crew import ProcessMember, WorkerDiedError
 from pipeline.engine.limits import StoreCeiling
 from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError, UsageError
+from pipeline.machine import cores
 from pipeline.storage import Blob, open_storage, recorded_uri, store_root, uri_scheme
 
 _T = TypeVar("_T")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import re
 import socket
@@ -26,6 +25,7 @@ from pipeline.engine.messages import Device, Receipt, ShardTask, StreamCounts, W
 from pipeline.engine.rows import Ref, RowMaker
 from pipeline.engine.stream import Stream
 from pipeline.errors import InfrastructureError, ModelError
+from pipeline.machine import cores
 from pipeline.storage import Blob, Storage, open_storage, store_root
 from pipeline.table.parts import PartBuilder, commit
 
@@ -53,7 +53,7 @@ def describe_device() -> Device:
             software[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return Device(socket.gethostname(), device, name, supports_bf16(device), len(os.sched_getaffinity(0)), software)
+    return Device(socket.gethostname(), device, name, supports_bf16(device), cores(), software)
 
 
 def cpu_name() -> str:

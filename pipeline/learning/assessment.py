@@ -47,6 +47,7 @@ from pipeline.learning.question import Masks, Question, ask
 from pipeline.learning.scores import Scores, score
 from pipeline.learning.slices import Slice, slices_of
 from pipeline.learning.tallies import MAX_DETECTIONS, chosen_rows
+from pipeline.machine import cores
 from pipeline.registry import Model, registry_uri, resolve
 from pipeline.storage import Storage, join_uri, normalize_uri, open_storage, recorded_uri, uri_name
 from pipeline.table.catalog import files_below
@@ -223,7 +224,7 @@ def evaluate(
     }
     measurer = Measurer(
         dataset.source, items, alignment, has_instances=card.task == "instance", min_score=min_score, stamp=stamp,
-        threads=len(os.sched_getaffinity(0)) + 1,
+        threads=cores() + 1,
     )  # fmt: skip
     try:
         _measure(measurer, question, storage, listen=listen, should_stop=should_stop)

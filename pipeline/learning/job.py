@@ -29,6 +29,7 @@ from pipeline.learning.loop import EpochEvent, Loop, State, StepEvent
 from pipeline.learning.objective import Objective
 from pipeline.learning.peers import Peers
 from pipeline.learning.results import DECISIVE, finished_model, origin_of, publish, segmenter_of
+from pipeline.machine import cores
 
 _CURVES_EVERY_S = 30.0
 
@@ -78,8 +79,7 @@ def do_job(
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if supports_bf16(device) else "fp32"
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), cores()))
     source = open_source(config)
     train = Dataset(source, config.train_split)
     val = Dataset(source, config.val_split) if config.val_split is not None else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +35,7 @@ from pipeline.learning.optimization import (
 from pipeline.learning.peers import Peers
 from pipeline.learning.schedule import rate_factor
 from pipeline.learning.trace import EpochTally, finite, trace_name, trace_parquet
+from pipeline.machine import cores
 
 State = dict[str, torch.Tensor]
 #: Keeps random numbers of steps and workers apart, whatever the seed.
@@ -320,7 +320,7 @@ class Loop:
         """Threads that make batches. On a CPU the step wants all cores for itself; beside a GPU they are idle."""
         if not self._peers.device.startswith("cuda"):
             return 1
-        return max(1, min(_MOST_READERS, (os.cpu_count() or 2) // self._peers.world - 1))
+        return max(1, min(_MOST_READERS, cores() // self._peers.world - 1))
 
     def _mixed(self) -> AbstractContextManager[Any]:
         kind = torch.device(self._peers.device).type

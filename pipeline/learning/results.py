@@ -24,6 +24,7 @@ from pipeline.learning.configuration import TrainConfig
 from pipeline.learning.dataset import Dataset
 from pipeline.learning.evaluation import evaluate
 from pipeline.learning.tuning import tune_watershed
+from pipeline.machine import cores
 from pipeline.registry import push_model
 from pipeline.storage import normalize_uri, open_storage
 from pipeline.table.scratch import scratch_folder
@@ -124,7 +125,7 @@ def hardware(device: str) -> str:
         for line in (Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else [])
         if line.startswith("model name")
     ]
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor()}"
+    return f"{cores()} x {names[0] if names else platform.processor()}"
 
 
 def _file(card: Card, weights: Mapping[str, torch.Tensor]) -> bytes:

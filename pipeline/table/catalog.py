@@ -15,6 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.errors import BYTES_KINDS, InfrastructureError, StorageError, UsageError
+from pipeline.machine import memory_bytes as machine_bytes
 from pipeline.storage import Storage, duckdb_path, join_uri, normalize_uri, open_storage, sql_text
 from pipeline.table.functions import add_functions
 from pipeline.table.runs import RunFiles, read_runs, runs_table
@@ -56,7 +57,7 @@ def open_duckdb(
     # It reads ahead over the masks that lie between the columns asked for: measured, 35 times the bytes for `classes`.
     connection.execute("SET disable_parquet_prefetching = true")
     if memory_bytes:
-        connection.execute(f"SET memory_limit = '{memory_bytes >> 20}MiB'")
+        connection.execute(f"SET memory_limit = '{min(memory_bytes, machine_bytes() // 2) >> 20}MiB'")
     if temp_path:
         connection.execute("SET temp_directory = ?", [temp_path])
     filesystem = storage.filesystem(sizes)

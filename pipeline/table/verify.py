@@ -4,10 +4,10 @@ Must not know: how runs are made. Changes nothing.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.errors import InfrastructureError, StorageError, UsageError
+from pipeline.machine import cores
 from pipeline.storage import join_uri, normalize_uri, open_storage
 from pipeline.table.audit import Audit, Finding
 from pipeline.table.catalog import files_below, open_duckdb
@@ -154,7 +154,7 @@ def _check_parts(audit: Audit, deep: bool) -> None:
                 return None
             raise
 
-    at_once = min(_LOCAL_AT_ONCE, os.cpu_count() or 1) if audit.dest.startswith("file:") else _REMOTE_AT_ONCE
+    at_once = min(_LOCAL_AT_ONCE, cores()) if audit.dest.startswith("file:") else _REMOTE_AT_ONCE
     with ThreadPoolExecutor(at_once) as pool:
         for (uri, run, ordinal), seen in zip(jobs, pool.map(look, jobs), strict=True):
             if seen is None:

@@ -335,7 +335,7 @@ def test_more_workers_than_memory_holds_are_refused_before_one_is_started(
     monkeypatch.setattr("pipeline.engine.crew.memory_bytes", lambda: 24 << 30)
     with monkeypatch.context() as patch:
         patch.setattr(InlineCrew, "start", lambda crew: pytest.fail("a worker was brought up"))
-        said = f"--actors {actors}: this machine has 24.0 GiB of memory, and each .* to take 1: give 24 at most"
+        said = f"--actors {actors}: 24.0 GiB of memory may be used here, and each .* to take 1: give 24 at most"
         with pytest.raises(UsageError, match=said):
             bench.segment(photos, actors=actors)
         with pytest.raises(UsageError, match=said):
