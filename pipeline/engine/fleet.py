@@ -229,7 +229,8 @@ class Fleet:
         )
 
     def close(self) -> None:
-        """Ends all workers at once. Whatever they were about to commit is either there or not: both are fine."""
+        """Ends all workers at once, and waits for none. Whatever they were about to commit is either there or not: both
+        are fine. What is asked of it afterwards starts new ones."""
         for seat in self._seats:
             self._gone_busy_s += seat.counts.busy_s
             self._gone_active_s += seat.counts.active_s

@@ -198,7 +198,7 @@ class _Segmentation:
             write_changes(self._storage, self._dest, plan.run_id, draft.changes)
             if self._ledger.freeze(plan, draft.list_path.read_bytes()):
                 self._tell_plan(plan)
-                return self._outcome(self._work(plan), draft.counts, plan)
+                return self._outcome(self._work(plan, last=True), draft.counts, plan)
             withdraw_changes(self._storage, self._dest, plan.run_id, draft.changes)
             self._note("another command planned at the same moment; planning again")
             # It may have been this very command, started twice: then its run is held, or to be waited for.
@@ -292,8 +292,9 @@ class _Segmentation:
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _work(self, plan: Plan) -> Literal["done", "interrupted", "canary_failed"]:
-        """Works on a frozen run until it is closed. Raises as `segment` does; the run then stays open."""
+    def _work(self, plan: Plan, *, last: bool = False) -> Literal["done", "interrupted", "canary_failed"]:
+        """Works on a frozen run until it is closed. Raises as `segment` does; the run then stays open. `last`: workers
+        have nothing to do after it."""
         if plan.code_digest != code_digest():
             self._note(
                 f"run {plan.run_id} was planned by other Maskmill code ({plan.code_digest}); going on with this one"
@@ -337,6 +338,8 @@ class _Segmentation:
                 finally:
                     terms = self._terms._replace(threads=self._the_crew().threads)
                     self._session = Session(time.monotonic() - began_s, fleet.progress(), fleet.devices, terms)
+                if last:
+                    fleet.close()  # they end while rows are counted
             record = reconcile(self._ledger, plan, self._session)
             self._ledger.close(record)
             self._closed.append(record)

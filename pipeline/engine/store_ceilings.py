@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.config import DEFAULT_SUFFIXES
 from pipeline.corpus.manifest import Corpus, read_source
-from pipeline.engine.crew import ProcessMember, WorkerDiedError
+from pipeline.engine.crew import ProcessMember, WorkerDiedError, stop_all
 from pipeline.engine.limits import StoreCeiling
 from pipeline.errors import ExpiredCredentialsError, InfrastructureError, StorageError, UsageError
 from pipeline.machine import cores
@@ -74,8 +74,7 @@ def in_processes(count: int, function: Callable[..., _T], *args: Any) -> list[_T
             f"one of {count} measuring processes died ({error}): see that they have the memory, and measure again"
         ) from error
     finally:
-        for member in members:
-            member.stop()
+        stop_all(members)
 
 
 def measure_store(

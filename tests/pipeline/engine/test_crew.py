@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.engine.crew import Host, InlineMember, ProcessMember, WorkerDiedError
+from pipeline.engine.crew import Host, InlineMember, LocalCrew, ProcessMember, WorkerDiedError
 from pipeline.engine.messages import StreamConfig, WorkerSpec, code_digest
 
 PATIENCE_S = 120
@@ -77,3 +77,15 @@ def test_a_workers_death_is_told_to_all_who_wait(member: ProcessMember) -> None:
         waiting.result(PATIENCE_S)
     with pytest.raises(WorkerDiedError, match="is gone"):
         member.call("describe").result(PATIENCE_S)
+
+
+def test_workers_are_gone_when_their_crew_is_closed() -> None:
+    crew = LocalCrew(actors=3)
+    members = [crew.start() for _ in range(3)]
+    waiting = [member.call("ask", signal.pause) for member in members]
+    members[0].stop()
+    crew.close()
+    for member, future in zip(members, waiting, strict=True):
+        assert not Path(f"/proc/{member.pid}").exists()
+        with pytest.raises(WorkerDiedError, match=r"SIGKILL|is gone"):
+            future.result(PATIENCE_S)

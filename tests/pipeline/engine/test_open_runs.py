@@ -87,9 +87,9 @@ def test_a_driver_that_comes_too_late_adds_nothing(
     photos = image_folder(3)
     work = engine_run._Segmentation._work
 
-    def late(self: Any, plan: Any) -> Any:
+    def late(self: Any, plan: Any, **settings: Any) -> Any:
         pipeline.abandon_run(str(bench.dest), plan.run_id)
-        return work(self, plan)
+        return work(self, plan, **settings)
 
     monkeypatch.setattr(engine_run._Segmentation, "_work", late)
     with pytest.raises(InfrastructureError, match="was abandoned"):

@@ -22,6 +22,7 @@ import pipeline
 from pipeline.config import SegmentConfig
 from pipeline.engine import run as engine_run
 from pipeline.engine.crew import InlineCrew
+from pipeline.engine.fleet import Fleet
 from pipeline.engine.lease import Lease
 from pipeline.engine.ledger import Ledger, Plan
 from pipeline.engine.outcome import Event
@@ -43,6 +44,28 @@ def test_every_image_gets_one_row_and_the_outcome_adds_up(bench: Bench, image_fo
     assert outcome.parts_bytes == sum(path.stat().st_size for path in part_paths(bench.dest))
     assert outcome.images_per_s > 0
     assert 0 < outcome.model_busy_fraction <= 1
+
+
+def test_workers_end_before_rows_are_counted_where_nothing_can_follow(
+    bench: Bench, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker gives its memory back in 0.05 s, which is what counting takes, too."""
+    order: list[str] = []
+    close, reconcile = Fleet.close, engine_run.reconcile
+
+    def closing(fleet: Fleet) -> None:
+        order.append("close")
+        close(fleet)
+
+    def counting(*args: Any) -> Any:
+        order.append("count")
+        return reconcile(*args)
+
+    monkeypatch.setattr(Fleet, "close", closing)
+    monkeypatch.setattr(engine_run, "reconcile", counting)
+    photos = image_folder(3)
+    bench.segment(photos)
+    assert order[:2] == ["close", "count"]
 
 
 def test_rows_say_what_was_read(bench: Bench, image_folder: Callable[..., Path]) -> None:
