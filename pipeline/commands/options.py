@@ -4,7 +4,6 @@ Must not know: any one command.
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,9 @@ from rich.console import Console
 from models.overrides import parse_settings
 from pipeline.config import DriftConfig
 from pipeline.errors import UsageError
-from pipeline.storage import local_path, normalize_uri
+from pipeline.storage import given_path
 
 OK, INFRASTRUCTURE, USAGE, TOO_MANY_ERRORS, DRIFTED, KEPT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
 def option(
@@ -36,15 +33,11 @@ def option(
 
 
 def local_file(text: str) -> Path:
-    """The file on this machine that an option names; `file:///x` is `/x`. `Path` would take any other address for
-    folders below this one: raises typer.BadParameter, which shows no more of it than its scheme, as the rest may hold
-    secrets."""
-    if not text:
-        raise typer.BadParameter("an empty name: give a file on this machine")
-    is_uri = text.startswith("file:/")
-    if found := _SCHEME.search(text, len("file:/") if is_uri else 0):
-        raise typer.BadParameter(f"'{found[0]}…' is an address: give a file on this machine")
-    return Path(local_path(normalize_uri(text)) if is_uri else text)
+    """The file on this machine that an option names. Raises typer.BadParameter for any other address."""
+    try:
+        return Path(given_path(text))
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="Where the table lives: a folder or a URL.")]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.errors import ImageError, StorageError, UsageError
 from pipeline.insight.original import ReplacedError, original_pixels
 from pipeline.insight.overlay import brightened, class_labels, instance_labels, painted
-from pipeline.storage import uri_name
+from pipeline.storage import given_path, uri_name
 from pipeline.table.catalog import connect
 
 _MARGIN_PX = 12
@@ -48,7 +48,7 @@ class SheetConfig(BaseModel):
 
 
 def draw_contact_sheet(dest: str, out_path: str | Path, config: SheetConfig | None = None) -> int:
-    """Writes a PNG to `out_path` (replacing it) and returns the number of its tiles.
+    """Writes a PNG to `out_path` (replacing it), a file on this machine, and returns the number of its tiles.
 
     One tile per row of the view `images`, in the order of their URIs: instances in colours of their own, classes in
     the colours of the mask's palette (black is left clear), over the image as it is now. A dark image is brightened
@@ -57,8 +57,8 @@ def draw_contact_sheet(dest: str, out_path: str | Path, config: SheetConfig | No
     StorageError where DEST cannot be read. Safe to retry.
     """
     config = config or SheetConfig()
+    out_path = Path(given_path(out_path) if isinstance(out_path, str) else out_path)
     rows, title = _select(dest, config)
-    out_path = Path(out_path)
     columns = min(config.columns, len(rows))
     pitch_x, pitch_y = config.tile_px + _MARGIN_PX, config.tile_px + _CAPTION_PX + _MARGIN_PX
     lines = -(-len(rows) // columns)

@@ -133,6 +133,18 @@ def local_path(uri: str) -> str:
     return path_text(uri[len("file://") :])
 
 
+def given_path(text: str) -> str:
+    """The file on this machine that somebody names: `/x` of `file:///x`, a path as it is. `Path` would take any other
+    address for folders below this one: raises UsageError, which shows no more of it than its scheme, as the rest may
+    hold secrets."""
+    if not text:
+        raise UsageError("an empty name: give a file on this machine")
+    is_uri = text.startswith("file:/")
+    if found := _SCHEME.search(text, len("file:/") if is_uri else 0):
+        raise UsageError(f"'{found[0]}…' is an address: give a file on this machine")
+    return local_path(normalize_uri(text)) if is_uri else text
+
+
 def path_text(text: str) -> str:
     """A part of a local URI as `os` wants it."""
     if text.isascii() or not _ESCAPED.search(text):

@@ -161,6 +161,20 @@ def test_an_unwritable_place_is_a_usage_error_and_leaves_nothing(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
 
 
+def test_an_address_is_no_place_for_it(
+    write_table: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder named `s3:` was made."""
+    dest = write_table([ok_row(make_image(tmp_path / "a.png", 1))])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match=r"'s3://…' is an address"):
+        draw_contact_sheet(dest, "s3://bucket/sheet.png", SMALL)
+    assert not list((tmp_path / "here").iterdir())
+    assert draw_contact_sheet(dest, (tmp_path / "sheet.png").as_uri(), SMALL) == 1
+    assert (tmp_path / "sheet.png").exists()
+
+
 @pytest.mark.s3
 def test_images_and_table_may_lie_in_object_storage(s3_bucket: str, tmp_path: Path) -> None:
     dest, uri = f"{s3_bucket}/table", f"{s3_bucket}/photos/a b#%20.png"

@@ -19,6 +19,7 @@ from pipeline.storage import (
     clean_etag,
     duckdb_path,
     file_uri,
+    given_path,
     hide_secrets,
     holds_secret,
     join_uri,
@@ -265,3 +266,18 @@ class TestUris:
         for scheme in ("ftp", "ftps"):
             with pytest.raises(UsageError, match=rf"^'{scheme}://me@host/a'.*sftp"):
                 open_storage(f"{scheme}://me:word@host/a")
+
+
+@pytest.mark.parametrize(
+    ("said", "path"),
+    [("a.png", "a.png"), ("../b:/c", "../b:/c"), ("/x y/#?%", "/x y/#?%"), ("file:///x/a b", "/x/a b")],
+)
+def test_a_file_on_this_machine_is_named_by_its_path_or_its_uri(said: str, path: str) -> None:
+    assert given_path(said) == path
+
+
+@pytest.mark.parametrize("said", ["", "s3://bucket/secret.png", "https://me:word@host/x", "file:///a/s3://secret/x"])
+def test_no_other_address_is_taken_for_a_path(said: str) -> None:
+    with pytest.raises(UsageError, match="give a file on this machine") as caught:
+        given_path(said)
+    assert "secret" not in str(caught.value) and "word" not in str(caught.value)
