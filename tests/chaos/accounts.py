@@ -142,15 +142,14 @@ class Slope(NamedTuple):
         )
 
 
-def slope(at_s: list[float], rss_bytes: list[float]) -> Slope:
+def slope(at_s: list[float], memory_bytes: list[float]) -> Slope:
     """Ordinary least squares; the interval by Student's t, as if samples were independent. At least 9 samples."""
     start = len(at_s) // 3
     minutes = [second / 60 for second in at_s[start:]]
-    line = stats.linregress(minutes, rss_bytes[start:])
+    line = stats.linregress(minutes, memory_bytes[start:])
     margin = float(stats.t.ppf(0.975, len(minutes) - 2) * line.stderr)
-    return Slope(
-        len(minutes), float(sorted(rss_bytes)[len(rss_bytes) // 2]), float(line.slope), margin, minutes[-1] - minutes[0]
-    )
+    median = float(sorted(memory_bytes)[len(memory_bytes) // 2])
+    return Slope(len(minutes), median, float(line.slope), margin, minutes[-1] - minutes[0])
 
 
 def _rows(folder: Path) -> pa.Table:

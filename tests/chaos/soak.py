@@ -10,7 +10,7 @@ a proxy that breaks things (`faulty_store`). When one ends or was killed, the ne
 process segments a corpus of its own and is never killed: its memory is measured. At the end nothing arrives or breaks
 any more, the command runs until it finds nothing to do, and then, from the files alone:
 
-    lost 0 · duplicated 0 · rows that differ from an undisturbed run's 0 · leaked processes 0 · memory slope 0
+    lost 0 · duplicated 0 · rows that differ from an undisturbed run's 0 · leaked processes 0 · memory slopes 0
 
 else the exit status is 1. `--seed` (or MASKMILL_CHAOS_SEED) repeats the choices, as far as the machine's scheduling
 lets it.
@@ -87,9 +87,10 @@ DRIVER_SHARE = 0.25
 MOST_WAITING = 300
 #: A command that commits nothing for so long hangs. (On a machine with much else to do workers take minutes to come.)
 HANG_S = 600.0
-#: Memory is level where a slope of zero is within the line's 95 % interval, or the line gains less than this in half an
-#: hour: about a twentieth of the process.
-LEVEL_MIB = 32
+#: Memory is level where a slope of zero is within the line's 95 % interval, or the line gains less than such a share in
+#: half an hour: of what is in use, which is the same turn by turn, and of what is resident, where allocators keep now
+#: more, now less for later, for minutes on end.
+USED_SHARE, RESIDENT_SHARE = 0.02, 0.05
 _TELL_EVERY_S = 30.0
 _LAST_COMMANDS = 6
 _MIB = 1 << 20
@@ -378,11 +379,11 @@ class Resident:
             thread.join(10)
         return "".join(self._errors)[-2000:] if self._process.returncode else ""
 
-    def slope(self) -> Slope | None:
+    def slope(self, figure: str) -> Slope | None:
         """Of its memory after each turn."""
         if len(self.turns) < 9:
             return None
-        return slope([turn["at_s"] for turn in self.turns], [turn["rss_bytes"] for turn in self.turns])
+        return slope([turn["at_s"] for turn in self.turns], [turn[figure] for turn in self.turns])
 
 
 class Verdict:
@@ -412,11 +413,13 @@ class Verdict:
             examples = [text for text in counts.examples if text.startswith(what)]
             self.must(f"{name}: {what}", examples, getattr(counts, what))
 
-    def level(self, what: str, line: Slope | None) -> None:
-        """Memory must not grow: see LEVEL_MIB."""
-        fine = line is not None and (line.lowest_bytes_per_min <= 0 or line.bytes_per_min * 30 <= LEVEL_MIB * _MIB)
-        wanted = f"0, or under {LEVEL_MIB} MiB in 30 min"
-        self._line(what, line.text if line else "too few samples", wanted, fine)
+    def level(self, what: str, line: Slope | None, *, most_share: float) -> None:
+        """Memory must not grow: see USED_SHARE."""
+        if line is None:
+            self._line(what, "too few samples", "0", False)
+            return
+        fine = line.lowest_bytes_per_min <= 0 or line.bytes_per_min * 30 <= most_share * line.median_bytes
+        self._line(what, line.text, f"0, or under {most_share:.0%} in 30 min", fine)
 
     def show(self) -> None:
         Console(width=150).print(self._table)
@@ -523,7 +526,8 @@ class _Soak:
         turns = f"{len(resident.turns)}, {sum(bool(turn['failed']) for turn in resident.turns)}"
         verdict.tell("resident: turns, failed by the store", turns)
         verdict.must("resident: ended badly", [said] if said else [] if quiet else ["it always finds something to do"])
-        verdict.level("resident: memory", resident.slope())
+        verdict.level("resident: memory in use", resident.slope("used_bytes"), most_share=USED_SHARE)
+        verdict.level("resident: memory resident", resident.slope("rss_bytes"), most_share=RESIDENT_SHARE)
         for name, samples in self._head_rss.items():
             if len(samples) >= 9:
                 line = slope([at_s for at_s, _ in samples], [rss for _, rss in samples])
