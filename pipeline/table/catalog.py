@@ -50,6 +50,8 @@ def open_duckdb(
     """A DuckDB connection that can read what `storage` holds, remote or local. Downloads no extension.
 
     `sizes`: bytes by URI of files that a listing has shown already, so that none is asked for by itself.
+    `memory_bytes`: what it takes before it spills to `temp_path`; half of what this process may have where that is
+    less.
     """
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")

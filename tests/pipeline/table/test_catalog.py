@@ -15,8 +15,8 @@ from handmade import CREATED_AT, make_list, make_plan, make_row
 from tables import HOUR, Table
 
 from pipeline.errors import BYTES_KINDS, WORLD_KINDS, InfrastructureError, UsageError
-from pipeline.storage import join_uri, local_path, normalize_uri
-from pipeline.table.catalog import TERMINAL, connect, key_sql, part_sizes, unreadable
+from pipeline.storage import join_uri, local_path, normalize_uri, open_storage
+from pipeline.table.catalog import TERMINAL, connect, key_sql, open_duckdb, part_sizes, unreadable
 
 
 @pytest.fixture
@@ -281,3 +281,12 @@ def test_a_key_is_of_the_texts_together() -> None:
     found = duckdb.sql(f"SELECT {key_sql('uri', 'etag')} AS key, count(*) AS rows FROM rows GROUP BY ALL").fetchall()
     assert [count for _, count in found] == [2] * len(pairs) and None not in {key for key, _ in found}
     assert rows.num_rows == 2 * len(pairs)
+
+
+@pytest.mark.parametrize(("machine_gib", "taken"), [(24, "3.0 GiB"), (4, "2.0 GiB")])
+def test_duckdb_takes_half_of_a_small_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine_gib: int, taken: str
+) -> None:
+    monkeypatch.setattr("pipeline.table.catalog.machine_bytes", lambda: machine_gib << 30)
+    connection = open_duckdb(open_storage(f"file://{tmp_path}"), memory_bytes=3 << 30)
+    assert connection.sql("SELECT current_setting('memory_limit')").fetchall() == [(taken,)]
